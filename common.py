@@ -1,0 +1,381 @@
+"""Vision-transformer parts that the four method scripts share and that no paper here contributes.
+
+    noise      uniform, STREAMS       a sample's randomness, a pure function of (seed, stream, position)
+    masks      random_mask, split     mask (B, L) bool, True = masked; and its index tensors
+    patches    patchify, unpatchify, Normalize, patch_statistics
+    blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
+    encoder    ViT                    what survives pre-training: features, pyramid, attention, layer ids
+
+Axes: B batch, L tokens, P prefix tokens, D width, C H W image, h w grid, p patch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------ noise
+
+# A stream is a purpose. Draws of two purposes must not share numbers, and without streams a short
+# draw would be a prefix of a longer one.
+STREAMS = ("MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW")
+MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW = range(len(STREAMS))
+
+
+def _mix(h: Tensor) -> Tensor:
+    """Scramble 32-bit integers held in int64 (two-round xor-shift-multiply, full avalanche).
+
+    Both multipliers are below 2**31, so products stay below 2**63 and nothing overflows.
+    """
+    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return h ^ (h >> 15)
+
+
+def uniform(seed: Tensor, n: int, stream: int) -> Tensor:
+    """Draw `n` numbers a sample that depend on nothing but (seed, stream, position).
+
+    Args:
+        seed: (B,) int64, one a sample, non-negative.
+        n: how many.
+        stream: one of the named integers above.
+    Returns: (B, n) float32 in the open interval (0, 1), on the seed's device.
+    """
+    position = torch.arange(n, device=seed.device)
+    h = _mix((seed & 0xFFFFFFFF) ^ _mix(torch.full_like(seed, stream + 1)))
+    h = _mix(h ^ (seed >> 32))  # (B,)
+    h = _mix(_mix(h[:, None] ^ _mix(position + 0x9E3779B9)[None]) + position & 0xFFFFFFFF)
+    # 23 bits and a half: the largest value, 1 - 2**-24, is exact in fp32, so 1 is never reached.
+    return ((h >> 9).float() + 0.5) * 2.0**-23
+
+
+# ------------------------------------------------------------------------------------------ masks
+
+
+def random_mask(noise: Tensor, num_masked: int) -> Tensor:
+    """Hide the `num_masked` patches with the largest noise (MAE's random masking).
+
+    Args:
+        noise: (B, L) float.
+        num_masked: patches to hide a sample, 0..L.
+    Returns: (B, L) bool, True = masked.
+    """
+    rank = noise.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return rank >= noise.shape[1] - num_masked
+
+
+def split(mask: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn a mask into index tensors, both halves in raster order, without a sort.
+
+    Args:
+        mask: (B, L) bool with exactly `num_visible` False a row.
+        num_visible: V.
+    Returns: ids_keep (B, V); ids_mask (B, L - V); ids_restore (B, L), where token l of the image
+        stands in the sequence [visible, masked]. All int64.
+    """
+    visible_rank, masked_rank = (~mask).cumsum(1) - 1, mask.cumsum(1) - 1 + num_visible
+    ids_restore = torch.where(mask, masked_rank, visible_rank)
+    position = torch.arange(mask.shape[1], device=mask.device).expand_as(ids_restore)
+    order = torch.empty_like(ids_restore).scatter_(1, ids_restore, position)
+    return order[:, :num_visible], order[:, num_visible:], ids_restore
+
+
+def gather(x: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens: x (B, L, D) and ids (B, K) give (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------- patches
+
+
+class Normalize(nn.Module):
+    """Map (B, 3, H, W) uint8 to float32 with ImageNet's mean and standard deviation."""
+
+    def __init__(self):
+        super().__init__()
+        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        return (rgb / 255 - self.mean) / self.std
+
+
+def patchify(imgs: Tensor, patch_size: int) -> Tensor:
+    """Cut (B, C, H, W) into (B, h*w, p*p*C), numbers of a patch in MAE's (p, p, C) order."""
+    B, C, H, W = imgs.shape
+    p, h, w = patch_size, H // patch_size, W // patch_size
+    x = imgs.reshape(B, C, h, p, w, p).permute(0, 2, 4, 3, 5, 1)  # (B, h, w, p, p, C)
+    return x.reshape(B, h * w, p * p * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Undo `patchify`: (B, h*w, p*p*C) on a grid (h, w) to (B, C, H, W)."""
+    (B, _, n), (h, w), p = patches.shape, grid, patch_size
+    x = patches.reshape(B, h, w, p, p, n // p**2).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
+    return x.reshape(B, -1, h * p, w * p)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss` has them.
+
+    The variance is the unbiased one and 1e-6 is added to it before the root.
+    """
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def sincos_2d(dim: int, h: int, w: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding, (h*w, dim) float32, equal to MAE's.
+
+    The first half of the width encodes the column, the second the row; each half is sines, then
+    cosines, of position / 10000^(i / (dim/4)). `dim` must be a multiple of 4.
+    """
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (cols, rows)]  # (h*w, dim/4) each
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+# ----------------------------------------------------------------------------------------- blocks
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `qkv` is one projection, as in timm."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, L, D = x.shape
+        qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, D // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, L, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.scaled_dot_product_attention(*self.heads(x))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention matrix itself, (B, heads, L, L); rows (queries) sum to one."""
+        q, k, _ = self.heads(x)
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x (B, L, D) to context (B, M, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, _, D = x.shape
+        q = self.q(x).reshape(B, -1, self.num_heads, D // self.num_heads).transpose(1, 2)
+        kv = self.kv(context).reshape(B, -1, 2, self.num_heads, D // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, M, d) each
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel, started at `init_values`."""
+
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, init_values: float | None = None
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = Attention(dim, num_heads), Mlp(dim, int(dim * mlp_ratio))
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def forward(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+        """x (B, L, D); `drop` (B, 1, 1) scales both branches (see `drop_path`), None = 1."""
+        drop = 1.0 if drop is None else drop
+        x = x + drop * self.ls1(self.attn(self.norm1(x)))
+        return x + drop * self.ls2(self.mlp(self.norm2(x)))
+
+
+def drop_path(seed: Tensor, depth: int, rate: float) -> Tensor:
+    """Stochastic depth from the samples' seeds; one column of noise a block, both branches alike.
+
+    Args:
+        seed: (B,) int64.
+        depth: number of blocks; the drop probability grows linearly from 0 to `rate`.
+    Returns: (depth, B, 1, 1) float32: 0 where dropped, 1 / keep probability elsewhere.
+    """
+    p = torch.linspace(0, rate, depth, device=seed.device)
+    keep = uniform(seed, depth, DROP_PATH) >= p  # (B, depth)
+    return (keep / (1 - p)).T[:, :, None, None]
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patches, stored as the convolution timm and MAE have (`proj`)."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Embed patches (B, K, p*p*C), as `patchify` orders them: any K, e.g. visible ones alone."""
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Initialise as MAE: Xavier-uniform linear layers, zero biases, unit norms, tokens N(0, 0.02)."""
+    for m in model.modules():
+        if isinstance(m, PatchEmbed):
+            nn.init.xavier_uniform_(m.proj.weight.flatten(1))  # as the linear layer it is
+            nn.init.zeros_(m.proj.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.LayerNorm):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+    for name, p in model.named_parameters():
+        if name.endswith(("_token", "_tokens", "task_embed")):
+            nn.init.normal_(p, std=0.02)
+
+
+# ---------------------------------------------------------------------------------------- encoder
+
+
+class ViT(nn.Module):
+    """Plain vision transformer with timm's parameter names and fixed position embedding.
+
+    Args:
+        image_size: (H, W) the position embedding is kept for; any other size works and costs
+            computing it anew.
+        drop_path: the last block's rate, used when `seed` is given (fine-tuning, BEiT).
+        class_token, reg_tokens: timm's prefix tokens, before the patches and without position.
+    """
+
+    def __init__(
+        self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
+        depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,
+        reg_tokens: int = 0, init_values: float | None = None, drop_path: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.patch_size, self.embed_dim, self.drop_path = patch_size, embed_dim, drop_path
+        self.strides = (patch_size,) * 4
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if reg_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
+        self.num_prefix = int(class_token) + reg_tokens
+        self.register_buffer("pos_embed", sincos_2d(embed_dim, *self.grid), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, init_values) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def grid_of(self, imgs: Tensor) -> tuple[int, int]:
+        """Patch grid (h, w) of images; ValueError where the patch size does not divide them."""
+        (H, W), p = imgs.shape[-2:], self.patch_size
+        if H % p or W % p:
+            raise ValueError(f"image size {H}x{W} is not divisible by the patch size {p}")
+        return H // p, W // p
+
+    def position(self, h: int, w: int) -> Tensor:
+        """Position embedding of a grid, (h*w, D)."""
+        if (h, w) == self.grid:
+            return self.pos_embed
+        return sincos_2d(self.embed_dim, h, w).to(self.pos_embed)
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to tokens with position, (B, L, D)."""
+        h, w = self.grid_of(imgs)
+        return self.patch_embed(patchify(imgs, self.patch_size)) + self.position(h, w)
+
+    def add_prefix(self, x: Tensor) -> Tensor:
+        """Put the prefix tokens before x: (B, L, D) to (B, P + L, D)."""
+        prefix = [t for n in ("cls_token", "reg_token") if (t := getattr(self, n, None)) is not None]
+        return torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], dim=1)
+
+    def run(self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None) -> list[Tensor]:
+        """Run the blocks on (B, P + L, D); the outputs after `layers` (1-based), then the last."""
+        scales = [None] * len(self.blocks)
+        if seed is not None and self.drop_path > 0:
+            scales = drop_path(seed, len(self.blocks), self.drop_path)
+        outputs = {}
+        for i, (block, scale) in enumerate(zip(self.blocks, scales), start=1):
+            x = block(x, scale)
+            if i in layers:
+                outputs[i] = x
+        return [outputs[i] for i in layers] + [x]
+
+    def forward_features(
+        self, imgs: Tensor, layers: Sequence[int] | None = None, seed: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Features of whole images.
+
+        Args:
+            imgs: (B, 3, H, W) float, normalised; H and W multiples of the patch size.
+            layers: 1-based blocks, outputs before the final norm; None = the last, after it.
+            seed: (B,) int64 turns drop path on.
+        Returns: for each layer, (tokens (B, L, D), prefix (B, P, D)).
+        """
+        *chosen, x = self.run(self.add_prefix(self.embed(imgs)), layers or (), seed)
+        chosen = [self.norm(x)] if layers is None else chosen
+        return [(x[:, self.num_prefix :], x[:, : self.num_prefix]) for x in chosen]
+
+    def forward_pyramid(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
+        """Four maps (B, D, h, w) from a third, a half, two thirds and all of the depth.
+
+        For depth 12 these are blocks 4, 6, 8, 12, the ones that BEiT and MAE give to UperNet.
+        """
+        layers = [max(1, round(len(self.blocks) * f)) for f in (1 / 3, 1 / 2, 2 / 3, 1)]
+        h, w = self.grid_of(imgs)
+        features = self.forward_features(imgs, layers, seed)
+        return [t[:, : h * w].transpose(1, 2).unflatten(2, (h, w)) for t, _ in features]
+
+    def attention(self, imgs: Tensor, layer: int) -> Tensor:
+        """Attention matrices of one block (1-based), (B, heads, P + L, P + L)."""
+        x = self.add_prefix(self.embed(imgs))
+        for block in self.blocks[: layer - 1]:
+            x = block(x)
+        return self.blocks[layer - 1].attn.weights(self.blocks[layer - 1].norm1(x))
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of every parameter for layer-wise decay: 0 embedding, 1.. blocks, last the norm."""
+        def depth(name: str) -> int:
+            if name.startswith("blocks."):
+                return int(name.split(".")[1]) + 1
+            return len(self.blocks) + 1 if name.startswith("norm.") else 0
+
+        return {name: depth(name) for name, _ in self.named_parameters()}

@@ -1,0 +1,50 @@
+"""Pictures of what a run does: label maps in colour, and labelled sheets of images as PNG."""
+
+import colorsys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+def colorize(label_map: Tensor) -> Tensor:
+    """Colour a label map (..., H, W) of ids 0..255: (..., 3, H, W) uint8, the same id always alike.
+
+    0 is dark grey and 255 (unlabelled) black; the others step around the hue circle by the golden
+    ratio, so that neighbouring ids are far apart.
+    """
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9 - 0.4 * (i // 3 % 2), 0.95 - 0.3 * (i // 7 % 2))
+               for i in range(256)]  # fmt: skip
+    colours[0], colours[255] = (0.25, 0.25, 0.25), (0.0, 0.0, 0.0)
+    table = (torch.tensor(colours) * 255).byte().to(label_map.device)
+    return table[label_map.long()].movedim(-1, -3)
+
+
+def contact_sheet(columns: dict[str, Tensor], path: Path, caption: str, side: int = 128) -> None:
+    """Write a PNG with one column a caption and one row a sample.
+
+    Args:
+        columns: caption -> (B, 3, H, W) uint8; sizes may differ, all are drawn `side` pixels high.
+        path: the file to write.
+        caption: a line above everything, which says what is shown and from what.
+    """
+    margin, head = 4, 30
+    cells = {k: _resized(v, side) for k, v in columns.items()}
+    rows = max(len(v) for v in cells.values())
+    widths = [v[0].width + margin for v in cells.values()]
+    sheet = Image.new("RGB", (sum(widths) + margin, head + rows * (side + margin)), "white")
+    draw, x = ImageDraw.Draw(sheet), margin
+    draw.text((margin, 2), caption, fill="black")
+    for (name, images), width in zip(cells.items(), widths):
+        draw.text((x, 16), name, fill="black")
+        for row, image in enumerate(images):
+            sheet.paste(image, (x, head + row * (side + margin)))
+        x += width
+    sheet.save(path)
+
+
+def _resized(images: Tensor, side: int) -> list[Image.Image]:
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    size = (round(side * arrays.shape[2] / arrays.shape[1]), side)
+    return [Image.fromarray(a).resize(size, Image.Resampling.NEAREST) for a in arrays]
