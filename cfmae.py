@@ -588,29 +588,32 @@ def evaluate(model: CFMAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def preview(model: CFMAE, batch: dict[str, Tensor], path: Path, step: int) -> None:
-    """Write a picture: for each granularity the input, what is visible of it, prediction, truth."""
+    """Write a picture: for each granularity the input, what is visible of it, and the prediction.
+
+    The input is the truth; the prediction shows visible patches as they are, which have no loss.
+    """
     cfg, (h, w) = model.cfg, (model.cfg.image_size // model.cfg.patch_size,) * 2
     patches = model.patches(batch)
     mask, _ = model.make_mask(patches, batch["seed"], torch.ones((), device=batch["seed"].device))
     pred = model.predict(patches, mask, cfg.num_visible)
     columns = {}
     for m, t in enumerate(model.granularities):
-        hidden = mask[:, m].view(-1, 1, h, w)
         if t == "rgb":
-            guess = pred[t].float()
+            guess, note = pred[t].float(), ""
             if cfg.norm_pix_loss:
                 mean, std = patch_statistics(patches[t])
-                guess = guess * std + mean
+                guess, note = guess * std + mean, " (true patch mean, std)"
             guess = unpatchify(guess, cfg.patch_size, (h, w)) * model.normalize.std
             guess = ((guess + model.normalize.mean) * 255).clamp(0, 255).byte()
-            truth, note = batch[t], ", true patch mean and std" if cfg.norm_pix_loss else ""
+            truth = batch[t]
         else:
             guess = pred[t].float().unflatten(-1, (LABELS, -1)).argmax(-1)  # (B, N, 16)
-            guess = pictures.colorize(unpatchify(guess, 4, (h, w))[:, 0])
-            truth, note = pictures.colorize(batch[t]), ""
-        hidden = F.interpolate(hidden.float(), truth.shape[-2:], mode="nearest").bool()
-        columns |= {f"{t}: input": truth, f"{t}: visible": truth.masked_fill(hidden, 128)}
-        columns |= {f"{t}: prediction{note}": guess, f"{t}: truth": truth}
+            guess, note = pictures.colorize(unpatchify(guess, 4, (h, w))[:, 0]), ""
+            truth = pictures.colorize(batch[t])
+        hidden = mask[:, m].view(-1, 1, h, w).float()
+        hidden = F.interpolate(hidden, truth.shape[-2:], mode="nearest").bool()
+        columns |= {f"{t}: input = truth": truth, f"{t}: visible": truth.masked_fill(hidden, 128)}
+        columns[f"{t}: prediction{note}"] = guess.where(hidden, truth)
     pictures.contact_sheet(columns, path, f"cfmae {cfg.model}, step {step}, {cfg.data} val, random masks")
 
 

@@ -101,6 +101,8 @@ class Config:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps {self.steps} must be above 0")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers {self.workers} must be 0 (load in this process) or above")
         if not 0 < self.crop_scale_min <= 1:
             raise UserError(f"--crop-scale-min {self.crop_scale_min} is outside (0, 1]")
         if self.resume and not self.output:
@@ -276,7 +278,8 @@ def load(path: str | Path, method: str) -> dict:
     except Exception as e:
         why = str(e).strip().splitlines()[0][:200]
         raise UserError(f"{path} is not a checkpoint that can be read safely: {why}") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "method" not in checkpoint:
+    keys = {"format", "method", "step", "config", "model", "optimizer", "window"}
+    if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project")
     found = (checkpoint["method"], checkpoint["format"])
     if found != (method, FORMAT):
@@ -387,7 +390,7 @@ class Meter:
         self.finite_until = self.bad_terms = None  # device: first step with a loss that is not finite
         if checkpoint:
             self.names, values, self.count = checkpoint["window"].values()
-            self.sum = torch.tensor(values, device=world.device)
+            self.sum = torch.tensor(values, device=world.device) if self.count else 0.0
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines() if path.exists() else []
@@ -739,7 +742,7 @@ def main(
         status = train(method, cfg, World(cfg), build, **functions)
     except UserError as e:
         if rank == 0 or getattr(e, "mine", False):
-            print(f"{method}: error: {e}", file=sys.stderr, flush=True)
+            tqdm.write(f"{method}: error: {e}", file=sys.stderr)
         else:
             time.sleep(5)  # torchrun ends every rank once one has left: let rank 0 speak first
         status = 2

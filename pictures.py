@@ -21,7 +21,7 @@ def colorize(label_map: Tensor) -> Tensor:
     return table[label_map.long()].movedim(-1, -3)
 
 
-def contact_sheet(columns: dict[str, Tensor], path: Path, caption: str, side: int = 128) -> None:
+def contact_sheet(columns: dict[str, Tensor], path: Path, caption: str, side: int = 192) -> None:
     """Write a PNG with one column a caption and one row a sample.
 
     Args:
