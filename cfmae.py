@@ -20,7 +20,7 @@ Equation -> code
   Eqs. 9, 10 semantic-guided mask          semantic_quota
   Fig. 5     schedule                      schedule
 
-Where the paper is silent or contradicts itself a `NOTE paper unclear` stands; README lists them all.
+Where the paper is silent or contradicts itself stands a `NOTE paper unclear`; README lists all.
 
   CPU:  python cfmae.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 cfmae.py --data data/imagenet --epochs 400
@@ -34,13 +34,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 import engine
 import pictures
 from common import (
     DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize, ViT, gather,
     init_weights, patch_statistics, patchify, sincos_2d, split, uniform, unpatchify,
-)  # fmt: skip
+)
 from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED, ShapeScenes
 from engine import UserError, arg
 
@@ -127,7 +126,7 @@ class Config(engine.Config):
         if not 0 <= self.e1 <= self.e2 <= self.e3 <= self.e4 <= 1:
             raise UserError("--e1 <= --e2 <= --e3 <= --e4 must lie in [0, 1], e.g. 0.2 0.4 0.6 0.8")
         if not 0.5 < self.alpha <= 1:
-            raise UserError(f"--alpha {self.alpha} is outside (0.5, 1] (Eq. 8); 0.75 is the default")
+            raise UserError(f"--alpha {self.alpha} is outside (0.5, 1] (Eq. 8), e.g. 0.75")
         engine.divides(self, "embed_dim", "num_heads")
         engine.divides(self, "decoder_embed_dim", "decoder_num_heads")
         if not 1 <= self.num_visible < M * self.num_patches:
@@ -146,8 +145,8 @@ class Config(engine.Config):
 
 
 # ---------------------------------------------------------------------------------------- masking
-# All of it is a pure function of the samples' seeds and of their label maps. Shapes: M granularities,
-# N patches each; counts are exact integers. `n` is the number of hidden patches, r_m N in the paper.
+# All of it is a pure function of the samples' seeds and label maps. M granularities have N patches
+# each; counts are exact integers; `n` is the number of hidden patches, r_m N in the paper.
 
 
 def apportion(total: Tensor, weights: Tensor) -> Tensor:
@@ -227,7 +226,8 @@ def instance_quota(n: Tensor, objects: Tensor, alpha: float) -> Tensor:
     # object that fills the image less densely than its background. The share is at least the
     # objects' area, and clipped to the patches there are on either side.
     N, area = objects.shape[1], objects.sum(1)[:, None, None]  # (B, 1, 1)
-    on_objects = torch.maximum((alpha * n.double()).floor().long(), (n * area + N - 1) // N)  # Eq. (8)
+    on_objects = (alpha * n.double()).floor().long()  # Eq. (8)
+    on_objects = on_objects.maximum((n * area + N - 1) // N)
     on_objects = on_objects.minimum(area).maximum(n - (N - area))
     return torch.cat([n - on_objects, on_objects], dim=-1)
 
@@ -289,7 +289,7 @@ def progressive_mask(
     (B, N), M = instance.shape, len(cfg.granularities.split(","))
     n = N - visible_counts(seed, cfg.num_visible, M)[..., None]  # (B, M, 1)
     noise = uniform(seed, M * N, MASK).view(B, M, N)
-    order = noise.argsort(dim=-1, descending=True, stable=True)  # from here on patches lie in this order
+    order = noise.argsort(dim=-1, descending=True, stable=True)  # below, patches lie in this order
 
     def shuffled(x: Tensor) -> Tensor:
         return x[:, None].expand(-1, M, -1).gather(-1, order)
@@ -300,8 +300,9 @@ def progressive_mask(
     objects = choose_objects(seed, instance)
     masks = {
         "RD": random,
-        "IG": hide_first(shuffled(objects.long()), instance_quota(n, objects, cfg.alpha)),  # Eq. (7)
-        "SG": hide_first(shuffled(semantic), semantic_quota(n, semantic)),  # Eq. (9)
+        # Eqs. (7), (9)
+        "IG": hide_first(shuffled(objects.long()), instance_quota(n, objects, cfg.alpha)),
+        "SG": hide_first(shuffled(semantic), semantic_quota(n, semantic)),
     }
     coefficients = schedule(progress, cfg)
     if cfg.mix == "score":
@@ -312,10 +313,9 @@ def progressive_mask(
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
         hidden = rank < n
     else:
-        u = uniform(seed, 1, MIX)[:, :, None]  # (B, 1, 1)
-        a = coefficients
-        hidden = torch.where(u < a["SG"], masks["SG"],
-                             torch.where(u < a["SG"] + a["IG"], masks["IG"], masks["RD"]))  # fmt: skip
+        u, a = uniform(seed, 1, MIX)[:, :, None], coefficients  # (B, 1, 1)
+        later = torch.where(u < a["SG"] + a["IG"], masks["IG"], masks["RD"])
+        hidden = torch.where(u < a["SG"], masks["SG"], later)
     mask = torch.zeros_like(hidden).scatter_(-1, order, hidden)
     whole = (mask | ~objects[:, None]).all(-1) & objects.any(1, keepdim=True)  # (B, M)
     logs = {f"a_{k}": a for k, a in coefficients.items()}
@@ -328,8 +328,8 @@ def progressive_mask(
 class LabelEmbed(nn.Module):
     """Linear projection of the one-hot labels of a patch (Sec. 3.1), done by looking rows up.
 
-    16 positions x (classes + 1) one-hot numbers times a matrix is the sum of 16 of its rows; the last
-    row of each position stands for "unlabelled".
+    16 positions x (classes + 1) one-hot numbers times a matrix is the sum of 16 of its rows; the
+    last row of each position stands for "unlabelled".
     """
 
     def __init__(self, num_classes: int, dim: int):
@@ -395,8 +395,8 @@ def make_encoder(cfg: Config, **kwargs) -> Encoder:
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, then self-attention blocks, pre-norm (Eq. 2)."""
 
-    # NOTE paper unclear: Sec. 3.2 lists "self-attention, self-attention, FFN", Fig. 2 and App. E.1 a
-    # cross-attention block and two self-attention blocks. The latter, as MultiMAE's decoder.
+    # NOTE paper unclear: Sec. 3.2 lists "self-attention, self-attention, FFN", Fig. 2 and App. E.1
+    # a cross-attention block and two self-attention blocks. The latter, as MultiMAE's decoder.
 
     def __init__(self, dim: int, num_heads: int, depth: int, cross: bool):
         super().__init__()
@@ -439,9 +439,9 @@ class CFMAE(nn.Module):
         self.decoder_pred = nn.ModuleDict()
         sizes = {"rgb": 3 * cfg.patch_size**2, "instance": LABELS * (MAX_INSTANCES + 1)}
         sizes["semantic"] = LABELS * C
+        shape = (D, cfg.decoder_num_heads, cfg.decoder_depth, cfg.decoder != "no-cross-attention")
         for t in self.tasks:
-            cross = cfg.decoder != "no-cross-attention"
-            self.decoder_blocks[t] = DecoderBlock(D, cfg.decoder_num_heads, cfg.decoder_depth, cross)
+            self.decoder_blocks[t] = DecoderBlock(*shape)
             self.decoder_pred[t] = nn.Linear(D, sizes[t])
         init_weights(self)
 
@@ -496,8 +496,8 @@ class CFMAE(nn.Module):
             if previous is not None and self.cfg.decoder == "cascaded":
                 # NOTE paper unclear: H has 3N tokens, F_{k-1} has N. It is added where the task
                 # that produced it has its slice ("tokens at corresponding positions").
-                context = H.clone()
-                context[:, self.granularities.index(previous)] += features[previous]  # H (+) F_{k-1}
+                context = H.clone()  # K_k = V_k = H (+) F_{k-1}
+                context[:, self.granularities.index(previous)] += features[previous]
             elif previous is not None and self.cfg.decoder == "no-cross-attention":
                 # NOTE paper unclear: "w/o CA". Without a context F_{k-1} joins the query.
                 query = query + features[previous]
@@ -614,7 +614,8 @@ def preview(model: CFMAE, batch: dict[str, Tensor], path: Path, step: int) -> No
         hidden = F.interpolate(hidden, truth.shape[-2:], mode="nearest").bool()
         columns |= {f"{t}: input = truth": truth, f"{t}: visible": truth.masked_fill(hidden, 128)}
         columns[f"{t}: prediction{note}"] = guess.where(hidden, truth)
-    pictures.contact_sheet(columns, path, f"cfmae {cfg.model}, step {step}, {cfg.data} val, random masks")
+    caption = f"cfmae {cfg.model}, step {step}, {cfg.data} val, masks as at the end of training"
+    pictures.contact_sheet(columns, path, caption)
 
 
 def load_encoder(path: str | Path, **overrides) -> Encoder:

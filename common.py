@@ -1,10 +1,10 @@
 """Vision-transformer parts that the four method scripts share and that no paper here contributes.
 
-    noise      uniform, STREAMS       a sample's randomness, a pure function of (seed, stream, position)
+    noise      uniform, STREAMS       a sample's randomness, a pure function of its seed
     masks      random_mask, split     mask (B, L) bool, True = masked; and its index tensors
     patches    patchify, unpatchify, Normalize, patch_statistics
     blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
-    encoder    ViT                    what survives pre-training: features, pyramid, attention, layer ids
+    encoder    ViT                    what survives pre-training: features, pyramid, attention
 
 Axes: B batch, L tokens, P prefix tokens, D width, C H W image, h w grid, p patch.
 """
@@ -248,12 +248,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Embed patches (B, K, p*p*C), as `patchify` orders them: any K, e.g. visible ones alone."""
+        """Embed patches (B, K, p*p*C) in `patchify`'s order: any K, e.g. visible ones alone."""
         return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialise as MAE: Xavier-uniform linear layers, zero biases, unit norms, tokens N(0, 0.02)."""
+    """Initialise as MAE: Xavier-uniform layers, zero biases, unit norms, tokens N(0, 0.02)."""
     for m in model.modules():
         if isinstance(m, PatchEmbed):
             nn.init.xavier_uniform_(m.proj.weight.flatten(1))  # as the linear layer it is
@@ -324,10 +324,12 @@ class ViT(nn.Module):
 
     def add_prefix(self, x: Tensor) -> Tensor:
         """Put the prefix tokens before x: (B, L, D) to (B, P + L, D)."""
-        prefix = [t for n in ("cls_token", "reg_token") if (t := getattr(self, n, None)) is not None]
+        prefix = [getattr(self, n) for n in ("cls_token", "reg_token") if hasattr(self, n)]
         return torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], dim=1)
 
-    def run(self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None) -> list[Tensor]:
+    def run(
+        self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None
+    ) -> list[Tensor]:
         """Run the blocks on (B, P + L, D); the outputs after `layers` (1-based), then the last."""
         scales = [None] * len(self.blocks)
         if seed is not None and self.drop_path > 0:

@@ -1,4 +1,4 @@
-"""The run that all method scripts share: configuration, distribution, loop, schedule, checkpoints, logs.
+"""The run that all method scripts share: from the command line to checkpoints and logs.
 
     config       arg, Config, parse                 a dataclass is the command line
     world        World                              ranks, device, precision
@@ -6,9 +6,9 @@
     checkpoint   save, load                         plain types, atomic, read with weights_only=True
     loop         main, train                        from the command line to the last checkpoint
 
-A step depends on nothing but the weights, its number and the seed: masks and augmentation come from
-each sample's seed, samples from the step's number. So the number of ranks, workers or micro-batches,
-and where a run was interrupted, change nothing but rounding.
+A step depends on nothing but the weights, its number and the seed: masks and augmentation come
+from each sample's seed, samples from the step's number. So the number of ranks, workers or
+micro-batches, and where a run was interrupted, change nothing but rounding.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -52,11 +53,11 @@ def arg(default: object, source: str, choices: list | None = None) -> typing.Any
 class Config:
     """What every run needs. A method's own Config restates each value that its paper sets."""
 
-    data: str = arg("data/imagenet", "folder of images and maps, or 'shapes', the embedded data set")
+    data: str = arg("data/imagenet", "folder of images and maps, or shapes, the embedded data")
     output: str | None = arg(None, "folder of the run; default: a new one under runs/")
     model: str = arg("base", "preset")
     epochs: int = arg(400, "length of the schedule")
-    steps: int | None = arg(None, "stop after this many optimizer steps; the schedule keeps its length")
+    steps: int | None = arg(None, "stop after this many steps; the schedule keeps its length")
     warmup_epochs: float = arg(40, "linear warm-up")
     batch_size: int = arg(2048, "global batch, over all ranks and micro-batches")
     micro_batch: int = arg(128, "most samples that one device takes at a time; set by the preset")
@@ -70,7 +71,7 @@ class Config:
     patch_size: int = arg(16, "pixels")
     crop_scale_min: float = arg(0.2, "smallest area of the random resized crop")
     seed: int = arg(0, "of weights, order, crops, masks")
-    workers: int | None = arg(None, "loader processes a rank; default: the cores there are, at most 16")
+    workers: int | None = arg(None, "loader processes a rank; default: its cores, at most 16")
     device: str = arg("auto", "auto, cpu or cuda", choices=["auto", "cpu", "cuda"])
     precision: str = arg("auto", "auto: bf16 where matrix units have it", ["auto", "fp32", "bf16"])
     compile: bool = arg(False, "torch.compile the model")
@@ -144,7 +145,8 @@ def parse(cls: type[Config], presets: dict[str, dict], doc: str, argv: list[str]
         if kind is bool:
             extra = {"action": argparse.BooleanOptionalAction}
         else:
-            extra = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__}
+            extra = {"type": kind, "choices": choices}
+            extra |= {} if choices else {"metavar": kind.__name__}
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
     parser.epilog = "presets (--model), which change these defaults:\n" + "\n".join(
         f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
@@ -216,14 +218,14 @@ class World:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run on units of their own: emulated ones are slower than fp32."""
+    """Whether bf16 matrix products have units of their own: others are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported()
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory: a CPU step otherwise spends much of its time on page faults."""
+    """Tell glibc to keep freed memory, which a CPU step otherwise pays for in page faults."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -333,12 +335,13 @@ def open_folder(cfg: Config, method: str) -> tuple[str, bool]:
 def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.data.Dataset | None:
     """Open one split on every rank; None where a folder has no val split.
 
-    Rank 0 lists the files once and the list is frozen in the run's folder: a resumed run, and every
-    worker, reads it from there. Nodes that do not share that folder get their own copy.
+    Rank 0 lists the files once, and the list is frozen in the run's folder, which all nodes share:
+    a resumed run, and every worker, maps it from there.
     """
     options = cfg.data_options()
     common = (cfg.image_size, cfg.patch_size, options.pop("granularities"))
-    keys = {"scale": (cfg.crop_scale_min, 1.0), "train": split == "train", "seed": cfg.seed} | options
+    keys = {"scale": (cfg.crop_scale_min, 1.0), "train": split == "train", "seed": cfg.seed}
+    keys |= options
     if cfg.data == "shapes":
         return data.open_dataset(cfg.data, split, *common, **keys)
     folder = out / f"files-{split}"
@@ -349,18 +352,21 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
         if not folder.exists():
             files = data.scan(cfg.data, split, common[2])
             data.check(data.open_dataset(cfg.data, split, *common, files=files, **keys))
-            files.save(folder)
+            temporary = out / f"files-{split}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            files.save(temporary)
+            temporary.rename(folder)  # whole or not at all
         return True
 
     if not world.from_rank_0(listing):
         return None
-    if world.maximum(not folder.exists())[0]:
-        files = world.from_rank_0(lambda: data.FileList.open(folder).to_bytes())
-        if world.local_rank == 0 and not folder.exists():
-            data.FileList.from_bytes(files).save(folder)
-        world.maximum(0)  # wait for the slowest
-    files = data.FileList.open(folder)
-    return data.open_dataset(cfg.data, split, *common, files=files, **keys)
+    for _ in range(60):  # a network file system shows a new folder late
+        if folder.exists():
+            break
+        time.sleep(0.5)
+    else:
+        raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
+    return data.open_dataset(cfg.data, split, *common, files=data.FileList.open(folder), **keys)
 
 
 def split_batch(cfg: Config, world: World) -> tuple[int, int]:
@@ -387,21 +393,22 @@ class Meter:
     def __init__(self, out: Path, world: World, train_set: data.Dataset, checkpoint: dict | None):
         self.out, self.world, self.train_set, self.names = out, world, train_set, []
         self.sum, self.count, self.bad = 0.0, 0, 0
-        self.finite_until = self.bad_terms = None  # device: first step with a loss that is not finite
+        self.finite_until = self.bad_terms = None  # on the device: first step with a bad loss
         if checkpoint:
             self.names, values, self.count = checkpoint["window"].values()
             self.sum = torch.tensor(values, device=world.device) if self.count else 0.0
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines() if path.exists() else []
-            path.write_text("".join(f"{x}\n" for x in lines if x[-1:] == "}" and json.loads(x)["step"] <= at))
+            kept = (x for x in lines if x[-1:] == "}" and json.loads(x)["step"] <= at)
+            path.write_text("".join(f"{x}\n" for x in kept))
 
     def restart(self) -> None:
         """Start the clock, after anything that is not training."""
         self.began, self.waited, self.first = time.monotonic(), 0.0, self.count
 
     def add(self, step: int, loss: Tensor, logs: dict[str, Tensor], bad: Tensor) -> None:
-        """Take in one micro-batch; `bad` (B,) on the CPU holds indices of unreadable files or -1."""
+        """Take in one micro-batch; `bad` (B,), on the CPU, is -1 or an unreadable file."""
         self.names = ["loss", *logs]
         terms = torch.stack([loss.detach().float(), *(v.float() for v in logs.values())])
         self.sum, self.count = self.sum + terms, self.count + 1
@@ -417,12 +424,12 @@ class Meter:
                 f.write(self.train_set.files.name(index) + "\n")
 
     def window(self) -> dict:
-        """Sums since the last line, the mean over ranks: with them a resumed run writes that line."""
+        """Sums since the last line, mean over ranks: a resumed run completes that line."""
         values = self.world.mean(self.sum.clone()).tolist() if self.count else []
         return {"names": self.names, "sum": values, "count": self.count}
 
     def check(self, sampler: data.BatchSampler) -> None:
-        """UserError where a loss was not finite: which step, terms, samples, and the last checkpoint."""
+        """UserError where a loss was not finite: step, terms, samples, last checkpoint."""
         if self.bad_terms is None:
             return
         first = self.finite_until.clone()
@@ -435,12 +442,12 @@ class Meter:
             dist.all_reduce(mine)
         terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, mine.tolist()))
         step, last = int(first), self.out / "last.pt"
-        where = f"last good checkpoint {last}" if last.exists() else "no checkpoint was saved before it"
+        where = f"last good checkpoint {last}" if last.exists() else "no checkpoint before it"
         samples = [index for _, index in sampler.indices(step)]
         raise UserError(
             f"the loss of step {step + 1} is not finite ({terms}); {where}; samples of that step: "
-            f"{samples[:64]}{' ...' if samples[64:] else ''}. Try a lower --base-lr, --clip-grad or "
-            "--precision fp32"
+            f"{samples[:64]}{' ...' if samples[64:] else ''}. Try a lower --base-lr, --clip-grad "
+            "or --precision fp32"
         )
 
     def log(self, record: dict, batch_size: int, accum: int, sampler: data.BatchSampler) -> str:
@@ -488,7 +495,7 @@ def summary(
         "data": f"{cfg.data}: train {len(train_set)} images; val "
         + (f"{len(val_set)} images" if val_set else "none, so nothing is evaluated"),
         "batch": f"{cfg.batch_size} = {world.size} ranks x {accum} steps x {micro}",
-        "rate": f"lr {cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x {cfg.batch_size} / 256",
+        "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x {cfg.batch_size} / 256",
         "length": f"{cfg.epochs} epochs x {per_epoch} steps, warm-up {cfg.warmup_epochs} epochs"
         + (f", stopping after {cfg.steps} steps" if cfg.steps else ""),
         "device": f"{device}{threads}, {'bf16' if world.bf16 else 'fp32'}"
@@ -549,7 +556,8 @@ def validation(
             else:
                 loss, terms = model(batch, ramp(1.0, world.device))
                 terms = {"loss": loss, **terms}
-        total = total + torch.stack([v.float() for v in terms.values()]) * len(batch["seed"]) / share
+        values = torch.stack([v.float() for v in terms.values()])
+        total = total + values * len(batch["seed"]) / share
     return dict(zip(terms, world.mean(total).tolist()))
 
 
@@ -611,13 +619,16 @@ def train(
     step_model = torch.compile(model) if cfg.compile else model
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        step_model = DistributedDataParallel(step_model, device_ids=ids)
+        step_model = DistributedDataParallel(
+            step_model, device_ids=ids, gradient_as_bucket_view=True
+        )
         # DDP regroups its buckets after the first backward pass, and with them the order of sums.
         # Two passes whose gradients are thrown away give a fresh and a resumed run the same order.
-        samples = [train_set[pair] for pair in sampler.indices(0)[:micro]]
+        batch = data.collate([train_set[pair] for pair in sampler.indices(0)[:micro]])
+        batch = to_device(raise_error(batch), device)
         for _ in range(2):
             with world.autocast():
-                loss, _ = step_model(to_device(raise_error(data.collate(samples)), device), ramp(0, device))
+                loss, _ = step_model(batch, ramp(0, device))
             loss.backward()
             optimizer.zero_grad(set_to_none=True)
     if checkpoint:
@@ -711,7 +722,8 @@ def train(
         bar.update()
         if logging:
             record = {"step": step, "epoch": step / per_epoch, "lr": lr, "grad_norm": float(norm)}
-            bar.set_postfix_str(meter.log(record, cfg.batch_size, accum, sampler))
+            text = meter.log(record, cfg.batch_size, accum, sampler)
+            bar.set_postfix_str(text, refresh=False)
         epoch, rest = divmod(step, per_epoch)
         if rest == 0:
             meter.bad = 0
@@ -727,7 +739,7 @@ def train(
     if status == 0:
         validate(step, picture=True)
     if lead:
-        what = "finished" if status == 0 else "stopped; continue with --resume --output and this folder"
+        what = "finished" if status == 0 else f"stopped; continue with --resume --output {out}"
         print(f"{what}: step {step} of {total}, {out / 'last.pt'}", flush=True)
     return status
 

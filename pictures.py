@@ -14,8 +14,10 @@ def colorize(label_map: Tensor) -> Tensor:
     0 is dark grey and 255 (unlabelled) black; the others step around the hue circle by the golden
     ratio, so that neighbouring ids are far apart.
     """
-    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9 - 0.4 * (i // 3 % 2), 0.95 - 0.3 * (i // 7 % 2))
-               for i in range(256)]  # fmt: skip
+    colours = [
+        colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.9 - 0.4 * (i // 3 % 2), 0.95 - 0.3 * (i // 7 % 2))
+        for i in range(256)
+    ]
     colours[0], colours[255] = (0.25, 0.25, 0.25), (0.0, 0.0, 0.0)
     table = (torch.tensor(colours) * 255).byte().to(label_map.device)
     return table[label_map.long()].movedim(-1, -3)
