@@ -20,7 +20,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -349,19 +348,16 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
     def listing() -> bool:
         if split != "train" and not (Path(cfg.data) / split).is_dir():
             return False
-        if not folder.exists():
+        if not (folder / "files.npy").exists():
             files = data.scan(cfg.data, split, common[2])
             data.check(data.open_dataset(cfg.data, split, *common, files=files, **keys))
-            temporary = out / f"files-{split}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            files.save(temporary)
-            temporary.rename(folder)  # whole or not at all
+            files.save(folder)
         return True
 
     if not world.from_rank_0(listing):
         return None
     for _ in range(60):  # a network file system shows a new folder late
-        if folder.exists():
+        if (folder / "files.npy").exists():
             break
         time.sleep(0.5)
     else:
@@ -392,16 +388,25 @@ class Meter:
 
     def __init__(self, out: Path, world: World, train_set: data.Dataset, checkpoint: dict | None):
         self.out, self.world, self.train_set, self.names = out, world, train_set, []
-        self.sum, self.count, self.bad = 0.0, 0, 0
+        self.sum, self.part, self.count, self.bad = 0.0, 0.0, 0, 0
         self.finite_until = self.bad_terms = None  # on the device: first step with a bad loss
         if checkpoint:
             self.names, values, self.count = checkpoint["window"].values()
             self.sum = torch.tensor(values, device=world.device) if self.count else 0.0
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = (x for x in lines if x[-1:] == "}" and json.loads(x)["step"] <= at)
-            path.write_text("".join(f"{x}\n" for x in kept))
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
+            os.replace(temporary, path)
+
+    @staticmethod
+    def is_whole(line: str, at: int) -> bool:
+        """Whether a line of the log belongs to a step up to `at` and was not torn by a crash."""
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= at
+        except ValueError:
+            return False
 
     def restart(self) -> None:
         """Start the clock, after anything that is not training."""
@@ -411,7 +416,7 @@ class Meter:
         """Take in one micro-batch; `bad` (B,), on the CPU, is -1 or an unreadable file."""
         self.names = ["loss", *logs]
         terms = torch.stack([loss.detach().float(), *(v.float() for v in logs.values())])
-        self.sum, self.count = self.sum + terms, self.count + 1
+        self.part = self.part + terms
         if self.bad_terms is None:
             self.finite_until = torch.full((), 1e18, dtype=torch.float64, device=terms.device)
             self.bad_terms = torch.zeros_like(terms)
@@ -422,6 +427,10 @@ class Meter:
             self.bad += 1
             with open(self.out / "bad_files.txt", "a") as f:
                 f.write(self.train_set.files.name(index) + "\n")
+
+    def end_step(self, accum: int) -> None:
+        """Count a step of `accum` micro-batches; those of a step that is dropped never count."""
+        self.sum, self.part, self.count = self.sum + self.part / accum, 0.0, self.count + 1
 
     def window(self) -> dict:
         """Sums since the last line, mean over ranks: a resumed run completes that line."""
@@ -450,13 +459,13 @@ class Meter:
             "or --precision fp32"
         )
 
-    def log(self, record: dict, batch_size: int, accum: int, sampler: data.BatchSampler) -> str:
+    def log(self, record: dict, batch_size: int, sampler: data.BatchSampler) -> str:
         """Write a line of means since the last one; returns the progress bar's text."""
         self.check(sampler)
         window = self.window()
         means = {k: v / self.count for k, v in zip(self.names, window["sum"])}
         seconds = max(time.monotonic() - self.began, 1e-9)
-        rate = (self.count - self.first) * batch_size / accum / seconds
+        rate = (self.count - self.first) * batch_size / seconds
         cuda = self.world.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         peak = peak / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -495,7 +504,7 @@ def summary(
         "data": f"{cfg.data}: train {len(train_set)} images; val "
         + (f"{len(val_set)} images" if val_set else "none, so nothing is evaluated"),
         "batch": f"{cfg.batch_size} = {world.size} ranks x {accum} steps x {micro}",
-        "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x {cfg.batch_size} / 256",
+        "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
         "length": f"{cfg.epochs} epochs x {per_epoch} steps, warm-up {cfg.warmup_epochs} epochs"
         + (f", stopping after {cfg.steps} steps" if cfg.steps else ""),
         "device": f"{device}{threads}, {'bf16' if world.bf16 else 'fp32'}"
@@ -675,7 +684,7 @@ def train(
 
     if start >= stop:
         raise UserError(f"{out} is at step {start} already; --steps or --epochs say how far to go")
-    if start == 0:
+    if checkpoint is None:
         validate(0, picture=False)
     interrupt, batches, status = Stop(), iter(loader), 0
     bar = tqdm(total=stop, initial=start, unit="step", disable=not lead, dynamic_ncols=True,
@@ -708,6 +717,7 @@ def train(
         if number:  # the unfinished step is dropped
             status = 128 + number
             break
+        meter.end_step(accum)
         lr = learning_rate(cfg, step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -722,7 +732,7 @@ def train(
         bar.update()
         if logging:
             record = {"step": step, "epoch": step / per_epoch, "lr": lr, "grad_norm": float(norm)}
-            text = meter.log(record, cfg.batch_size, accum, sampler)
+            text = meter.log(record, cfg.batch_size, sampler)
             bar.set_postfix_str(text, refresh=False)
         epoch, rest = divmod(step, per_epoch)
         if rest == 0:

@@ -1,0 +1,745 @@
+"""CoMA: complementary masked autoencoders; DyViT: a hierarchical transformer with dynamic windows.
+
+Paper: "CoMA: Complementary Masking and Hierarchical Dynamic Multi-Window Self-Attention in a Unified
+Pre-training Framework". Idea:
+  1. a random mask hides 60 % of an image's patches, its complement the other 40 %;
+  2. the adaptive model sees the first rest, the evaluation model the second, and each predicts what
+     it does not see, so that every patch is predicted exactly once a step;
+  3. the evaluation model is frozen: it holds the adaptive model's weights of one step earlier;
+  4. the encoder, DyViT, works at strides 4, 8, 16, 32 and takes hidden patches out after its stem;
+  5. where tokens are many, they attend to summaries of windows of several sizes inside each patch.
+
+Equation -> code
+  Eq. 1       complementary masks         CoMA.forward, complement
+  Eqs. 2, 3   assembled image, its error  assemble, CoMA.loss
+  Eq. 4       frozen evaluation model     CoMA.before_step
+  Eq. 5       stages' sizes               SIDES, DyViT
+  Eq. 6       Positional Downsampling     PositionalDownsampling
+  Eqs. 7-10   DM-MSA                      WindowAttention
+  Fig. 2      masking frequency           masking_frequency
+  Tables 1, 2 sizes; plain MAE            PRESETS, --method mae; ViT instead of DyViT: --backbone vit
+
+The frozen branch gives no gradient. So it changes the loss that is reported and not the weights:
+`--evaluation none` leaves it out and trains the same model at less cost; `--evaluation shared` lets
+both branches learn. Where the paper is silent a `NOTE paper unclear` stands.
+
+  CPU:  python coma_dyvit.py --data shapes --model tiny
+  GPU:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --epochs 300
+  MAE:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --method mae --backbone vit
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engine
+import pictures
+from common import (
+    MASK, Block, Mlp, Normalize, PatchEmbed, ViT, drop_path, gather, init_weights,
+    patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
+)  # fmt: skip
+from data import sample_seed
+from engine import UserError, arg
+
+SIDES = (8, 4, 2, 1)  # Eq. (5): tokens along a patch's side in the four stages, p_i
+
+
+@dataclass
+class Config(engine.Config):
+    """Every value the paper sets, with its source; `--model` presets change the size."""
+
+    method: str = arg("coma", "coma, or plain MAE to compare with (Tables 2, 4)", ["coma", "mae"])
+    backbone: str = arg("dyvit", "dyvit, or vit (Table 4)", ["dyvit", "vit"])
+    evaluation: str | None = arg(
+        None, "evaluation branch: frozen (Eq. 4), none (the same weights, cheaper), or shared, which "
+        "learns too; default: frozen for coma, none for mae", ["frozen", "none", "shared"],
+    )  # fmt: skip
+    init: str | None = arg(None, "checkpoint to start from: a public MAE's (.pth), or ours")
+    epochs: int = arg(300, "Table 2 (300 or 800)")
+    warmup_epochs: float = arg(40, "not given; MAE's")
+    batch_size: int = arg(4096, "Implementation Details; the global batch")
+    base_lr: float = arg(1.5e-4, "not given; MAE's; lr = base_lr * batch_size / 256")
+    weight_decay: float = arg(0.05, "not given; MAE's")
+    beta1: float = arg(0.9, "not given; MAE's")
+    beta2: float = arg(0.95, "not given; MAE's")
+    crop_scale_min: float = arg(0.2, "not given; MAE's RandomResizedCrop (0.2, 1)")
+    image_size: int = arg(224, "Table 2")
+    patch_size: int | None = arg(None, "what is hidden as one; default: 32 (Implementation Details); "
+                                 "vit: 16")  # fmt: skip
+    mask_ratio: float | None = arg(None, "Fig. 5; default: 0.6; mae on vit: MAE's 0.75")
+    norm_pix_loss: bool | None = arg(None, "per-patch normalised pixels; default: off (Eq. 3); "
+                                     "mae on vit: on")  # fmt: skip
+    dims: str = arg("112-224-448-896", "DyViT: Table 1, #Channels")
+    blocks: str = arg("2-3-16-3", "DyViT: Table 1, #Blocks")
+    heads: str = arg("2-4-8-16", "DyViT: Table 1, #Heads")
+    windows: str = arg("8,4,2", "DyViT: the set of k (Eq. 8); a stage takes those up to its side")
+    stem_mask: str = arg("before", "DyViT: hide pixels before the stem, whose 7 x 7 kernel reaches "
+                         "into the next patch, or tokens after it, as printed", ["before", "after"])  # fmt: skip
+    fusion: str = arg("printed", "DyViT: Eq. 6 with the printed kernels 8, 4, 2, each to one token a "
+                      "patch; or a recursion of stride 2", ["printed", "sequential"])  # fmt: skip
+    embed_dim: int = arg(768, "ViT: ViT-B (Table 4)")
+    depth: int = arg(12, "ViT: ViT-B")
+    num_heads: int = arg(12, "ViT: ViT-B")
+    decoder: str = arg("vit", "Fig. 5, Decoder Depth", ["vit", "convnext"])
+    decoder_depth: int = arg(8, "Fig. 5, Decoder Depth")
+    decoder_embed_dim: int = arg(512, "not given; MAE's")
+    decoder_num_heads: int = arg(16, "not given; MAE's")
+
+    def resolve(self) -> None:
+        """Fill in what depends on other fields, and refuse what cannot work.
+
+        Errors: UserError naming the field and values that work.
+        """
+        mae_itself = (self.method, self.backbone) == ("mae", "vit")
+        if self.patch_size is None:
+            self.patch_size = 32 if self.backbone == "dyvit" else 16
+        if self.mask_ratio is None:
+            self.mask_ratio = 0.75 if mae_itself else 0.6
+        if self.norm_pix_loss is None:
+            self.norm_pix_loss = mae_itself
+        if self.evaluation is None:
+            self.evaluation = "none" if self.method == "mae" else "frozen"
+        if self.method == "mae" and self.evaluation != "none":
+            raise UserError(f"--method mae has no evaluation branch: not --evaluation {self.evaluation}")
+        super().resolve()
+        N = self.num_patches
+        if not 0 < self.mask_ratio < 1 or not 1 <= self.num_visible < N:
+            raise UserError(
+                f"--mask-ratio {self.mask_ratio} leaves {self.num_visible} of {N} patches; at least "
+                f"one must stay and one be hidden: {1 / N:.3g} to {1 - 1 / N:.3g} work"
+            )
+        if self.decoder_depth < 1:
+            raise UserError(f"--decoder-depth {self.decoder_depth} must be above 0; 8 in the paper")
+        engine.divides(self, "decoder_embed_dim", "decoder_num_heads")
+        widths = {"--decoder-embed-dim": self.decoder_embed_dim}
+        if self.backbone == "vit":
+            engine.divides(self, "embed_dim", "num_heads")
+            widths["--embed-dim"] = self.embed_dim
+        else:
+            dims, blocks, heads = (numbers(self, name) for name in ("dims", "blocks", "heads"))
+            widths["--dims"] = dims[0]
+            kernels = numbers(self, "windows", ",")
+            engine.divides(self, "patch_size", "_stage_1_side")
+            if len({len(dims), len(blocks), len(heads), len(SIDES)}) > 1:
+                raise UserError("--dims, --blocks and --heads need four numbers each, as 96-192-384-768")
+            if any(d % h for d, h in zip(dims, heads)):
+                raise UserError(f"--dims {self.dims} is not divisible by --heads {self.heads}, one by one")
+            if any(SIDES[0] % k for k in kernels) or min(kernels) > SIDES[1]:
+                raise UserError(
+                    f"--windows {self.windows}: kernels are of 8, 4, 2, 1 (Eq. 8), and at least one "
+                    f"is 4 or less, the patch's side in stage 2; try 8,4,2"
+                )
+        for name, width in widths.items():
+            if width % 4:
+                raise UserError(f"{name} {width} is not a multiple of 4, as sine-cosine positions need")
+
+    _stage_1_side = SIDES[0]  # the stem's stride is patch_size / 8
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """Patches that the adaptive model sees: 19 of 49; the evaluation model sees the other 30."""
+        # NOTE paper unclear: 60 % of 49 patches are 29.4. MAE's rounding hides 30.
+        return int(self.num_patches * (1 - self.mask_ratio) + 1e-6)
+
+
+def numbers(cfg: Config, name: str, separator: str = "-") -> tuple[int, ...]:
+    """Read a field such as "2-4-8-16"; UserError where it is no list of positive integers."""
+    parts = getattr(cfg, name).split(separator)
+    if not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise UserError(f"{engine.flag(name)} {getattr(cfg, name)}: want positive numbers joined by "
+                        f"'{separator}', as {getattr(Config, name)}")  # fmt: skip
+    return tuple(int(p) for p in parts)
+
+
+# ---------------------------------------------------------------------------------------- masking
+
+
+def masking_frequency(cfg: Config, iterations: int = 1600, seed: int = 0) -> dict[str, Tensor]:
+    """Count how often each patch is hidden, and how often it teaches (Figure 2).
+
+    Args:
+        cfg: a run's settings: image and patch size, mask ratio, evaluation branch.
+        iterations: how often one image is met; Figure 2 has 1,600.
+    Returns: three maps (h, w) int64. `random`: hidden by the adaptive mask, as in MAE;
+        `complementary`: hidden in either branch, the paper's count, which is flat by construction;
+        `gradient`: hidden in a branch that learns, which is `random` unless the branches share.
+    """
+    seeds = torch.tensor([sample_seed(seed, step, 0) for step in range(iterations)])
+    N, h = cfg.num_patches, cfg.image_size // cfg.patch_size
+    mask = random_mask(uniform(seeds, N, MASK), N - cfg.num_visible)
+    first, second = mask.sum(0), (~mask).sum(0)
+    taught = first + second if cfg.evaluation == "shared" else first
+    maps = {"random": first, "complementary": first + second, "gradient": taught}
+    return {name: counts.view(h, h) for name, counts in maps.items()}
+
+
+def assemble(pred: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+    """Join two branches' predictions: each patch from the branch that did not see it (Eq. 2).
+
+    Args:
+        pred, other: (B, N, n), of the adaptive and of the evaluation model.
+        mask: (B, N) bool, True = hidden from the adaptive model and visible to the other.
+    Returns: (B, N, n) float32.
+    """
+    return torch.where(mask[..., None], pred.float(), other.float())  # Eq. (2)
+
+
+# ------------------------------------------------------------------------------------------ DyViT
+# Tokens lie patch by patch: (B, V * s * s, C), V patches of s x s tokens in raster order. So hidden
+# patches are just absent, and what happens inside patches is a reshape for any V and image size.
+
+
+def cut(x: Tensor, side: int, k: int) -> Tensor:
+    """Cut each patch's side x side tokens (B, V*side*side, C) into windows (B, V*(side/k)^2, k*k*C)."""
+    x = x.unflatten(1, (-1, side // k, k, side // k, k)).transpose(3, 4)
+    return x.reshape(len(x), -1, k * k * x.shape[-1])
+
+
+def max_pool(x: Tensor, side: int) -> Tensor:
+    """Halve the side of each patch by 2 x 2 max pooling: (B, V*side*side, C) to a quarter of it."""
+    images = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)  # (B*V, C, side, side)
+    return F.max_pool2d(images, 2).permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[-1])
+
+
+class WindowAttention(nn.Module):
+    """Dynamic multi-window self-attention, DM-MSA (Eqs. 7-10).
+
+    Every token asks; what answers are summaries of k x k windows inside the patches, of all patches,
+    for each k of a set. One attention for each k, summed.
+
+    Args:
+        side: tokens along a patch's side.
+        windows: the set of k; each divides `side`.
+    """
+
+    # NOTE paper unclear: does k = 1 belong to the set? Eq. (8) admits it, but stage 1 would then be
+    # full attention over 3136 tokens and DyViT-B cost 19 GMAC, not Table 2's 12. Left out; an option.
+
+    def __init__(self, dim: int, num_heads: int, side: int, windows: Sequence[int]):
+        super().__init__()
+        self.num_heads, self.side = num_heads, side
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        # NOTE paper unclear: the kind of convolution. Depthwise, one Conv_k for K and V as Eq. (9)
+        # writes it: that gives Table 2's 35 M and 70 M. A bias would be one number added to all keys
+        # of a channel, which softmax does not see.
+        self.convs = nn.ModuleList(
+            nn.Conv2d(dim, dim, k, stride=k, groups=dim, bias=False) for k in windows
+        )
+
+    def kernel(self) -> Tensor:
+        """All depthwise convolutions as a matrix a channel, (C, side^2 positions, windows of all k)."""
+        matrices = []
+        for conv in self.convs:
+            k = conv.kernel_size[0]
+            n, at = self.side // k, torch.arange(self.side, device=conv.weight.device) // k
+            inside = F.one_hot((at[:, None] * n + at).flatten(), n * n)  # (side^2, n^2): in window?
+            weight = conv.weight[:, 0].tile(1, n, n).flatten(1)  # (C, side^2)
+            matrices.append(weight[:, :, None] * inside)
+        return torch.cat(matrices, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, V*side*side, C) to the same shape."""
+        B, L, C = x.shape
+        q, kv = self.qkv(x).split([C, 2 * C], dim=-1)  # Eq. (7)
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+        # Conv_k has stride k, so it is a weighted sum over each window and never leaves the patch.
+        # One product over the positions p of a patch does it for all k, for K and V (m).
+        kv = kv.reshape(-1, self.side**2, 2, C)  # (B*V, p, m, C)
+        kv = torch.einsum("npmc,cpw->nwmc", kv, self.kernel())  # (B*V, windows, 2, C)
+        out = 0
+        for part in kv.split([(self.side // c.kernel_size[0]) ** 2 for c in self.convs], dim=1):
+            part = part.reshape(B, -1, 2, self.num_heads, C // self.num_heads)
+            k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, V * windows, d) each
+            out = out + F.scaled_dot_product_attention(q, k, v)  # Eq. (9), summed as in Eq. (10)
+        return self.proj(out.transpose(1, 2).flatten(2))  # Eq. (10)
+
+
+class WindowBlock(Block):
+    """Transformer block with DM-MSA."""
+
+    def __init__(self, dim: int, num_heads: int, side: int, windows: Sequence[int]):
+        super().__init__(dim, num_heads)
+        self.attn = WindowAttention(dim, num_heads, side, windows)
+
+
+class DyViT(nn.Module):
+    """Hierarchical encoder that survives pre-training; Table 1, Fig. 4a.
+
+    Args:
+        image_size: (H, W) the position embedding is kept for; any other size works.
+        patch_size: side of what is hidden as one; the stem's stride is an eighth of it.
+        dims, depths, num_heads: of the four stages.
+        windows: the set of k; stages 1 and 2 take those up to their side.
+        stem_mask: "before" or "after", see `visible_stem`.
+        drop_path: the last block's rate, used when `seed` is given.
+    """
+
+    num_prefix = 0
+
+    def __init__(
+        self, image_size: Sequence[int] = (224, 224), patch_size: int = 32,
+        dims: Sequence[int] = (112, 224, 448, 896), depths: Sequence[int] = (2, 3, 16, 3),
+        num_heads: Sequence[int] = (2, 4, 8, 16), windows: Sequence[int] = (8, 4, 2),
+        stem_mask: str = "before", drop_path: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.patch_size, self.stem_mask, self.drop_path = patch_size, stem_mask, drop_path
+        self.dims, self.depths, self.embed_dim = tuple(dims), tuple(depths), dims[-1]
+        self.strides = tuple(patch_size // side for side in SIDES)  # 4, 8, 16, 32
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        s = self.strides[0]
+        self.stem = nn.Conv2d(3, dims[0], 2 * s - 1, stride=s, padding=s - 1)  # 7 x 7, stride 4
+        self.register_buffer("pos_embed", self.sincos(*self.grid), persistent=False)
+        self.stages = nn.ModuleList()
+        for side, dim, depth, heads in zip(SIDES, dims, depths, num_heads):
+            fitting = [k for k in windows if k <= side]
+            windowed = side > 2  # stages 1, 2; the others attend globally
+            self.stages.append(nn.ModuleList(
+                WindowBlock(dim, heads, side, fitting) if windowed else Block(dim, heads)
+                for _ in range(depth)
+            ))  # fmt: skip
+        # NOTE paper unclear: how channels grow between stages. A linear layer after the pooling.
+        self.downsample = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+
+    def sincos(self, h: int, w: int) -> Tensor:
+        """Fixed position embedding of the stem's grid, by patch: (h*w, 64 * C)."""
+        # NOTE paper unclear: the embedding, "reinserted" for other sizes. Fixed, computed anew.
+        x = sincos_2d(self.dims[0], h * SIDES[0], w * SIDES[0]).T
+        return patchify(x.unflatten(1, (h * SIDES[0], w * SIDES[0]))[None], SIDES[0])[0]
+
+    def position(self, h: int, w: int) -> Tensor:
+        return self.pos_embed if (h, w) == self.grid else self.sincos(h, w).to(self.pos_embed)
+
+    grid_of = ViT.grid_of
+
+    def visible_stem(self, imgs: Tensor, mask: Tensor, ids_keep: Tensor) -> Tensor:
+        """The stem on visible patches alone: (B, 3, H, W), (B, N), (B, V) to (B, V, 64 * C).
+
+        The kernel reaches s - 1 pixels over a patch's left and upper edge (s its stride) and not
+        over the others, so each patch is taken with that margin and convolved by itself.
+        """
+        # NOTE paper unclear: masks apply after the stem, so hidden pixels get into visible tokens
+        # next to them. "before" blanks them first, as Hiera does; "after" is the literal text.
+        (h, w), p, s = self.grid_of(imgs), self.patch_size, self.strides[0]
+        if self.stem_mask == "before":
+            cells = imgs.unflatten(3, (w, p)).unflatten(2, (h, p))  # (B, 3, h, p, w, p)
+            imgs = cells.masked_fill(mask.view(-1, 1, h, 1, w, 1), 0).view_as(imgs)
+        imgs = F.pad(imgs, (s - 1, 0, s - 1, 0))
+        cells = imgs.unfold(2, p + s - 1, p).unfold(3, p + s - 1, p)  # (B, 3, h, w, p+s-1, p+s-1)
+        sample = torch.arange(len(imgs), device=imgs.device)[:, None]
+        x = cells[sample, :, ids_keep // w, ids_keep % w].flatten(0, 1)  # (B*V, 3, p+s-1, p+s-1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(x, self.stem.weight, self.stem.bias, stride=s)  # (B*V, C, 8, 8)
+        return x.permute(0, 2, 3, 1).reshape(*ids_keep.shape, -1)
+
+    def embed(
+        self, imgs: Tensor, mask: Tensor | None = None, ids_keep: Tensor | None = None
+    ) -> Tensor:
+        """Normalised images (B, 3, H, W) to stage 1's tokens, (B, V*64, C); all patches without mask."""
+        position = self.position(*self.grid_of(imgs))
+        if mask is None:
+            x = patchify(self.stem(imgs), SIDES[0])
+        else:
+            x, position = self.visible_stem(imgs, mask, ids_keep), position[ids_keep]
+        return (x + position).unflatten(2, (SIDES[0] ** 2, -1)).flatten(1, 2)
+
+    def run(
+        self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None
+    ) -> tuple[list[Tensor], dict[int, tuple[Tensor, int]]]:
+        """Run the stages on tokens (B, V*64, C).
+
+        Returns: the four stages' outputs X_i (B, V * side^2, C_i) of Eq. (5); and for each of `layers`
+        (1-based blocks) its output and side.
+        """
+        scales = [None] * sum(self.depths)
+        if seed is not None and self.drop_path > 0:
+            scales = drop_path(seed, sum(self.depths), self.drop_path)
+        stages, outputs, n = [], {}, 0
+        for i, (side, blocks) in enumerate(zip(SIDES, self.stages)):
+            if i > 0:
+                x = self.downsample[i - 1](max_pool(x, SIDES[i - 1]))
+            for block in blocks:
+                x = block(x, scales[n])
+                n += 1
+                if n in layers:
+                    outputs[n] = x, side
+            stages.append(x)
+        return stages, outputs
+
+    def to_map(self, x: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+        """Tokens of all patches (B, h*w*side^2, C) as a map (B, C, h*side, w*side)."""
+        return unpatchify(cut(x, side, side), side, grid)
+
+    def forward_features(
+        self, imgs: Tensor, layers: Sequence[int] | None = None, seed: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Features of whole images.
+
+        Args:
+            imgs: (B, 3, H, W) float, normalised; H and W multiples of the patch size.
+            layers: 1-based blocks, outputs before the final norm; None = the last, after it.
+            seed: (B,) int64 turns drop path on.
+        Returns: for each layer (tokens (B, L, C) in raster order of its stage's map, an empty prefix).
+        """
+        stages, outputs = self.run(self.embed(imgs), layers or (), seed)
+        chosen = [(self.norm(stages[-1]), 1)] if layers is None else [outputs[n] for n in layers]
+        maps = [self.to_map(x, side, self.grid_of(imgs)) for x, side in chosen]
+        return [(m.flatten(2).transpose(1, 2), m.new_empty(len(m), 0, m.shape[1])) for m in maps]
+
+    def forward_pyramid(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
+        """The four stages' outputs as maps (B, C_i, H / stride, W / stride), without the final norm."""
+        stages, _ = self.run(self.embed(imgs), seed=seed)
+        return [self.to_map(x, side, self.grid_of(imgs)) for x, side in zip(stages, SIDES)]
+
+    def layer_ids(self) -> dict[str, int]:
+        """Depth of every parameter: 0 stem, 1.. blocks (pooling counts to the next), last the norm."""
+        first = [sum(self.depths[:i]) + 1 for i in range(len(SIDES))]
+
+        def depth(name: str) -> int:
+            part, *rest = name.split(".")
+            if part == "stages":
+                return first[int(rest[0])] + int(rest[1])
+            if part == "downsample":
+                return first[int(rest[0]) + 1]
+            return sum(self.depths) + 1 if part == "norm" else 0
+
+        return {name: depth(name) for name, _ in self.named_parameters()}
+
+
+class PositionalDownsampling(nn.Module):
+    """Fuse the four stages into one token a patch (Eq. 6); pre-training only.
+
+    Convolutions of kernel = stride inside patches, so each is a projection of windows.
+    """
+
+    # NOTE paper unclear: Eq. (6) with kernel and stride 2^(4-i) on Y_{i-1} does not give X_{i+1}'s
+    # grid. "printed": kernels 8, 4, 2 on X_1, X_2, X_3, each to one token a patch, summed onto X_4.
+    # "sequential": the recursion as written, with stride 2. Where norms go is open, too: one, after.
+
+    def __init__(self, dims: Sequence[int], mode: str):
+        super().__init__()
+        self.sequential = mode == "sequential"
+        if self.sequential:
+            self.convs = nn.ModuleList(PatchEmbed(2, a, b) for a, b in zip(dims, dims[1:]))
+        else:
+            self.convs = nn.ModuleList(PatchEmbed(k, a, dims[-1]) for k, a in zip(SIDES[:3], dims))
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        """X_1..X_4, (B, V * side^2, C_i) each, to (B, V, C_4)."""
+        if self.sequential:
+            y = stages[0]
+            for conv, x, side in zip(self.convs, stages[1:], SIDES):
+                y = conv(cut(y, side, 2)) + x  # Eq. (6)
+            return y
+        fused = (conv(cut(x, k, k)) for conv, x, k in zip(self.convs, stages, SIDES))
+        return sum(fused, stages[3])  # Eq. (6)
+
+
+# ------------------------------------------------------------------------------------ pre-training
+
+
+def make_encoder(cfg: Config, **kwargs) -> nn.Module:
+    """The backbone of a run; kwargs: image_size (H, W) and drop_path."""
+    if cfg.backbone == "vit":
+        return ViT(patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, depth=cfg.depth,
+                   num_heads=cfg.num_heads, **kwargs)  # fmt: skip
+    dims, depths, heads = (numbers(cfg, name) for name in ("dims", "blocks", "heads"))
+    return DyViT(patch_size=cfg.patch_size, dims=dims, depths=depths, num_heads=heads,
+                 windows=numbers(cfg, "windows", ","), stem_mask=cfg.stem_mask, **kwargs)  # fmt: skip
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7 x 7 convolution on the patch grid, then an MLP (the decoder of Fig. 5)."""
+
+    # NOTE paper unclear: ConvNeXt's layer scale of 1e-6. Left out, as in ConvNeXt's own masked
+    # autoencoder: at the start it would cut the encoder off from the gradient.
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
+        self.norm, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, h*w, D) to the same shape."""
+        y = self.dwconv(x.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+        return x + self.mlp(self.norm(y))
+
+
+class Autoencoder(nn.Module):
+    """Encoder of visible patches and decoder of all, on either backbone; names as in MAE."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, D = cfg, cfg.decoder_embed_dim
+        grid = (cfg.image_size // cfg.patch_size,) * 2
+        self.encoder = make_encoder(cfg, image_size=(cfg.image_size,) * 2)
+        if cfg.backbone == "dyvit":
+            self.fusion = PositionalDownsampling(self.encoder.dims, cfg.fusion)
+        self.decoder_embed = nn.Linear(self.encoder.embed_dim, D)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_buffer("decoder_pos_embed", sincos_2d(D, *grid), persistent=False)
+        self.decoder_blocks = nn.ModuleList(
+            ConvNeXtBlock(D, grid) if cfg.decoder == "convnext" else Block(D, cfg.decoder_num_heads)
+            for _ in range(cfg.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_pred = nn.Linear(D, 3 * cfg.patch_size**2)
+
+    def encode(self, imgs: Tensor, mask: Tensor, ids_keep: Tensor) -> Tensor:
+        """Encode visible patches, after the final norm: (B, P + V, D), P prefix tokens (ViT: 1)."""
+        encoder = self.encoder
+        if self.cfg.backbone == "dyvit":
+            stages, _ = encoder.run(encoder.embed(imgs, mask, ids_keep))
+            return encoder.norm(self.fusion(stages))
+        patches = gather(patchify(imgs, encoder.patch_size), ids_keep)
+        x = encoder.patch_embed(patches) + encoder.pos_embed[ids_keep]  # (B, V, D)
+        (x,) = encoder.run(encoder.add_prefix(x))
+        return encoder.norm(x)
+
+    def predict(self, imgs: Tensor, mask: Tensor, num_visible: int) -> Tensor:
+        """Predict all patches from the visible ones.
+
+        Args:
+            imgs: (B, 3, H, W) float, normalised.
+            mask: (B, N) bool, True = hidden, with exactly `num_visible` False a sample.
+        Returns: (B, N, p*p*3).
+        """
+        ids_keep, _, ids_restore = split(mask, num_visible)
+        x = self.decoder_embed(self.encode(imgs, mask, ids_keep))
+        prefix, x = x[:, :-num_visible], x[:, -num_visible:]
+        hidden = self.mask_token.to(x.dtype).expand(len(x), mask.shape[1] - num_visible, -1)
+        x = gather(torch.cat([x, hidden], dim=1), ids_restore) + self.decoder_pos_embed
+        if self.cfg.decoder == "vit":  # a convolution has no place for the class token
+            x = torch.cat([prefix, x], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, -mask.shape[1] :]))
+
+
+class CoMA(Autoencoder):
+    """The adaptive model, which this is, and the evaluation model; or plain MAE.
+
+    `model(batch, progress)` returns (loss, logs). Between the last backward pass of a step and the
+    optimizer, the loop calls `before_step`.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.normalize = Normalize()
+        init_weights(self)
+        if cfg.init:
+            report = load_init(self, cfg.init)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(report, flush=True)
+        if cfg.evaluation == "frozen":
+            evaluation = Autoencoder(cfg).requires_grad_(False)
+            evaluation.load_state_dict(self.state_dict())
+            self.evaluation = evaluation  # in the checkpoint, not in the optimizer
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4).
+
+        One fused copy on the device. In step t the evaluation model so holds the weights with which
+        step t - 1 ran forward, in all micro-batches and on all ranks; in step 0 the same as ours.
+        """
+        if self.cfg.evaluation == "frozen":
+            names = dict(self.named_parameters())
+            ours = [names[name] for name, _ in self.evaluation.named_parameters()]
+            torch._foreach_copy_(list(self.evaluation.parameters()), ours)  # Eq. (4)
+
+    def make_mask(self, seed: Tensor) -> Tensor:
+        """Mask of the adaptive model from the samples' seeds: (B,) to (B, N) bool."""
+        N = self.cfg.num_patches
+        return random_mask(uniform(seed, N, MASK), N - self.cfg.num_visible)
+
+    def complement(self, imgs: Tensor, mask: Tensor) -> Tensor:
+        """Predict from the patches that `mask` hides (Eq. 1): (B, N, p*p*3)."""
+        hidden = self.cfg.num_patches - self.cfg.num_visible
+        if self.cfg.evaluation == "frozen":
+            with torch.no_grad():
+                return self.evaluation.predict(imgs, ~mask, hidden)
+        return self.predict(imgs, ~mask, hidden)
+
+    def target(self, imgs: Tensor) -> Tensor:
+        """What is predicted: patches (B, N, p*p*3), normalised one by one with `norm_pix_loss`."""
+        target = patchify(imgs, self.cfg.patch_size)
+        if self.cfg.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        return target
+
+    def loss(
+        self, pred: Tensor, other: Tensor | None, target: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error, in fp32: of the assembled image (Eq. 3); for MAE over hidden patches.
+
+        Args:
+            pred, other: (B, N, p*p*3) of the two branches. Without `other` the patches that it would
+                predict count as errors of 0, which gives the same gradient.
+            target: (B, N, p*p*3); mask: (B, N) bool, hidden from `pred`.
+        """
+        # NOTE paper unclear: Eq. (3) is a sum; a mean over all pixels is the same up to a factor.
+        image = assemble(pred, target if other is None else other, mask)
+        error = (image - target).square().mean(-1)  # (B, N)
+        hidden = self.cfg.num_patches - self.cfg.num_visible
+        logs = {"loss_adaptive": error.where(mask, 0).sum(1).mean() / hidden}
+        if other is not None:
+            logs["loss_evaluation"] = error.where(~mask, 0).sum(1).mean() / self.cfg.num_visible
+        total = logs["loss_adaptive"] if self.cfg.method == "mae" else error.mean()  # Eq. (3)
+        return total, {k: v.detach() for k, v in logs.items()}
+
+    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
+        """Loss of a batch (see data.py for its keys), and logs; `progress` is not needed."""
+        imgs, mask = self.normalize(batch["rgb"]), self.make_mask(batch["seed"])
+        pred = self.predict(imgs, mask, self.cfg.num_visible)
+        other = None if self.cfg.evaluation == "none" else self.complement(imgs, mask)
+        return self.loss(pred, other, self.target(imgs), mask)
+
+
+def load_init(model: Autoencoder, path: str | Path) -> str:
+    """Start from a public MAE checkpoint (encoder alone, or whole) or from one of this script.
+
+    The encoder must be there in full; the decoder may be absent. No code in the file is run.
+
+    Returns: a report of what was loaded, left out, and missing.
+    Errors: UserError, and nothing is loaded.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(state.get("model", state))
+        shapes = {k: v.shape for k, v in state.items()}
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f"--init {path} is not a checkpoint that can be read safely: {why}") from None
+    for name in [k for k in ("pos_embed", "decoder_pos_embed") if k in state]:
+        side = math.isqrt(shapes[name][1] - 1)
+        fixed = sincos_2d(shapes[name][2], side, side)
+        if shapes[name][1] != side**2 + 1 or not state[name][0, 1:].allclose(fixed, atol=1e-4):
+            raise UserError(f"--init {path}: {name} was learned; here positions are fixed sine-cosine")
+    if not any(k.startswith("encoder.") for k in state):  # MAE has the encoder at the top
+        ours = ("decoder_", "mask_token")
+        state = {k if k.startswith(ours) else f"encoder.{k}": v for k, v in state.items()}
+    own = model.state_dict()
+    found = [k for k in own if k in state]
+    missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
+    wrong = [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+             for k in found if state[k].shape != own[k].shape]  # fmt: skip
+    wrong += [f"missing {k}" for k in missing if k.startswith("encoder.")]
+    if wrong:
+        raise UserError(f"--init {path} does not fit the model, nothing was loaded: "
+                        + "; ".join(wrong[:8]) + f" ({len(wrong)} in all)")  # fmt: skip
+    model.load_state_dict({k: state[k] for k in found}, strict=False)
+    lines = [f"init        {path}: {len(found)} tensors loaded"]
+    lines += [f"  {what}: {', '.join(names)}" for what, names in
+              (("left out", left), ("missing, so random", missing)) if names]  # fmt: skip
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- looking at a model
+
+
+@torch.no_grad()
+def evaluate(model: CoMA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Reconstruction error on held-out images (Fig. 5, middle), beside a guess that learns nothing.
+
+    Both branches run with the current weights whatever `--evaluation` is, so that runs compare:
+    `loss_adaptive` sees 40 % and predicts 60 %, `loss_evaluation` the reverse, `loss` is Eq. (3), or
+    MAE's. The guess, `loss_mean_colour`, is the mean colour of the visible patches.
+    """
+    cfg, imgs, mask = model.cfg, model.normalize(batch["rgb"]), model.make_mask(batch["seed"])
+    pred, target = model.predict(imgs, mask, cfg.num_visible), model.target(imgs)
+    other = model.predict(imgs, ~mask, cfg.num_patches - cfg.num_visible)
+    total, logs = model.loss(pred, other, target, mask)
+    colours = target.unflatten(-1, (-1, 3)).mean(2).masked_fill(mask[..., None], 0)  # (B, N, 3)
+    guess = (colours.sum(1, keepdim=True) / cfg.num_visible).repeat(1, 1, cfg.patch_size**2)
+    error = (guess - target).square().mean(-1)
+    logs["loss_mean_colour"] = error.where(mask, 0).sum(1).mean() / (cfg.num_patches - cfg.num_visible)
+    return {"loss": total, **logs}
+
+
+def preview(model: CoMA, batch: dict[str, Tensor], path: Path, step: int) -> None:
+    """Write a picture: what each branch sees and predicts, and the assembled image (Eq. 2)."""
+    cfg, grid = model.cfg, (model.cfg.image_size // model.cfg.patch_size,) * 2
+    imgs, mask = model.normalize(batch["rgb"]), model.make_mask(batch["seed"])
+    mean, std = patch_statistics(patchify(imgs, cfg.patch_size))
+
+    def picture(patches: Tensor) -> Tensor:
+        if cfg.norm_pix_loss:
+            patches = patches * std + mean
+        x = unpatchify(patches, cfg.patch_size, grid) * model.normalize.std + model.normalize.mean
+        return (x * 255).round().clamp(0, 255).byte()
+
+    def visible(hidden: Tensor) -> Tensor:
+        cells = F.interpolate(hidden.view(-1, 1, *grid).float(), batch["rgb"].shape[-2:])
+        return batch["rgb"].masked_fill(cells.bool(), 128)
+
+    pred = model.predict(imgs, mask, cfg.num_visible).float()
+    target = model.target(imgs)
+    columns = {"input": batch["rgb"], "adaptive sees": visible(mask)}
+    columns["adaptive predicts"] = picture(assemble(pred, target, mask))
+    note = ", true patch mean, std" if cfg.norm_pix_loss else ""
+    if cfg.method == "coma":
+        other = model.complement(imgs, mask).float()
+        columns |= {"evaluation sees": visible(~mask)}
+        columns |= {"evaluation predicts": picture(assemble(target, other, mask))}
+        columns |= {"assembled: predictions alone": picture(assemble(pred, other, mask))}
+    caption = f"{cfg.method} on {cfg.backbone} {cfg.model}, step {step}, {cfg.data} val{note}"
+    pictures.contact_sheet(columns, path, caption)
+
+
+def load_encoder(path: str | Path, **overrides) -> nn.Module:
+    """Rebuild the encoder of a checkpoint.
+
+    Args:
+        path: a checkpoint that a run of this script wrote.
+        overrides: image_size (H, W) and drop_path.
+    Errors: UserError where the file is no such checkpoint.
+    """
+    checkpoint = engine.load(path, "coma_dyvit")
+    cfg = Config(**checkpoint["config"])
+    encoder = make_encoder(cfg, **{"image_size": (cfg.image_size,) * 2, **overrides})
+    prefix = "encoder."
+    state = {k[len(prefix):]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+    engine.load_weights(encoder, state, path)
+    return encoder
+
+
+# ---------------------------------------------------------------------------------------- presets
+
+PRESETS = {
+    # Ours, for a laptop: 64 x 64 scenes of 16 patches, the stem's stride 2; two minutes on two cores.
+    "tiny": dict(
+        image_size=64, patch_size=16, dims="24-48-96-192", blocks="1-1-2-1", heads="1-2-4-8",
+        embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_depth=2,
+        decoder_num_heads=4, epochs=2, warmup_epochs=0.1, batch_size=64, base_lr=4e-3,
+        data="shapes", val_epochs=1,
+    ),
+    # Table 1, DyViT-S; ViT-S.
+    "small": dict(
+        dims="96-192-384-768", blocks="1-2-11-2", heads="2-4-8-16", embed_dim=384, num_heads=6,
+        micro_batch=256, val_epochs=1,
+    ),
+    "base": dict(val_epochs=1),  # Table 1, DyViT-B; ViT-B
+}  # fmt: skip
+
+
+def main() -> None:
+    engine.main("coma_dyvit", Config, PRESETS, __doc__, CoMA, evaluate=evaluate, preview=preview)
+
+
+if __name__ == "__main__":
+    main()

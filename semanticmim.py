@@ -1,0 +1,640 @@
+"""SemanticMIM: masked image modelling through proxy tokens, on MaskFeat and on BEiT targets.
+
+Paper: "SemanticMIM: Marring Masked Image Modeling with Semantics Compression for General Visual
+Representation" (under review). Idea:
+  1. in plain MIM [MASK] tokens attend to [IMG] tokens and copy their neighbours;
+  2. here [IMG] tokens and a few [PROXY] tokens run through a ViT that never sees [MASK]: compression;
+  3. beside each layer a second block lets [MASK] read the [PROXY] tokens of that layer, and other
+     [MASK] tokens, never [IMG]: reconstruction;
+  4. the target is a HOG (MaskFeat) or a code of DALL-E's tokenizer (BEiT), for hidden patches alone;
+  5. the second stack is thrown away. What stays is a ViT with proxies in place of a class token.
+
+Equation -> code
+  Eq. 1    loss on [MASK] tokens            SemanticMIM.loss
+  Eq. 2    plain MIM, --proxies 0           SemanticMIM.tokens, first branch
+  Eq. 3    [IMG], [PROXY]: compression      SemanticMIM.tokens; common.Block; first_rows
+  Eq. 4    [MASK]: reconstruction           SemanticMIM.tokens; ReconstructionBlock
+  Table 2  recipes of both targets          RECIPES
+  Fig. 5   number of proxies                --proxies N
+  Fig. 6   share of hidden patches          --mask-ratio R
+  Figs. 7, 8, 9, 14  attention              Encoder.attention
+  Fig. 13  attention distance               attention_distance
+
+Where the paper is silent or contradicts itself a `NOTE paper unclear` stands.
+
+  CPU:       python semanticmim.py --data shapes --model tiny
+  MaskFeat:  torchrun --nproc_per_node=8 semanticmim.py --data data/imagenet
+  BEiT:      torchrun --nproc_per_node=8 semanticmim.py --data data/imagenet --model base-beit
+             --tokenizer dalle_encoder.pth
+  Baseline:  the same with --proxies 0: one class token, 40 % hidden
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engine
+import pictures
+from common import (
+    AUGMENT, MASK, Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, drop_path, gather,
+    init_weights, patchify, random_mask, split, uniform,
+)  # fmt: skip
+from engine import UserError, arg
+
+BINS = 9  # of a HOG (MaskFeat)
+
+# Table 2, by target. lr = base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. The last two lines
+# are BEiT's and MaskFeat's own.
+# NOTE paper unclear: the row of stochastic depth is garbled; 0.1 for BEiT, as its authors have it.
+RECIPES = {
+    "hog": dict(base_lr=2e-4, min_lr=1e-6, warmup_epochs=30.0, clip_grad=0.02, crop_scale_min=0.5,
+                color_jitter=0.0, drop_path=0.0, layer_scale=0.0),
+    "dvae": dict(base_lr=1.875e-4, min_lr=1e-5, warmup_epochs=10.0, clip_grad=3.0,
+                 crop_scale_min=0.08, color_jitter=0.4, drop_path=0.1, layer_scale=0.1),
+}  # fmt: skip
+
+
+@dataclass
+class Config(engine.Config):
+    """Every value the paper sets, with its source. None: what RECIPES has for the target."""
+
+    target: str = arg("hog", "Sec. 4.1: HOG (MaskFeat) or dVAE codes (BEiT)", ["hog", "dvae"])
+    tokenizer: str | None = arg(None, "for dvae: state dict of DALL-E's image encoder")
+    proxies: int = arg(8, "Sec. 4.1; Fig. 5: 2 and more. 0: plain MIM of Eq. 2 with one class token")
+    mask_ratio: float | None = arg(None, "Sec. 4.1: 0.6 (Fig. 6), 0.4 for plain MIM")
+    loss: str = arg("l2", "for hog: l1 (Sec. 3.1) or l2, the public code's", ["l2", "l1"])
+    epochs: int = arg(300, "Sec. 4.1; Table 2 is garbled")
+    warmup_epochs: float | None = arg(None, "Table 2: 30 (hog), 10 (dvae)")
+    batch_size: int = arg(2048, "Table 2; the global batch")
+    base_lr: float | None = arg(None, "Table 2: peak 1.6e-3 (hog), 1.5e-3 (dvae); that * 256 / 2048")
+    min_lr: float | None = arg(None, "Table 2: 1e-6 (hog), 1e-5 (dvae)")
+    weight_decay: float = arg(0.05, "Table 2")
+    beta1: float = arg(0.9, "Table 2")
+    beta2: float = arg(0.999, "Table 2")
+    clip_grad: float | None = arg(None, "Table 2: 0.02 (hog), 3.0 (dvae); 0 = off")
+    drop_path: float | None = arg(None, "Table 2: 0 (hog), 0.1 (dvae), in both stacks")
+    color_jitter: float | None = arg(None, "Table 2: 0 (hog), 0.4 (dvae)")
+    image_size: int = arg(224, "Sec. 4.1")
+    crop_scale_min: float | None = arg(None, "Table 2: 0.5 (hog), 0.08 (dvae)")
+    patch_size: int = arg(16, "Sec. 4.1")
+    embed_dim: int = arg(768, "Sec. 4.1: ViT-B")
+    depth: int = arg(12, "Sec. 4.1: ViT-B")
+    num_heads: int = arg(12, "Sec. 4.1: ViT-B")
+    layer_scale: float | None = arg(None, "first value of BEiT's branch scales: 0.1 (dvae); 0 = none")
+    pos_embed: str = arg("learned", "BEiT and MaskFeat: learned", ["learned", "fixed"])
+    skip_last: bool = arg(True, "leave out the last layer's [IMG] rows, which reach no loss (exact)")
+
+    def resolve(self) -> None:
+        """Fill in what depends on the target and on the proxies; refuse what cannot work.
+
+        Errors: UserError naming the field and values that work.
+        """
+        for name, value in RECIPES[self.target].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().resolve()
+        if self.proxies < 0:
+            raise UserError(f"--proxies {self.proxies} must be 0 (plain MIM) or above, e.g. 8")
+        if self.mask_ratio is None:
+            self.mask_ratio = 0.6 if self.proxies else 0.4  # Sec. 4.1
+        if not (0 < self.mask_ratio < 1 and 0 < self.num_visible < self.num_patches):
+            N = self.num_patches
+            raise UserError(f"--mask-ratio {self.mask_ratio} hides all or none of {N} patches, or is "
+                            "outside (0, 1); e.g. 0.6")  # fmt: skip
+        for name in ("drop_path", "color_jitter"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{engine.flag(name)} {getattr(self, name)} is outside [0, 1)")
+        engine.divides(self, "embed_dim", "num_heads")
+        if self.pos_embed == "fixed":
+            fours = self.embed_dim // 4 * 4
+            if self.embed_dim != fours:
+                raise UserError(f"--embed-dim {self.embed_dim} is not divisible by 4, as --pos-embed "
+                                f"fixed needs; nearest that work: {fours} or {fours + 4}")  # fmt: skip
+        if self.patch_size % 2:
+            raise UserError(f"--patch-size {self.patch_size} is odd; nearest that work: "
+                            f"{self.patch_size - 1} or {self.patch_size + 1}")  # fmt: skip
+        what = "DALL-E's image encoder as a state dict (dalle_encoder.pth, as BEiT uses it)"
+        if self.target == "dvae" and not (self.tokenizer and Path(self.tokenizer).is_file()):
+            raise UserError(
+                f"--target dvae needs --tokenizer PATH, {what}; "
+                + (f"there is no file {self.tokenizer}; " if self.tokenizer else "")
+                + "--target hog needs no file"
+            )
+        if self.target == "hog" and self.tokenizer:
+            raise UserError(f"--tokenizer is {what} for --target dvae; --target hog needs none")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_visible(self) -> int:
+        """V: 78 of 196 at 60 % and 117 at 40 %, so that 118 and 79 are hidden."""
+        # NOTE paper unclear: rounding. App. C has 78 + 118, so the visible patches round down.
+        return math.floor((1 - self.mask_ratio) * self.num_patches + 1e-9)
+
+
+# -------------------------------------------------------------------------------- target: HOG
+
+
+class HOG(nn.Module):
+    """Histograms of oriented gradients of every patch, MaskFeat's target.
+
+    Sobel gradients of each channel; 9 bins of orientation over half a turn, filled with gradient
+    lengths times a Gaussian window that repeats with each patch; 2 x 2 cells a patch (8 pixels each
+    in patches of 16), each scaled to unit L2 norm over its bins. 3 x 9 x 4 = 108 numbers a patch.
+    """
+
+    def __init__(self, patch_size: int, image_size: int):
+        super().__init__()
+        self.cell = patch_size // 2
+        n = torch.arange(patch_size) - (patch_size - 1) / 2
+        g = torch.exp(-0.5 * (n / (patch_size / 2)) ** 2)  # standard deviation: half the window
+        window = torch.outer(g, g) / g.sum() ** 2
+        tiled = window.repeat(*(image_size // patch_size,) * 2)
+        self.register_buffer("window", tiled, persistent=False)  # (H, W)
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) float32 to (B, L, 108); a patch's order is (3, 9, 2, 2)."""
+        gx, gy = sobel(imgs)
+        bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS  # (B, 3, H, W)
+        length = torch.hypot(gx, gy) * self.window
+        # a cell's sum for each bin: nine passes need no (B, 3, 9, H, W) and no scattered additions
+        cells = [F.avg_pool2d(length.where(bins == k, 0), self.cell) for k in range(BINS)]
+        hog = F.normalize(torch.stack(cells, dim=2), dim=2)  # (B, 3, 9, 2h, 2w)
+        B, _, _, rows, cols = hog.shape
+        hog = hog.reshape(B, 3 * BINS, rows // 2, 2, cols // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return hog.reshape(B, rows * cols // 4, 12 * BINS)
+
+
+def sobel(imgs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sobel gradients along x and y, (B, C, H, W) each, of images with mirrored borders."""
+    H, W = imgs.shape[-2:]
+    x = F.pad(imgs, (1, 1, 1, 1), mode="reflect")
+    # Where a gradient vanishes, rounding gives its sign, and the sign the bin: 2 % of the pixels of a
+    # photograph. Summed in raster order this equals the reference convolution bit for bit, wherever it
+    # runs; a convolution on a GPU (TF32, another order) does not.
+    a, b, c, d, _, f, g, h, i = (x[..., r : r + H, q : q + W] for r in range(3) for q in range(3))
+    return a - c + 2 * d - 2 * f + g - i, a + 2 * b + c - g - 2 * h - i
+
+
+def draw_hog(hog: Tensor, grid: tuple[int, int], side: int = 12) -> Tensor:
+    """Draw HOGs (B, h*w, 108) as edges: a cell is `side` pixels, a bin a line along its edge.
+
+    Returns: (B, 1, 2h*side, 2w*side) float in [0, 1].
+    """
+    (h, w), B = grid, len(hog)
+    cells = hog.float().reshape(B, h, w, 3, BINS, 2, 2).mean(3).permute(0, 3, 1, 4, 2, 5)
+    angle = (torch.arange(BINS, device=hog.device)[:, None, None] + 0.5) * math.pi / BINS
+    at = torch.arange(side, device=hog.device) - (side - 1) / 2
+    # a bin's gradient points along (x, y) = (sin, cos) of its angle; the edge lies across it
+    lines = ((at * angle.sin() + at[:, None] * angle.cos()).abs() < 0.7).float()  # (9, side, side)
+    return torch.einsum("bkhrwc,kij->bhriwcj", cells.clamp(0, 1), lines).reshape(
+        B, 1, 2 * h * side, 2 * w * side).clamp(0, 1)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ target: dVAE codes
+
+
+class Tokenizer(nn.Module):
+    """DALL-E's image encoder: the code of each patch is the largest of its logits (BEiT's target).
+
+    Frozen and no part of a checkpoint: its weights are buffers that are not saved.
+
+    Args:
+        state: `{name}.w` and `{name}.b` of each convolution, named as OpenAI's encoder has them; its
+            sizes are read off them (released: 256 channels, 8192 codes).
+        image_size, grid: side of the image and of the patch grid; the encoder sees 8 * grid pixels.
+    """
+
+    def __init__(self, state: dict[str, Tensor], image_size: int, grid: int):
+        super().__init__()
+        self.blocks = sum(k.startswith("blocks.group_1.") and k.endswith("conv_1.w") for k in state)
+        self.num_codes = state["blocks.output.conv.b"].numel()
+        for name, value in state.items():
+            self.register_buffer(name.replace(".", "_"), value.float(), persistent=False)
+        self.register_buffer("resize", lanczos(image_size, 8 * grid), persistent=False)
+
+    def conv(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = (getattr(self, f"{name}.{k}".replace(".", "_")) for k in "wb")
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float32 to (B, codes, H/8, W/8): four groups of residual blocks."""
+        x = self.conv("blocks.input", x)
+        for group in range(1, 5):
+            for block in range(1, self.blocks + 1):
+                name, y = f"blocks.group_{group}.block_{block}", x
+                for layer in range(1, 5):
+                    y = self.conv(f"{name}.res_path.conv_{layer}", y.relu())
+                if block == 1 and group > 1:  # the width doubles
+                    x = self.conv(f"{name}.id_path", x)
+                x = x + y / (4 * self.blocks) ** 2
+            x = F.max_pool2d(x, 2) if group < 4 else x
+        return self.conv("blocks.output.conv", x.relu())
+
+    @torch.no_grad()
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Codes of images (B, 3, H, W) uint8, (B, L) int64, in fp32 whatever autocast says."""
+        # NOTE paper unclear: BEiT cuts a second view of 112 pixels out of the photograph, by Lanczos.
+        # Ours is the 224-pixel crop itself, reduced by Lanczos: the same view, filtered twice.
+        with torch.autocast(rgb.device.type, enabled=False):
+            x = self.resize @ rgb.float() @ self.resize.T  # rows, then columns
+            x = x.round().clamp(0, 255) / 255
+            return self.logits(0.8 * x + 0.1).argmax(1).flatten(1)  # DALL-E maps [0, 1] to [0.1, 0.9]
+
+
+def lanczos(n_in: int, n_out: int) -> Tensor:
+    """Matrix (n_out, n_in) that resizes a row of pixels by Lanczos-3, antialiased, as Pillow does."""
+    scale = n_in / n_out
+    centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * scale
+    x = (torch.arange(n_in) + 0.5 - centre) / max(scale, 1.0)
+    weight = (x.sinc() * (x / 3).sinc()).where(x.abs() < 3, 0)
+    return (weight / weight.sum(1, keepdim=True)).float()
+
+
+def tokenizer_shapes(n_hid: int, blocks: int, codes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the state dict of a DALL-E encoder."""
+    convs, n_in = {"blocks.input": (n_hid, 3, 7)}, n_hid
+    for group in range(1, 5):
+        n_out = n_hid * 2 ** (group - 1)
+        mid = n_out // 4
+        for block in range(1, blocks + 1):
+            name = f"blocks.group_{group}.block_{block}"
+            if n_in != n_out:
+                convs[f"{name}.id_path"] = (n_out, n_in, 1)
+            path = (mid, n_in, 3), (mid, mid, 3), (mid, mid, 3), (n_out, mid, 1)
+            convs |= {f"{name}.res_path.conv_{i}": c for i, c in enumerate(path, 1)}
+            n_in = n_out
+    convs["blocks.output.conv"] = (codes, n_in, 1)
+    weights = {f"{name}.w": (o, i, k, k) for name, (o, i, k) in convs.items()}
+    return weights | {f"{name}.b": (o,) for name, (o, _, _) in convs.items()}
+
+
+def load_tokenizer(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of a DALL-E encoder, of any width; no code in the file is run.
+
+    Errors: UserError where the file is none, or lists what is missing, unexpected or misshapen.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        shapes = {k: tuple(v.shape) for k, v in state.items()}
+        blocks = sum(k.startswith("blocks.group_1.") and k.endswith("conv_1.w") for k in shapes)
+        first, last = shapes["blocks.input.w"], shapes["blocks.output.conv.w"]
+        wanted = tokenizer_shapes(first[0], blocks, last[0])
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(
+            f"{path} is not the state dict of a DALL-E encoder that can be read safely: {why}"
+        ) from None
+    wrong = [k for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
+    if wrong:
+        shown = "; ".join(f"{k} is {shapes.get(k)}, wanted {wanted.get(k)}" for k in wrong[:8])
+        raise UserError(f"{path} is not a DALL-E encoder ({len(wrong)} tensors differ): {shown}")
+    return state
+
+
+def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
+    """Change brightness, contrast and saturation, each by 1 +- strength, in a random order.
+
+    Args:
+        rgb: (B, 3, H, W) uint8.
+        seed: (B,) int64.
+    Returns: (B, 3, H, W) uint8. Each is torchvision's blend of the image with black, with its mean
+        grey or with its own grey version.
+    """
+    # NOTE paper unclear: where the jitter stands. BEiT jitters the photograph, then crops; here the crop
+    # is jittered, so contrast moves about the crop's mean grey. Both stacks' views share it.
+    u = uniform(seed, 6, AUGMENT)
+    factors, order = 1 + strength * (2 * u[:, :3] - 1), u[:, 3:].argsort(dim=1, stable=True)
+    x = rgb.float()
+    for step in order.split(1, dim=1):  # (B, 1)
+        factor, kind = factors.gather(1, step)[..., None, None], step[..., None, None]
+        grey = 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # (B, 1, H, W)
+        other = torch.where(kind == 1, grey.mean((2, 3), keepdim=True), grey).where(kind > 0, 0)
+        x = (factor * x + (1 - factor) * other).clamp(0, 255)
+    return x.round().to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class Encoder(ViT):
+    """What survives: a ViT with [PROXY] tokens, timm's register tokens, in place of a class token.
+
+    Attention matrices (`attention`) have the prefix first: queried by a patch (Figs. 7, 14) they are
+    [:, :, P + patch, P:], by a proxy (Fig. 8) [:, :, proxy, P:], and the mean of these over heads and
+    images is Fig. 9.
+    """
+
+    def __init__(self, learned: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.learned = learned
+        if learned:
+            del self.pos_embed  # the fixed one
+            pos_embed = torch.empty(1, self.grid[0] * self.grid[1], self.embed_dim)
+            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(pos_embed, std=0.02))
+
+    def position(self, h: int, w: int) -> Tensor:
+        """Position embedding of a grid, (1, h*w, D) or (h*w, D)."""
+        if self.learned:
+            return resize_position(self.pos_embed, self.grid, (h, w))
+        return super().position(h, w)
+
+    def pooled(self, imgs: Tensor, layers: Sequence[int] | None, kind: str) -> list[Tensor]:
+        """One vector an image and layer, (B, D): the columns "Patch" and "CLS" of Table 1.
+
+        Args:
+            imgs, layers: as `forward_features` takes them. Table 1: layer 7 (VOC: 6), 1-based.
+            kind: "patch" averages the patches, "proxy" the proxies (plain MIM: the class token).
+        """
+        # NOTE paper unclear: the "CLS" feature of 8 proxies. Their mean.
+        return [x[kind == "proxy"].mean(1) for x in self.forward_features(imgs, layers)]
+
+
+def resize_position(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a position embedding (1, L, D) from one grid to another."""
+    if tuple(old) == tuple(new):
+        return pos_embed
+    grid = pos_embed.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
+    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Mean distance in pixels that patches attend over, of each head (Fig. 13, App. A).
+
+    Args:
+        attention: (B, heads, P + L, P + L), from `Encoder.attention`.
+    Returns: (B, heads). Patches alone are queries and keys; rows are scaled back to sum to one.
+    """
+    L = grid[0] * grid[1]
+    at = torch.cartesian_prod(*(torch.arange(n, device=attention.device) for n in grid)).float()
+    weights = attention[..., -L:, -L:]
+    weights = weights / weights.sum(-1, keepdim=True)
+    return (weights * torch.cdist(at, at) * patch_size).sum(-1).mean(-1)
+
+
+def make_encoder(cfg: Config, **kwargs) -> Encoder:
+    return Encoder(
+        cfg.pos_embed == "learned", patch_size=cfg.patch_size, embed_dim=cfg.embed_dim,
+        depth=cfg.depth, num_heads=cfg.num_heads, class_token=not cfg.proxies,
+        reg_tokens=cfg.proxies, init_values=cfg.layer_scale, **kwargs,
+    )  # fmt: skip
+
+
+def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> Tensor:
+    """Return block(x, drop)[:, :n] without computing the other rows, which are keys and values alone.
+
+    Args: block and drop as common.Block; x (B, L, D). Returns: (B, n, D).
+    """
+    attn, drop, y = block.attn, 1.0 if drop is None else drop, block.norm1(x)
+    (B, L, D), heads = x.shape, (attn.num_heads, x.shape[2] // attn.num_heads)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(y[:, :n], weight[:D], bias[:D]).reshape(B, n, *heads).transpose(1, 2)
+    k, v = F.linear(y, weight[D:], bias[D:]).reshape(B, L, 2, *heads).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x[:, :n] + drop * block.ls1(attn.proj(y))
+    return x + drop * block.ls2(block.mlp(block.norm2(x)))
+
+
+class ReconstructionBlock(nn.Module):
+    """One layer of the second stack (Eq. 4): [MASK] tokens read [PROXY] and [MASK] tokens."""
+
+    # NOTE paper unclear: norms. The first one serves queries, [MASK], and what they read, as public.
+
+    def __init__(self, dim: int, num_heads: int, init_values: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = CrossAttention(dim, num_heads), Mlp(dim, 4 * dim)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def forward(self, x: Tensor, proxies: Tensor, drop: Tensor | None = None) -> Tensor:
+        """[MASK] tokens x (B, M, D) and this layer's [PROXY^{i+1}] (B, P, D) give (B, M, D)."""
+        drop = 1.0 if drop is None else drop
+        context = self.norm1(torch.cat([proxies, x], dim=1))  # (B, P + M, D)
+        x = x + drop * self.ls1(self.attn(context[:, proxies.shape[1] :], context))
+        return x + drop * self.ls2(self.mlp(self.norm2(x)))
+
+
+class SemanticMIM(nn.Module):
+    """Both stacks, target and loss; `model(batch, progress)` returns (loss, logs)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, D = cfg, cfg.embed_dim
+        self.normalize = Normalize()
+        self.encoder = make_encoder(cfg, image_size=(cfg.image_size,) * 2)
+        # NOTE paper unclear: the final norm. It sees only [MASK] in the loss, so it belongs to what is
+        # thrown away; the encoder keeps a fresh one, which transfer trains.
+        self.encoder.norm.requires_grad_(False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.decoder_blocks = nn.ModuleList(
+            ReconstructionBlock(D, cfg.num_heads, cfg.layer_scale)
+            for _ in range(cfg.depth if cfg.proxies else 0)
+        )
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        if cfg.target == "hog":
+            self.hog = HOG(cfg.patch_size, cfg.image_size)
+        else:
+            state, grid = load_tokenizer(cfg.tokenizer), cfg.image_size // cfg.patch_size
+            self.tokenizer = Tokenizer(state, cfg.image_size, grid)
+        size = 12 * BINS if cfg.target == "hog" else self.tokenizer.num_codes
+        self.decoder_pred = nn.Linear(D, size)
+        # NOTE paper unclear: first weights. MAE's, as in the other scripts. A bias of keys, which BEiT
+        # leaves out, adds the same number to all logits of a query and so changes nothing.
+        init_weights(self)
+
+    def tokens(self, imgs: Tensor, mask: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Run both stacks side by side.
+
+        Args:
+            imgs: (B, 3, H, W) float, normalised; what the mask hides is not read.
+            mask: (B, N) bool with exactly `cfg.num_visible` False a sample.
+            seed: (B,) int64 turns drop path on.
+        Returns: [MASK] tokens in raster order after the final norm, (B, M, D).
+        """
+        encoder, P = self.encoder, self.encoder.num_prefix
+        ids_keep, ids_mask, _ = split(mask, self.cfg.num_visible)
+        position = encoder.position(*encoder.grid_of(imgs)).expand(len(imgs), -1, -1)
+        img = encoder.patch_embed(gather(patchify(imgs, encoder.patch_size), ids_keep))
+        x = encoder.add_prefix(img + gather(position, ids_keep))  # [PROXY, IMG], (B, P + V, D)
+        hidden = self.mask_token + gather(position, ids_mask)  # [MASK], (B, M, D)
+        depth, rate = len(encoder.blocks), self.cfg.drop_path
+        scales = scales_2 = [None] * depth
+        if seed is not None and rate > 0:  # another seed for the second stack: independent drops
+            scales, scales_2 = drop_path(seed, depth, rate), drop_path(seed ^ 1, depth, rate)
+        if not self.decoder_blocks:
+            x = torch.cat([x, hidden], dim=1)  # [CLS, IMG, MASK]; order matters to none of them
+            for block, scale in zip(encoder.blocks, scales):
+                x = block(x, scale)  # Eq. (2)
+            return self.decoder_norm(x[:, -hidden.shape[1] :])
+        layers = zip(encoder.blocks, scales, self.decoder_blocks, scales_2)
+        for i, (compress, scale, reconstruct, scale_2) in enumerate(layers, start=1):
+            if i == depth and self.cfg.skip_last:
+                x = first_rows(compress, x, P, scale)  # Eq. (3), its [PROXY] rows
+            else:
+                x = compress(x, scale)  # Eq. (3)
+            hidden = reconstruct(hidden, x[:, :P], scale_2)  # Eq. (4)
+        return self.decoder_norm(hidden)
+
+    def make_mask(self, seed: Tensor) -> Tensor:
+        """Hide patches at random (Sec. 4.1): (B, N) bool from the samples' seeds."""
+        N = self.cfg.num_patches
+        return random_mask(uniform(seed, N, MASK), N - self.cfg.num_visible)
+
+    @torch.no_grad()
+    def make_target(self, rgb: Tensor) -> Tensor:
+        """Target of every patch of (B, 3, H, W) uint8: HOG (B, N, 108), or codes (B, N, 1) int64."""
+        if self.cfg.target == "hog":
+            return self.hog(self.normalize(rgb))
+        return self.tokenizer(rgb)[..., None]
+
+    def error(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The similarity L of Eq. 1 for each token, in fp32: (B, M, C) and its target give (B, M)."""
+        pred = pred.float()
+        if self.cfg.target == "dvae":
+            return F.cross_entropy(pred.transpose(1, 2), target[..., 0], reduction="none")
+        # NOTE paper unclear: Sec. 3.1 names l1 for HOG, the public code squares. --loss l1 follows it.
+        difference = pred - target
+        return (difference.abs() if self.cfg.loss == "l1" else difference.square()).mean(-1)
+
+    def loss(self, pred: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over a sample's [MASK] tokens, then over samples; every sample has as many (Eq. 1).
+
+        Args: prediction and target of hidden patches, (B, M, C) and (B, M, 108 or 1).
+        """
+        logs = {}
+        if self.cfg.target == "dvae":
+            logs["accuracy"] = (pred.argmax(-1) == target[..., 0]).float().mean()
+        return self.error(pred, target).mean(), logs  # Eq. (1)
+
+    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
+        """Loss of a batch (see data.py for its keys) and logs; `progress` changes nothing here."""
+        rgb, seed = batch["rgb"], batch["seed"]
+        if self.training and self.cfg.color_jitter:
+            rgb = color_jitter(rgb, seed, self.cfg.color_jitter)
+        mask = self.make_mask(seed)
+        pred = self.decoder_pred(
+            self.tokens(self.normalize(rgb), mask, seed if self.training else None)
+        )
+        ids_mask = split(mask, self.cfg.num_visible)[1]
+        return self.loss(pred, gather(self.make_target(rgb), ids_mask))
+
+
+# ------------------------------------------------------------------------- looking at a model
+
+
+@torch.no_grad()
+def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Loss on random masks beside two guesses that learn nothing.
+
+    HOG: the mean of the image's visible patches, and the nearest visible patch. Codes: accuracy of the
+    code that is most frequent among the batch's hidden ones, and of the nearest visible patch's code.
+    """
+    mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
+    ids_keep, ids_mask, _ = split(mask, model.cfg.num_visible)
+    pred = model.decoder_pred(model.tokens(model.normalize(batch["rgb"]), mask))
+    truth = gather(target, ids_mask)
+    total, logs = model.loss(pred, truth)
+    side = model.cfg.image_size // model.cfg.patch_size
+    at = torch.cartesian_prod(*(torch.arange(side, device=mask.device),) * 2).float()
+    far = torch.cdist(at, at) + mask[:, None] * 1e6  # (B, N, N), from each patch to visible ones
+    nearest = gather(gather(target, far.argmin(-1)), ids_mask)
+    if model.cfg.target == "dvae":
+        frequent = truth.flatten().mode().values
+        logs |= {"accuracy_frequent": (truth == frequent).float().mean()}
+        logs |= {"accuracy_nearest": (truth == nearest).float().mean()}
+    else:
+        mean = gather(target, ids_keep).mean(1, keepdim=True).expand_as(truth)
+        logs |= {"loss_mean": model.error(mean, truth).mean()}
+        logs |= {"loss_nearest": model.error(nearest, truth).mean()}
+    return {"loss": total, **logs}
+
+
+def preview(model: SemanticMIM, batch: dict[str, Tensor], path: Path, step: int) -> None:
+    """Write a picture: input, what is visible, the target, and the prediction of hidden patches.
+
+    A HOG is drawn as the edges it stands for. What is predicted is white; around it, in blue, is the
+    target of visible patches, which have no loss. Codes have arbitrary colours.
+    """
+    cfg, rgb = model.cfg, batch["rgb"]
+    h = w = cfg.image_size // cfg.patch_size
+    mask, target = model.make_mask(batch["seed"]), model.make_target(rgb)
+    pred = model.decoder_pred(model.tokens(model.normalize(rgb), mask)).float()
+    ids_mask = split(mask, cfg.num_visible)[1][..., None]
+    if cfg.target == "dvae":
+        pred = pred.argmax(-1, keepdim=True)
+    guess = target.scatter(1, ids_mask.expand_as(pred), pred)
+
+    def at_size(size: Sequence[int]) -> Tensor:
+        return F.interpolate(mask.view(-1, 1, h, w).float(), tuple(size), mode="nearest").bool()
+
+    columns = {"input": rgb, "visible": rgb.masked_fill(at_size(rgb.shape[2:]), 128)}
+    if cfg.target == "dvae":
+        truth, guess = (pictures.colorize(x.view(-1, h, w) % 254 + 1) for x in (target, guess))
+        columns |= {"codes: target": truth, "codes: prediction": guess}
+        columns["where it is wrong"] = (truth != guess).any(1, keepdim=True).expand_as(truth).byte() * 255
+    else:
+        truth, guess = (draw_hog(x, (h, w)) for x in (target, guess))
+        blue = guess.new_tensor([0.3, 0.5, 1.0])[:, None, None]
+        guess = guess * blue.where(~at_size(guess.shape[2:]), 1.0)
+        columns |= {"HOG: target": truth.expand(-1, 3, -1, -1), "HOG: prediction (white)": guess}
+        columns = {k: (v * 255).byte() if v.is_floating_point() else v for k, v in columns.items()}
+    caption = f"semanticmim {cfg.model}, {cfg.proxies} proxies, step {step}, {cfg.data} val, random masks"
+    pictures.contact_sheet(columns, path, caption, side=max(192, 24 * h))
+
+
+def load_encoder(path: str | Path, **overrides) -> Encoder:
+    """Rebuild the encoder of a checkpoint; the second stack and the tokenizer are not needed.
+
+    Args:
+        path: a checkpoint that a run of this script wrote.
+        overrides: image_size (H, W), to which a learned position embedding is resized, and drop_path,
+            as `common.ViT` takes them.
+    Errors: UserError where the file is no such checkpoint.
+    """
+    checkpoint = engine.load(path, "semanticmim")
+    cfg = Config(**checkpoint["config"])
+    side = {"image_size": (cfg.image_size,) * 2}
+    encoder = make_encoder(cfg, **{**side, **overrides})
+    prefix = "encoder."
+    state = {k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+    if "pos_embed" in state:
+        old = (cfg.image_size // cfg.patch_size,) * 2
+        state["pos_embed"] = resize_position(state["pos_embed"], old, encoder.grid)
+    engine.load_weights(encoder, state, path)
+    return encoder
+
+
+# ---------------------------------------------------------------------------------------- presets
+
+PRESETS = {
+    # Ours, for a laptop: 64 x 64 scenes, about two minutes on two cores. 4 proxies for 25 visible
+    # patches.
+    "tiny": dict(
+        image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, proxies=4, epochs=2,
+        warmup_epochs=0.2, batch_size=64, base_lr=4e-3, clip_grad=1.0, pos_embed="fixed",
+        data="shapes", val_epochs=1,
+    ),
+    # ViT-S, not in the paper.
+    "small": dict(embed_dim=384, num_heads=6, micro_batch=256),
+    "base": dict(),  # the paper's on MaskFeat
+    "base-beit": dict(target="dvae"),  # the paper's on BEiT; RECIPES has what differs
+}  # fmt: skip
+
+
+def main() -> None:
+    engine.main("semanticmim", Config, PRESETS, __doc__, SemanticMIM, evaluate=evaluate,
+                preview=preview)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
