@@ -108,17 +108,21 @@ class Config(engine.Config):
         """
         super().resolve()
         M = len(self.granularities.split(","))
+        classes = ShapeScenes.SEMANTIC_CLASSES if self.data == "shapes" else 0
         if self.semantic_classes is None:
-            shapes = self.data == "shapes"
-            self.semantic_classes = ShapeScenes.SEMANTIC_CLASSES if shapes else 133  # App. B
-        self.mask_ratio = self.mask_ratio or (5 / 6 if M == 3 else 3 / 4)  # Tables 6a, 6e
+            self.semantic_classes = classes or 133  # App. B
+        if not max(classes, 1) <= self.semantic_classes <= UNLABELLED:
+            low, n = max(classes, 1), self.semantic_classes
+            raise UserError(f"--semantic-classes {n} is outside [{low}, {UNLABELLED}]")
+        if self.mask_ratio is None:
+            self.mask_ratio = 5 / 6 if M == 3 else 3 / 4  # Tables 6a, 6e
         self.masking = self.masking or ("SG-IG-RD" if M == 3 else "RD")
         if M < 3 and self.masking != "RD":
             raise UserError(
                 f"--masking {self.masking} needs the instance and semantic maps; with "
                 f"--granularities {self.granularities} the paper masks at random: --masking RD"
             )
-        if not 1 - 1 / M - 1e-3 <= self.mask_ratio < 1:
+        if not (0 < self.mask_ratio < 1 and self.num_visible <= self.num_patches):
             raise UserError(
                 f"--mask-ratio {self.mask_ratio} is outside [{1 - 1 / M:.3f}, 1): visible patches "
                 f"are shared out at random and one of {M} granularities may get them all"

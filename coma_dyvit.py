@@ -1,13 +1,13 @@
 """CoMA: complementary masked autoencoders; DyViT: a hierarchical transformer with dynamic windows.
 
-Paper: "CoMA: Complementary Masking and Hierarchical Dynamic Multi-Window Self-Attention in a Unified
-Pre-training Framework". Idea:
+Paper: "CoMA: Complementary Masking and Hierarchical Dynamic Multi-Window Self-Attention in a
+Unified Pre-training Framework". Idea:
   1. a random mask hides 60 % of an image's patches, its complement the other 40 %;
   2. the adaptive model sees the first rest, the evaluation model the second, and each predicts what
      it does not see, so that every patch is predicted exactly once a step;
   3. the evaluation model is frozen: it holds the adaptive model's weights of one step earlier;
-  4. the encoder, DyViT, works at strides 4, 8, 16, 32 and takes hidden patches out after its stem;
-  5. where tokens are many, they attend to summaries of windows of several sizes inside each patch.
+  4. the encoder, DyViT, works at strides 4, 8, 16, 32; hidden patches leave it after its stem;
+  5. where tokens are many, they attend to summaries of windows of several sizes in each patch.
 
 Equation -> code
   Eq. 1       complementary masks         CoMA.forward, complement
@@ -17,7 +17,7 @@ Equation -> code
   Eq. 6       Positional Downsampling     PositionalDownsampling
   Eqs. 7-10   DM-MSA                      WindowAttention
   Fig. 2      masking frequency           masking_frequency
-  Tables 1, 2 sizes; plain MAE            PRESETS, --method mae; ViT instead of DyViT: --backbone vit
+  Tables 1-4  sizes; MAE; ViT             PRESETS; --method mae; --backbone vit
 
 The frozen branch gives no gradient. So it changes the loss that is reported and not the weights:
 `--evaluation none` leaves it out and trains the same model at less cost; `--evaluation shared` lets
@@ -57,8 +57,8 @@ class Config(engine.Config):
     method: str = arg("coma", "coma, or plain MAE to compare with (Tables 2, 4)", ["coma", "mae"])
     backbone: str = arg("dyvit", "dyvit, or vit (Table 4)", ["dyvit", "vit"])
     evaluation: str | None = arg(
-        None, "evaluation branch: frozen (Eq. 4), none (the same weights, cheaper), or shared, which "
-        "learns too; default: frozen for coma, none for mae", ["frozen", "none", "shared"],
+        None, "second branch: frozen (Eq. 4), none (same weights, cheaper), shared (learns too); "
+        "default: frozen; mae: none", ["frozen", "none", "shared"],
     )  # fmt: skip
     init: str | None = arg(None, "checkpoint to start from: a public MAE's (.pth), or ours")
     epochs: int = arg(300, "Table 2 (300 or 800)")
@@ -70,19 +70,21 @@ class Config(engine.Config):
     beta2: float = arg(0.95, "not given; MAE's")
     crop_scale_min: float = arg(0.2, "not given; MAE's RandomResizedCrop (0.2, 1)")
     image_size: int = arg(224, "Table 2")
-    patch_size: int | None = arg(None, "what is hidden as one; default: 32 (Implementation Details); "
-                                 "vit: 16")  # fmt: skip
+    patch_size: int | None = arg(None, "default: 32 (Implementation Details); vit: 16")
     mask_ratio: float | None = arg(None, "Fig. 5; default: 0.6; mae on vit: MAE's 0.75")
-    norm_pix_loss: bool | None = arg(None, "per-patch normalised pixels; default: off (Eq. 3); "
-                                     "mae on vit: on")  # fmt: skip
+    norm_pix_loss: bool | None = arg(None, "by patch; default: off (Eq. 3); mae on vit: on")
     dims: str = arg("112-224-448-896", "DyViT: Table 1, #Channels")
     blocks: str = arg("2-3-16-3", "DyViT: Table 1, #Blocks")
     heads: str = arg("2-4-8-16", "DyViT: Table 1, #Heads")
     windows: str = arg("8,4,2", "DyViT: the set of k (Eq. 8); a stage takes those up to its side")
-    stem_mask: str = arg("before", "DyViT: hide pixels before the stem, whose 7 x 7 kernel reaches "
-                         "into the next patch, or tokens after it, as printed", ["before", "after"])  # fmt: skip
-    fusion: str = arg("printed", "DyViT: Eq. 6 with the printed kernels 8, 4, 2, each to one token a "
-                      "patch; or a recursion of stride 2", ["printed", "sequential"])  # fmt: skip
+    stem_mask: str = arg(
+        "before", "DyViT: hide pixels before the stem, whose kernel looks into the next patch; or "
+        "tokens after it, as printed", ["before", "after"],
+    )  # fmt: skip
+    fusion: str = arg(
+        "printed", "DyViT: Eq. 6 with the printed kernels, each to one token a patch, or with its "
+        "recursion and stride 2", ["printed", "sequential"],
+    )  # fmt: skip
     embed_dim: int = arg(768, "ViT: ViT-B (Table 4)")
     depth: int = arg(12, "ViT: ViT-B")
     num_heads: int = arg(12, "ViT: ViT-B")
@@ -97,22 +99,23 @@ class Config(engine.Config):
         Errors: UserError naming the field and values that work.
         """
         mae_itself = (self.method, self.backbone) == ("mae", "vit")
-        if self.patch_size is None:
-            self.patch_size = 32 if self.backbone == "dyvit" else 16
-        if self.mask_ratio is None:
-            self.mask_ratio = 0.75 if mae_itself else 0.6
-        if self.norm_pix_loss is None:
-            self.norm_pix_loss = mae_itself
-        if self.evaluation is None:
-            self.evaluation = "none" if self.method == "mae" else "frozen"
-        if self.method == "mae" and self.evaluation != "none":
-            raise UserError(f"--method mae has no evaluation branch: not --evaluation {self.evaluation}")
+        defaults = {
+            "patch_size": 32 if self.backbone == "dyvit" else 16,
+            "mask_ratio": 0.75 if mae_itself else 0.6,
+            "norm_pix_loss": mae_itself,
+            "evaluation": "none" if self.method == "mae" else "frozen",
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().resolve()
+        if self.method == "mae" and self.evaluation != "none":
+            raise UserError(f"--evaluation {self.evaluation}: --method mae has no second branch")
         N = self.num_patches
         if not 0 < self.mask_ratio < 1 or not 1 <= self.num_visible < N:
             raise UserError(
-                f"--mask-ratio {self.mask_ratio} leaves {self.num_visible} of {N} patches; at least "
-                f"one must stay and one be hidden: {1 / N:.3g} to {1 - 1 / N:.3g} work"
+                f"--mask-ratio {self.mask_ratio} leaves {self.num_visible} of {N} patches; one "
+                f"must stay and one be hidden: {1 / N:.3g} to {1 - 1 / N:.3g} work"
             )
         if self.decoder_depth < 1:
             raise UserError(f"--decoder-depth {self.decoder_depth} must be above 0; 8 in the paper")
@@ -123,23 +126,23 @@ class Config(engine.Config):
             widths["--embed-dim"] = self.embed_dim
         else:
             dims, blocks, heads = (numbers(self, name) for name in ("dims", "blocks", "heads"))
-            widths["--dims"] = dims[0]
-            kernels = numbers(self, "windows", ",")
-            engine.divides(self, "patch_size", "_stage_1_side")
-            if len({len(dims), len(blocks), len(heads), len(SIDES)}) > 1:
-                raise UserError("--dims, --blocks and --heads need four numbers each, as 96-192-384-768")
+            widths["--dims"], kernels = dims[0], numbers(self, "windows", ",")
+            if {len(dims), len(blocks), len(heads)} != {len(SIDES)}:
+                raise UserError("--dims, --blocks, --heads: four numbers each, as 96-192-384-768")
             if any(d % h for d, h in zip(dims, heads)):
-                raise UserError(f"--dims {self.dims} is not divisible by --heads {self.heads}, one by one")
+                raise UserError(f"--dims {self.dims} is not divisible by --heads {self.heads}")
             if any(SIDES[0] % k for k in kernels) or min(kernels) > SIDES[1]:
                 raise UserError(
-                    f"--windows {self.windows}: kernels are of 8, 4, 2, 1 (Eq. 8), and at least one "
-                    f"is 4 or less, the patch's side in stage 2; try 8,4,2"
+                    f"--windows {self.windows}: kernels are of 8, 4, 2, 1 (Eq. 8), and one is 4 or "
+                    f"less, the patch's side in stage 2; try 8,4,2"
                 )
+            if self.patch_size % SIDES[0]:  # the stem's stride is an eighth of it
+                near = max(self.patch_size // 8 * 8, 8)
+                raise UserError(f"--patch-size {self.patch_size} is not divisible by 8, as DyViT "
+                                f"needs; nearest that work: {near} or {near + 8}")  # fmt: skip
         for name, width in widths.items():
             if width % 4:
-                raise UserError(f"{name} {width} is not a multiple of 4, as sine-cosine positions need")
-
-    _stage_1_side = SIDES[0]  # the stem's stride is patch_size / 8
+                raise UserError(f"{name} {width} is not divisible by 4, as positions need")
 
     @property
     def num_patches(self) -> int:
@@ -148,7 +151,7 @@ class Config(engine.Config):
 
     @property
     def num_visible(self) -> int:
-        """Patches that the adaptive model sees: 19 of 49; the evaluation model sees the other 30."""
+        """Patches that the adaptive model sees: 19 of 49; the evaluation model sees the others."""
         # NOTE paper unclear: 60 % of 49 patches are 29.4. MAE's rounding hides 30.
         return int(self.num_patches * (1 - self.mask_ratio) + 1e-6)
 
@@ -157,8 +160,8 @@ def numbers(cfg: Config, name: str, separator: str = "-") -> tuple[int, ...]:
     """Read a field such as "2-4-8-16"; UserError where it is no list of positive integers."""
     parts = getattr(cfg, name).split(separator)
     if not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise UserError(f"{engine.flag(name)} {getattr(cfg, name)}: want positive numbers joined by "
-                        f"'{separator}', as {getattr(Config, name)}")  # fmt: skip
+        raise UserError(f"{engine.flag(name)} {getattr(cfg, name)}: want positive numbers joined "
+                        f"by '{separator}', as {getattr(Config, name)}")  # fmt: skip
     return tuple(int(p) for p in parts)
 
 
@@ -201,52 +204,55 @@ def assemble(pred: Tensor, other: Tensor, mask: Tensor) -> Tensor:
 
 
 def cut(x: Tensor, side: int, k: int) -> Tensor:
-    """Cut each patch's side x side tokens (B, V*side*side, C) into windows (B, V*(side/k)^2, k*k*C)."""
+    """Cut tokens (B, V*side^2, C) into k x k windows in each patch: (B, V*(side/k)^2, k*k*C)."""
     x = x.unflatten(1, (-1, side // k, k, side // k, k)).transpose(3, 4)
     return x.reshape(len(x), -1, k * k * x.shape[-1])
 
 
 def max_pool(x: Tensor, side: int) -> Tensor:
-    """Halve the side of each patch by 2 x 2 max pooling: (B, V*side*side, C) to a quarter of it."""
-    images = x.reshape(-1, side, side, x.shape[-1]).permute(0, 3, 1, 2)  # (B*V, C, side, side)
-    return F.max_pool2d(images, 2).permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[-1])
+    """2 x 2 max pooling inside each patch: (B, V*side^2, C) to (B, V*side^2/4, C)."""
+    # A view and `amax`: the backward pass of torch's max_pool2d is not deterministic on CUDA.
+    return x.unflatten(1, (-1, 2, side // 2, 2)).amax((2, 4)).flatten(1, 2)
 
 
 class WindowAttention(nn.Module):
     """Dynamic multi-window self-attention, DM-MSA (Eqs. 7-10).
 
-    Every token asks; what answers are summaries of k x k windows inside the patches, of all patches,
-    for each k of a set. One attention for each k, summed.
+    Every token asks; what answers are summaries of k x k windows inside the patches, of all
+    patches, for each k of a set. One attention for each k, summed.
 
     Args:
         side: tokens along a patch's side.
         windows: the set of k; each divides `side`.
     """
 
-    # NOTE paper unclear: does k = 1 belong to the set? Eq. (8) admits it, but stage 1 would then be
-    # full attention over 3136 tokens and DyViT-B cost 19 GMAC, not Table 2's 12. Left out; an option.
+    # NOTE paper unclear: does k = 1 belong to the set? Eq. (8) admits it, but then stage 1 would be
+    # full attention over 3136 tokens, and DyViT-B 19 GMAC, not Table 2's 12. An option, off.
 
     def __init__(self, dim: int, num_heads: int, side: int, windows: Sequence[int]):
         super().__init__()
         self.num_heads, self.side = num_heads, side
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         # NOTE paper unclear: the kind of convolution. Depthwise, one Conv_k for K and V as Eq. (9)
-        # writes it: that gives Table 2's 35 M and 70 M. A bias would be one number added to all keys
-        # of a channel, which softmax does not see.
+        # writes it: that gives Table 2's 35 M and 70 M. No bias: softmax would not see the keys',
+        # and the values' is `proj`'s.
         self.convs = nn.ModuleList(
             nn.Conv2d(dim, dim, k, stride=k, groups=dim, bias=False) for k in windows
         )
+        self.counts = [side // k for k in windows]  # windows along a patch's side
+        inside = []  # for each k: does position p (of side^2) lie in window w (of n^2)?
+        for k, n in zip(windows, self.counts):
+            at = torch.arange(side) // k
+            inside.append((at[:, None] * n + at).view(-1, 1) == torch.arange(n * n))
+        self.register_buffer("inside", torch.cat(inside, dim=1), persistent=False)
 
     def kernel(self) -> Tensor:
-        """All depthwise convolutions as a matrix a channel, (C, side^2 positions, windows of all k)."""
-        matrices = []
-        for conv in self.convs:
-            k = conv.kernel_size[0]
-            n, at = self.side // k, torch.arange(self.side, device=conv.weight.device) // k
-            inside = F.one_hot((at[:, None] * n + at).flatten(), n * n)  # (side^2, n^2): in window?
+        """All Conv_k as one matrix a channel: (C, side^2 positions, windows of all k)."""
+        columns = []
+        for conv, n in zip(self.convs, self.counts):
             weight = conv.weight[:, 0].tile(1, n, n).flatten(1)  # (C, side^2)
-            matrices.append(weight[:, :, None] * inside)
-        return torch.cat(matrices, dim=2)
+            columns.append(weight[:, :, None].expand(-1, -1, n * n))
+        return torch.cat(columns, dim=2) * self.inside
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, V*side*side, C) to the same shape."""
@@ -257,12 +263,13 @@ class WindowAttention(nn.Module):
         # One product over the positions p of a patch does it for all k, for K and V (m).
         kv = kv.reshape(-1, self.side**2, 2, C)  # (B*V, p, m, C)
         kv = torch.einsum("npmc,cpw->nwmc", kv, self.kernel())  # (B*V, windows, 2, C)
-        out = 0
-        for part in kv.split([(self.side // c.kernel_size[0]) ** 2 for c in self.convs], dim=1):
-            part = part.reshape(B, -1, 2, self.num_heads, C // self.num_heads)
+        attended = []
+        for part in kv.split([n * n for n in self.counts], dim=1):
+            part = part.contiguous().view(B, -1, 2, self.num_heads, C // self.num_heads)
             k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, V * windows, d) each
-            out = out + F.scaled_dot_product_attention(q, k, v)  # Eq. (9), summed as in Eq. (10)
-        return self.proj(out.transpose(1, 2).flatten(2))  # Eq. (10)
+            attended.append(F.scaled_dot_product_attention(q, k, v))  # Eq. (9)
+        x = sum(attended[1:], attended[0])
+        return self.proj(x.transpose(1, 2).flatten(2))  # Eq. (10)
 
 
 class WindowBlock(Block):
@@ -347,7 +354,7 @@ class DyViT(nn.Module):
     def embed(
         self, imgs: Tensor, mask: Tensor | None = None, ids_keep: Tensor | None = None
     ) -> Tensor:
-        """Normalised images (B, 3, H, W) to stage 1's tokens, (B, V*64, C); all patches without mask."""
+        """Normalised images (B, 3, H, W) to stage 1's tokens (B, V*64, C); no mask: all patches."""
         position = self.position(*self.grid_of(imgs))
         if mask is None:
             x = patchify(self.stem(imgs), SIDES[0])
@@ -360,8 +367,8 @@ class DyViT(nn.Module):
     ) -> tuple[list[Tensor], dict[int, tuple[Tensor, int]]]:
         """Run the stages on tokens (B, V*64, C).
 
-        Returns: the four stages' outputs X_i (B, V * side^2, C_i) of Eq. (5); and for each of `layers`
-        (1-based blocks) its output and side.
+        Returns: the stages' outputs X_i (B, V * side^2, C_i) of Eq. (5); for each of `layers`
+            (1-based blocks), its output and side.
         """
         scales = [None] * sum(self.depths)
         if seed is not None and self.drop_path > 0:
@@ -391,7 +398,8 @@ class DyViT(nn.Module):
             imgs: (B, 3, H, W) float, normalised; H and W multiples of the patch size.
             layers: 1-based blocks, outputs before the final norm; None = the last, after it.
             seed: (B,) int64 turns drop path on.
-        Returns: for each layer (tokens (B, L, C) in raster order of its stage's map, an empty prefix).
+        Returns: for each layer, (tokens (B, L, C) in raster order of its stage's map, an empty
+            prefix).
         """
         stages, outputs = self.run(self.embed(imgs), layers or (), seed)
         chosen = [(self.norm(stages[-1]), 1)] if layers is None else [outputs[n] for n in layers]
@@ -399,12 +407,12 @@ class DyViT(nn.Module):
         return [(m.flatten(2).transpose(1, 2), m.new_empty(len(m), 0, m.shape[1])) for m in maps]
 
     def forward_pyramid(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
-        """The four stages' outputs as maps (B, C_i, H / stride, W / stride), without the final norm."""
+        """The stages' outputs as maps (B, C_i, H / stride, W / stride), before the final norm."""
         stages, _ = self.run(self.embed(imgs), seed=seed)
         return [self.to_map(x, side, self.grid_of(imgs)) for x, side in zip(stages, SIDES)]
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter: 0 stem, 1.. blocks (pooling counts to the next), last the norm."""
+        """Depth of every parameter: 0 stem, 1.. blocks (with the pooling before), last the norm."""
         first = [sum(self.depths[:i]) + 1 for i in range(len(SIDES))]
 
         def depth(name: str) -> int:
@@ -426,7 +434,7 @@ class PositionalDownsampling(nn.Module):
 
     # NOTE paper unclear: Eq. (6) with kernel and stride 2^(4-i) on Y_{i-1} does not give X_{i+1}'s
     # grid. "printed": kernels 8, 4, 2 on X_1, X_2, X_3, each to one token a patch, summed onto X_4.
-    # "sequential": the recursion as written, with stride 2. Where norms go is open, too: one, after.
+    # "sequential": the recursion with stride 2. Where norms go is open, too: one, after.
 
     def __init__(self, dims: Sequence[int], mode: str):
         super().__init__()
@@ -453,11 +461,11 @@ class PositionalDownsampling(nn.Module):
 def make_encoder(cfg: Config, **kwargs) -> nn.Module:
     """The backbone of a run; kwargs: image_size (H, W) and drop_path."""
     if cfg.backbone == "vit":
-        return ViT(patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, depth=cfg.depth,
-                   num_heads=cfg.num_heads, **kwargs)  # fmt: skip
+        sizes = dict(embed_dim=cfg.embed_dim, depth=cfg.depth, num_heads=cfg.num_heads)
+        return ViT(patch_size=cfg.patch_size, **sizes, **kwargs)
     dims, depths, heads = (numbers(cfg, name) for name in ("dims", "blocks", "heads"))
-    return DyViT(patch_size=cfg.patch_size, dims=dims, depths=depths, num_heads=heads,
-                 windows=numbers(cfg, "windows", ","), stem_mask=cfg.stem_mask, **kwargs)  # fmt: skip
+    sizes = dict(dims=dims, depths=depths, num_heads=heads, windows=numbers(cfg, "windows", ","))
+    return DyViT(patch_size=cfg.patch_size, stem_mask=cfg.stem_mask, **sizes, **kwargs)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -588,8 +596,8 @@ class CoMA(Autoencoder):
         """Squared error, in fp32: of the assembled image (Eq. 3); for MAE over hidden patches.
 
         Args:
-            pred, other: (B, N, p*p*3) of the two branches. Without `other` the patches that it would
-                predict count as errors of 0, which gives the same gradient.
+            pred, other: (B, N, p*p*3) of the two branches. Without `other` the patches that it
+                would predict count as errors of 0: the gradient is the same.
             target: (B, N, p*p*3); mask: (B, N) bool, hidden from `pred`.
         """
         # NOTE paper unclear: Eq. (3) is a sum; a mean over all pixels is the same up to a factor.
@@ -624,21 +632,21 @@ def load_init(model: Autoencoder, path: str | Path) -> str:
         shapes = {k: v.shape for k, v in state.items()}
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(f"--init {path} is not a checkpoint that can be read safely: {why}") from None
+        raise UserError(f"--init {path} is no checkpoint that can be read safely: {why}") from None
     for name in [k for k in ("pos_embed", "decoder_pos_embed") if k in state]:
         side = math.isqrt(shapes[name][1] - 1)
         fixed = sincos_2d(shapes[name][2], side, side)
         if shapes[name][1] != side**2 + 1 or not state[name][0, 1:].allclose(fixed, atol=1e-4):
-            raise UserError(f"--init {path}: {name} was learned; here positions are fixed sine-cosine")
+            raise UserError(f"--init {path}: {name} was learned; here it is fixed, sine-cosine")
     if not any(k.startswith("encoder.") for k in state):  # MAE has the encoder at the top
         ours = ("decoder_", "mask_token")
         state = {k if k.startswith(ours) else f"encoder.{k}": v for k, v in state.items()}
     own = model.state_dict()
     found = [k for k in own if k in state]
     missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
-             for k in found if state[k].shape != own[k].shape]  # fmt: skip
-    wrong += [f"missing {k}" for k in missing if k.startswith("encoder.")]
+    wrong = [f"missing {k}" for k in missing if k.startswith("encoder.")]
+    wrong += [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+              for k in found if state[k].shape != own[k].shape]  # fmt: skip
     if wrong:
         raise UserError(f"--init {path} does not fit the model, nothing was loaded: "
                         + "; ".join(wrong[:8]) + f" ({len(wrong)} in all)")  # fmt: skip
@@ -657,8 +665,8 @@ def evaluate(model: CoMA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Reconstruction error on held-out images (Fig. 5, middle), beside a guess that learns nothing.
 
     Both branches run with the current weights whatever `--evaluation` is, so that runs compare:
-    `loss_adaptive` sees 40 % and predicts 60 %, `loss_evaluation` the reverse, `loss` is Eq. (3), or
-    MAE's. The guess, `loss_mean_colour`, is the mean colour of the visible patches.
+    `loss_adaptive` sees 40 % and predicts 60 %, `loss_evaluation` the reverse, `loss` is Eq. (3),
+    or MAE's. The guess, `loss_mean_colour`, is the mean colour of the visible patches.
     """
     cfg, imgs, mask = model.cfg, model.normalize(batch["rgb"]), model.make_mask(batch["seed"])
     pred, target = model.predict(imgs, mask, cfg.num_visible), model.target(imgs)
@@ -667,8 +675,8 @@ def evaluate(model: CoMA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     colours = target.unflatten(-1, (-1, 3)).mean(2).masked_fill(mask[..., None], 0)  # (B, N, 3)
     guess = (colours.sum(1, keepdim=True) / cfg.num_visible).repeat(1, 1, cfg.patch_size**2)
     error = (guess - target).square().mean(-1)
-    logs["loss_mean_colour"] = error.where(mask, 0).sum(1).mean() / (cfg.num_patches - cfg.num_visible)
-    return {"loss": total, **logs}
+    guessed = error.where(mask, 0).sum(1).mean() / (cfg.num_patches - cfg.num_visible)
+    return {"loss": total, **logs, "loss_mean_colour": guessed}
 
 
 def preview(model: CoMA, batch: dict[str, Tensor], path: Path, step: int) -> None:
@@ -721,9 +729,9 @@ def load_encoder(path: str | Path, **overrides) -> nn.Module:
 # ---------------------------------------------------------------------------------------- presets
 
 PRESETS = {
-    # Ours, for a laptop: 64 x 64 scenes of 16 patches, the stem's stride 2; two minutes on two cores.
+    # Ours, for a laptop: 64 x 64 scenes of 16 patches, stem of stride 2; two minutes on two cores.
     "tiny": dict(
-        image_size=64, patch_size=16, dims="24-48-96-192", blocks="1-1-2-1", heads="1-2-4-8",
+        image_size=64, patch_size=16, dims="16-32-64-128", blocks="1-1-2-1", heads="1-2-4-8",
         embed_dim=128, depth=4, num_heads=4, decoder_embed_dim=96, decoder_depth=2,
         decoder_num_heads=4, epochs=2, warmup_epochs=0.1, batch_size=64, base_lr=4e-3,
         data="shapes", val_epochs=1,

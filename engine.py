@@ -96,9 +96,22 @@ class Config:
     def resolve(self) -> None:
         """Fill in defaults that depend on other fields; UserError on values that cannot work."""
         divides(self, "image_size", "patch_size")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag(name)} {value} is not a finite number")
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "base_lr", "val_samples"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "min_lr", "warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag(name)} {getattr(self, name)} must be 0 or above")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)} is outside [0, 1)")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise UserError(f"--clip-grad {self.clip_grad} must be above 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed} is outside 0 to 2**63 - 1")
         if self.steps is not None and self.steps <= 0:
             raise UserError(f"--steps {self.steps} must be above 0")
         if self.workers is not None and self.workers < 0:
@@ -277,7 +290,7 @@ def load(path: str | Path, method: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        why = str(e).strip().splitlines()[0][:200]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise UserError(f"{path} is not a checkpoint that can be read safely: {why}") from None
     keys = {"format", "method", "step", "config", "model", "optimizer", "window"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
@@ -335,7 +348,7 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
     """Open one split on every rank; None where a folder has no val split.
 
     Rank 0 lists the files once, and the list is frozen in the run's folder, which all nodes share:
-    a resumed run, and every worker, maps it from there.
+    a run that continues from a checkpoint, and every worker, maps it from there.
     """
     options = cfg.data_options()
     common = (cfg.image_size, cfg.patch_size, options.pop("granularities"))
@@ -348,7 +361,7 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
     def listing() -> bool:
         if split != "train" and not (Path(cfg.data) / split).is_dir():
             return False
-        if not (folder / "files.npy").exists():
+        if not ((out / "last.pt").exists() and (folder / "files.npy").exists()):
             files = data.scan(cfg.data, split, common[2])
             data.check(data.open_dataset(cfg.data, split, *common, files=files, **keys))
             files.save(folder)
@@ -371,7 +384,7 @@ def split_batch(cfg: Config, world: World) -> tuple[int, int]:
         near = cfg.batch_size // world.size * world.size
         raise UserError(
             f"--batch-size {cfg.batch_size} is not divisible by the {world.size} ranks; nearest "
-            f"that work: {near or world.size} or {near + world.size}"
+            f"that work: {f'{near} or ' if near else ''}{near + world.size}"
         )
     share = cfg.batch_size // world.size
     accum = next(a for a in range(1, share + 1) if share % a == 0 and share // a <= cfg.micro_batch)

@@ -3,11 +3,11 @@
 Paper: "SemanticMIM: Marring Masked Image Modeling with Semantics Compression for General Visual
 Representation" (under review). Idea:
   1. in plain MIM [MASK] tokens attend to [IMG] tokens and copy their neighbours;
-  2. here [IMG] tokens and a few [PROXY] tokens run through a ViT that never sees [MASK]: compression;
+  2. here [IMG] and a few [PROXY] tokens run through a ViT that never sees [MASK]: compression;
   3. beside each layer a second block lets [MASK] read the [PROXY] tokens of that layer, and other
      [MASK] tokens, never [IMG]: reconstruction;
-  4. the target is a HOG (MaskFeat) or a code of DALL-E's tokenizer (BEiT), for hidden patches alone;
-  5. the second stack is thrown away. What stays is a ViT with proxies in place of a class token.
+  4. the target of a hidden patch is its HOG (MaskFeat) or its code by DALL-E's tokenizer (BEiT);
+  5. the second stack is thrown away; a ViT with proxies in place of a class token stays.
 
 Equation -> code
   Eq. 1    loss on [MASK] tokens            SemanticMIM.loss
@@ -17,8 +17,7 @@ Equation -> code
   Table 2  recipes of both targets          RECIPES
   Fig. 5   number of proxies                --proxies N
   Fig. 6   share of hidden patches          --mask-ratio R
-  Figs. 7, 8, 9, 14  attention              Encoder.attention
-  Fig. 13  attention distance               attention_distance
+  Figs. 7-9, 13, 14  attention              Encoder.attention
 
 Where the paper is silent or contradicts itself a `NOTE paper unclear` stands.
 
@@ -48,9 +47,8 @@ from engine import UserError, arg
 
 BINS = 9  # of a HOG (MaskFeat)
 
-# Table 2, by target. lr = base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. The last two lines
-# are BEiT's and MaskFeat's own.
-# NOTE paper unclear: the row of stochastic depth is garbled; 0.1 for BEiT, as its authors have it.
+# Table 2, by target; base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. Layer scale: BEiT.
+# NOTE paper unclear: the row of stochastic depth is garbled; 0.1 and none, as in BEiT and MaskFeat.
 RECIPES = {
     "hog": dict(base_lr=2e-4, min_lr=1e-6, warmup_epochs=30.0, clip_grad=0.02, crop_scale_min=0.5,
                 color_jitter=0.0, drop_path=0.0, layer_scale=0.0),
@@ -65,13 +63,13 @@ class Config(engine.Config):
 
     target: str = arg("hog", "Sec. 4.1: HOG (MaskFeat) or dVAE codes (BEiT)", ["hog", "dvae"])
     tokenizer: str | None = arg(None, "for dvae: state dict of DALL-E's image encoder")
-    proxies: int = arg(8, "Sec. 4.1; Fig. 5: 2 and more. 0: plain MIM of Eq. 2 with one class token")
+    proxies: int = arg(8, "Sec. 4.1; Fig. 5. 0: plain MIM (Eq. 2), one class token")
     mask_ratio: float | None = arg(None, "Sec. 4.1: 0.6 (Fig. 6), 0.4 for plain MIM")
     loss: str = arg("l2", "for hog: l1 (Sec. 3.1) or l2, the public code's", ["l2", "l1"])
     epochs: int = arg(300, "Sec. 4.1; Table 2 is garbled")
     warmup_epochs: float | None = arg(None, "Table 2: 30 (hog), 10 (dvae)")
     batch_size: int = arg(2048, "Table 2; the global batch")
-    base_lr: float | None = arg(None, "Table 2: peak 1.6e-3 (hog), 1.5e-3 (dvae); that * 256 / 2048")
+    base_lr: float | None = arg(None, "Table 2: peak 1.6e-3 (hog), 1.5e-3 (dvae), * 256 / 2048")
     min_lr: float | None = arg(None, "Table 2: 1e-6 (hog), 1e-5 (dvae)")
     weight_decay: float = arg(0.05, "Table 2")
     beta1: float = arg(0.9, "Table 2")
@@ -85,9 +83,8 @@ class Config(engine.Config):
     embed_dim: int = arg(768, "Sec. 4.1: ViT-B")
     depth: int = arg(12, "Sec. 4.1: ViT-B")
     num_heads: int = arg(12, "Sec. 4.1: ViT-B")
-    layer_scale: float | None = arg(None, "first value of BEiT's branch scales: 0.1 (dvae); 0 = none")
-    pos_embed: str = arg("learned", "BEiT and MaskFeat: learned", ["learned", "fixed"])
-    skip_last: bool = arg(True, "leave out the last layer's [IMG] rows, which reach no loss (exact)")
+    layer_scale: float | None = arg(None, "BEiT: 0.1 (dvae) to begin with; 0 = none")
+    skip_last: bool = arg(True, "leave out the last layer's [IMG] rows, which reach no loss")
 
     def resolve(self) -> None:
         """Fill in what depends on the target and on the proxies; refuse what cannot work.
@@ -97,27 +94,21 @@ class Config(engine.Config):
         for name, value in RECIPES[self.target].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        self.clip_grad = self.clip_grad or None
         super().resolve()
         if self.proxies < 0:
             raise UserError(f"--proxies {self.proxies} must be 0 (plain MIM) or above, e.g. 8")
         if self.mask_ratio is None:
             self.mask_ratio = 0.6 if self.proxies else 0.4  # Sec. 4.1
         if not (0 < self.mask_ratio < 1 and 0 < self.num_visible < self.num_patches):
-            N = self.num_patches
-            raise UserError(f"--mask-ratio {self.mask_ratio} hides all or none of {N} patches, or is "
-                            "outside (0, 1); e.g. 0.6")  # fmt: skip
+            raise UserError(
+                f"--mask-ratio {self.mask_ratio} must leave some of {self.num_patches} patches "
+                "visible and some hidden, e.g. 0.6"
+            )
         for name in ("drop_path", "color_jitter"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{engine.flag(name)} {getattr(self, name)} is outside [0, 1)")
         engine.divides(self, "embed_dim", "num_heads")
-        if self.pos_embed == "fixed":
-            fours = self.embed_dim // 4 * 4
-            if self.embed_dim != fours:
-                raise UserError(f"--embed-dim {self.embed_dim} is not divisible by 4, as --pos-embed "
-                                f"fixed needs; nearest that work: {fours} or {fours + 4}")  # fmt: skip
-        if self.patch_size % 2:
-            raise UserError(f"--patch-size {self.patch_size} is odd; nearest that work: "
-                            f"{self.patch_size - 1} or {self.patch_size + 1}")  # fmt: skip
         what = "DALL-E's image encoder as a state dict (dalle_encoder.pth, as BEiT uses it)"
         if self.target == "dvae" and not (self.tokenizer and Path(self.tokenizer).is_file()):
             raise UserError(
@@ -147,7 +138,7 @@ class HOG(nn.Module):
 
     Sobel gradients of each channel; 9 bins of orientation over half a turn, filled with gradient
     lengths times a Gaussian window that repeats with each patch; 2 x 2 cells a patch (8 pixels each
-    in patches of 16), each scaled to unit L2 norm over its bins. 3 x 9 x 4 = 108 numbers a patch.
+    in patches of 16), each of unit L2 norm over its bins. 3 channels x 9 x 4 = 108 numbers.
     """
 
     def __init__(self, patch_size: int, image_size: int):
@@ -160,12 +151,12 @@ class HOG(nn.Module):
         self.register_buffer("window", tiled, persistent=False)  # (H, W)
 
     def forward(self, imgs: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) float32 to (B, L, 108); a patch's order is (3, 9, 2, 2)."""
+        """Normalised images (B, 3, H, W) float32 to (B, L, 108), in the order (3, 9, 2, 2)."""
         gx, gy = sobel(imgs)
-        bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().long() % BINS  # (B, 3, H, W)
-        length = torch.hypot(gx, gy) * self.window
+        bins = (torch.atan2(gx, gy) / math.pi * BINS).floor().remainder(BINS)  # (B, 3, H, W)
+        bins, length = bins.to(torch.int8), torch.hypot(gx, gy) * self.window
         # a cell's sum for each bin: nine passes need no (B, 3, 9, H, W) and no scattered additions
-        cells = [F.avg_pool2d(length.where(bins == k, 0), self.cell) for k in range(BINS)]
+        cells = [F.avg_pool2d(length * (bins == k), self.cell) for k in range(BINS)]
         hog = F.normalize(torch.stack(cells, dim=2), dim=2)  # (B, 3, 9, 2h, 2w)
         B, _, _, rows, cols = hog.shape
         hog = hog.reshape(B, 3 * BINS, rows // 2, 2, cols // 2, 2).permute(0, 2, 4, 1, 3, 5)
@@ -176,9 +167,8 @@ def sobel(imgs: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel gradients along x and y, (B, C, H, W) each, of images with mirrored borders."""
     H, W = imgs.shape[-2:]
     x = F.pad(imgs, (1, 1, 1, 1), mode="reflect")
-    # Where a gradient vanishes, rounding gives its sign, and the sign the bin: 2 % of the pixels of a
-    # photograph. Summed in raster order this equals the reference convolution bit for bit, wherever it
-    # runs; a convolution on a GPU (TF32, another order) does not.
+    # Where a gradient vanishes, rounding gives it a sign, and the sign a bin. In raster order this
+    # equals the public code's convolution on a CPU bit for bit, which one in TF32 would not.
     a, b, c, d, _, f, g, h, i = (x[..., r : r + H, q : q + W] for r in range(3) for q in range(3))
     return a - c + 2 * d - 2 * f + g - i, a + 2 * b + c - g - 2 * h - i
 
@@ -207,9 +197,9 @@ class Tokenizer(nn.Module):
     Frozen and no part of a checkpoint: its weights are buffers that are not saved.
 
     Args:
-        state: `{name}.w` and `{name}.b` of each convolution, named as OpenAI's encoder has them; its
-            sizes are read off them (released: 256 channels, 8192 codes).
-        image_size, grid: side of the image and of the patch grid; the encoder sees 8 * grid pixels.
+        state: `{name}.w` and `{name}.b` of each convolution, with the names in OpenAI's encoder;
+            widths are read off them (released: 256 channels at first, 8192 codes).
+        image_size, grid: sides of image and patch grid; the encoder sees 8 * grid pixels.
     """
 
     def __init__(self, state: dict[str, Tensor], image_size: int, grid: int):
@@ -241,16 +231,16 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def forward(self, rgb: Tensor) -> Tensor:
         """Codes of images (B, 3, H, W) uint8, (B, L) int64, in fp32 whatever autocast says."""
-        # NOTE paper unclear: BEiT cuts a second view of 112 pixels out of the photograph, by Lanczos.
-        # Ours is the 224-pixel crop itself, reduced by Lanczos: the same view, filtered twice.
+        # NOTE paper unclear: the second view. BEiT cuts its 112 pixels out of the photograph, by
+        # Lanczos. Ours is the crop of 224 pixels reduced by Lanczos: the same view, filtered twice.
         with torch.autocast(rgb.device.type, enabled=False):
             x = self.resize @ rgb.float() @ self.resize.T  # rows, then columns
             x = x.round().clamp(0, 255) / 255
-            return self.logits(0.8 * x + 0.1).argmax(1).flatten(1)  # DALL-E maps [0, 1] to [0.1, 0.9]
+            return self.logits(0.8 * x + 0.1).argmax(1).flatten(1)  # [0.1, 0.9], as DALL-E
 
 
 def lanczos(n_in: int, n_out: int) -> Tensor:
-    """Matrix (n_out, n_in) that resizes a row of pixels by Lanczos-3, antialiased, as Pillow does."""
+    """Matrix (n_out, n_in) that resizes a row of pixels as Pillow does: Lanczos-3, antialiased."""
     scale = n_in / n_out
     centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * scale
     x = (torch.arange(n_in) + 0.5 - centre) / max(scale, 1.0)
@@ -258,46 +248,23 @@ def lanczos(n_in: int, n_out: int) -> Tensor:
     return (weight / weight.sum(1, keepdim=True)).float()
 
 
-def tokenizer_shapes(n_hid: int, blocks: int, codes: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the state dict of a DALL-E encoder."""
-    convs, n_in = {"blocks.input": (n_hid, 3, 7)}, n_hid
-    for group in range(1, 5):
-        n_out = n_hid * 2 ** (group - 1)
-        mid = n_out // 4
-        for block in range(1, blocks + 1):
-            name = f"blocks.group_{group}.block_{block}"
-            if n_in != n_out:
-                convs[f"{name}.id_path"] = (n_out, n_in, 1)
-            path = (mid, n_in, 3), (mid, mid, 3), (mid, mid, 3), (n_out, mid, 1)
-            convs |= {f"{name}.res_path.conv_{i}": c for i, c in enumerate(path, 1)}
-            n_in = n_out
-    convs["blocks.output.conv"] = (codes, n_in, 1)
-    weights = {f"{name}.w": (o, i, k, k) for name, (o, i, k) in convs.items()}
-    return weights | {f"{name}.b": (o,) for name, (o, _, _) in convs.items()}
-
-
-def load_tokenizer(path: str | Path) -> dict[str, Tensor]:
+def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
     """Read the state dict of a DALL-E encoder, of any width; no code in the file is run.
 
-    Errors: UserError where the file is none, or lists what is missing, unexpected or misshapen.
+    Errors: UserError where the file is none, or does not hold exactly an encoder's tensors.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        shapes = {k: tuple(v.shape) for k, v in state.items()}
-        blocks = sum(k.startswith("blocks.group_1.") and k.endswith("conv_1.w") for k in shapes)
-        first, last = shapes["blocks.input.w"], shapes["blocks.output.conv.w"]
-        wanted = tokenizer_shapes(first[0], blocks, last[0])
+        tokenizer = Tokenizer(state, image_size, grid)
+        tokenizer.logits(torch.zeros(1, 3, 8, 8))  # fails where a tensor is missing or misshapen
+        if len(state) != (wanted := 2 * (5 + 16 * tokenizer.blocks)):
+            raise ValueError(f"it has {len(state)} tensors, an encoder of its depth {wanted}")
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise UserError(
-            f"{path} is not the state dict of a DALL-E encoder that can be read safely: {why}"
+            f"{path} is not a DALL-E encoder's state dict that can be read safely: {why}"
         ) from None
-    wrong = [k for k in {**wanted, **shapes} if wanted.get(k) != shapes.get(k)]
-    if wrong:
-        shown = "; ".join(f"{k} is {shapes.get(k)}, wanted {wanted.get(k)}" for k in wrong[:8])
-        raise UserError(f"{path} is not a DALL-E encoder ({len(wrong)} tensors differ): {shown}")
-    return state
+    return tokenizer
 
 
 def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
@@ -309,8 +276,8 @@ def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
     Returns: (B, 3, H, W) uint8. Each is torchvision's blend of the image with black, with its mean
         grey or with its own grey version.
     """
-    # NOTE paper unclear: where the jitter stands. BEiT jitters the photograph, then crops; here the crop
-    # is jittered, so contrast moves about the crop's mean grey. Both stacks' views share it.
+    # NOTE paper unclear: where the jitter stands. BEiT has it before the crop, we after it, so that
+    # contrast moves about the mean grey of the crop. Model and tokenizer see the same.
     u = uniform(seed, 6, AUGMENT)
     factors, order = 1 + strength * (2 * u[:, :3] - 1), u[:, 3:].argsort(dim=1, stable=True)
     x = rgb.float()
@@ -326,26 +293,22 @@ def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
 
 
 class Encoder(ViT):
-    """What survives: a ViT with [PROXY] tokens, timm's register tokens, in place of a class token.
+    """What survives: a ViT with [PROXY] tokens (timm's register tokens), and no class token.
 
-    Attention matrices (`attention`) have the prefix first: queried by a patch (Figs. 7, 14) they are
-    [:, :, P + patch, P:], by a proxy (Fig. 8) [:, :, proxy, P:], and the mean of these over heads and
-    images is Fig. 9.
+    `attention` has the prefix first. The rows of a patch, [:, :, P + patch, P:], are Figs. 7 and
+    14, and with distances between patches Fig. 13; the rows of a proxy, [:, :, proxy, P:], are
+    Fig. 8, their mean over images Fig. 9.
     """
 
-    def __init__(self, learned: bool, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.learned = learned
-        if learned:
-            del self.pos_embed  # the fixed one
-            pos_embed = torch.empty(1, self.grid[0] * self.grid[1], self.embed_dim)
-            self.pos_embed = nn.Parameter(nn.init.trunc_normal_(pos_embed, std=0.02))
+        del self.pos_embed  # the fixed one; BEiT and MaskFeat learn theirs
+        pos_embed = torch.empty(1, self.grid[0] * self.grid[1], self.embed_dim)
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(pos_embed, std=0.02))
 
     def position(self, h: int, w: int) -> Tensor:
-        """Position embedding of a grid, (1, h*w, D) or (h*w, D)."""
-        if self.learned:
-            return resize_position(self.pos_embed, self.grid, (h, w))
-        return super().position(h, w)
+        """Position embedding of a grid, (1, h*w, D)."""
+        return resize_position(self.pos_embed, self.grid, (h, w))
 
     def pooled(self, imgs: Tensor, layers: Sequence[int] | None, kind: str) -> list[Tensor]:
         """One vector an image and layer, (B, D): the columns "Patch" and "CLS" of Table 1.
@@ -367,30 +330,16 @@ def resize_position(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int
     return grid.flatten(2).transpose(1, 2)
 
 
-def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Mean distance in pixels that patches attend over, of each head (Fig. 13, App. A).
-
-    Args:
-        attention: (B, heads, P + L, P + L), from `Encoder.attention`.
-    Returns: (B, heads). Patches alone are queries and keys; rows are scaled back to sum to one.
-    """
-    L = grid[0] * grid[1]
-    at = torch.cartesian_prod(*(torch.arange(n, device=attention.device) for n in grid)).float()
-    weights = attention[..., -L:, -L:]
-    weights = weights / weights.sum(-1, keepdim=True)
-    return (weights * torch.cdist(at, at) * patch_size).sum(-1).mean(-1)
-
-
 def make_encoder(cfg: Config, **kwargs) -> Encoder:
     return Encoder(
-        cfg.pos_embed == "learned", patch_size=cfg.patch_size, embed_dim=cfg.embed_dim,
-        depth=cfg.depth, num_heads=cfg.num_heads, class_token=not cfg.proxies,
-        reg_tokens=cfg.proxies, init_values=cfg.layer_scale, **kwargs,
+        patch_size=cfg.patch_size, embed_dim=cfg.embed_dim, depth=cfg.depth,
+        num_heads=cfg.num_heads, class_token=not cfg.proxies, reg_tokens=cfg.proxies,
+        init_values=cfg.layer_scale, **kwargs,
     )  # fmt: skip
 
 
 def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> Tensor:
-    """Return block(x, drop)[:, :n] without computing the other rows, which are keys and values alone.
+    """Return block(x, drop)[:, :n]; the other rows of x are keys and values alone.
 
     Args: block and drop as common.Block; x (B, L, D). Returns: (B, n, D).
     """
@@ -407,7 +356,7 @@ def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> T
 class ReconstructionBlock(nn.Module):
     """One layer of the second stack (Eq. 4): [MASK] tokens read [PROXY] and [MASK] tokens."""
 
-    # NOTE paper unclear: norms. The first one serves queries, [MASK], and what they read, as public.
+    # NOTE paper unclear: norms. The first one serves queries and what they read, as in public code.
 
     def __init__(self, dim: int, num_heads: int, init_values: float):
         super().__init__()
@@ -432,8 +381,8 @@ class SemanticMIM(nn.Module):
         self.cfg, D = cfg, cfg.embed_dim
         self.normalize = Normalize()
         self.encoder = make_encoder(cfg, image_size=(cfg.image_size,) * 2)
-        # NOTE paper unclear: the final norm. It sees only [MASK] in the loss, so it belongs to what is
-        # thrown away; the encoder keeps a fresh one, which transfer trains.
+        # NOTE paper unclear: the final norm. It sees only [MASK] in the loss, so it is thrown away
+        # (decoder_norm); the encoder keeps a fresh one, which transfer trains.
         self.encoder.norm.requires_grad_(False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.decoder_blocks = nn.ModuleList(
@@ -444,12 +393,12 @@ class SemanticMIM(nn.Module):
         if cfg.target == "hog":
             self.hog = HOG(cfg.patch_size, cfg.image_size)
         else:
-            state, grid = load_tokenizer(cfg.tokenizer), cfg.image_size // cfg.patch_size
-            self.tokenizer = Tokenizer(state, cfg.image_size, grid)
+            grid = cfg.image_size // cfg.patch_size
+            self.tokenizer = load_tokenizer(cfg.tokenizer, cfg.image_size, grid)
         size = 12 * BINS if cfg.target == "hog" else self.tokenizer.num_codes
         self.decoder_pred = nn.Linear(D, size)
-        # NOTE paper unclear: first weights. MAE's, as in the other scripts. A bias of keys, which BEiT
-        # leaves out, adds the same number to all logits of a query and so changes nothing.
+        # NOTE paper unclear: first weights. MAE's, as in the other scripts. BEiT has no key bias:
+        # it would add one number to all logits of a query, so ours changes nothing.
         init_weights(self)
 
     def tokens(self, imgs: Tensor, mask: Tensor, seed: Tensor | None = None) -> Tensor:
@@ -492,17 +441,17 @@ class SemanticMIM(nn.Module):
 
     @torch.no_grad()
     def make_target(self, rgb: Tensor) -> Tensor:
-        """Target of every patch of (B, 3, H, W) uint8: HOG (B, N, 108), or codes (B, N, 1) int64."""
+        """Targets of (B, 3, H, W) uint8: HOG (B, N, 108) float32, or codes (B, N, 1) int64."""
         if self.cfg.target == "hog":
             return self.hog(self.normalize(rgb))
         return self.tokenizer(rgb)[..., None]
 
     def error(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The similarity L of Eq. 1 for each token, in fp32: (B, M, C) and its target give (B, M)."""
+        """The similarity L of Eq. 1 of each token, in fp32: (B, M, C) and targets give (B, M)."""
         pred = pred.float()
         if self.cfg.target == "dvae":
             return F.cross_entropy(pred.transpose(1, 2), target[..., 0], reduction="none")
-        # NOTE paper unclear: Sec. 3.1 names l1 for HOG, the public code squares. --loss l1 follows it.
+        # NOTE paper unclear: Sec. 3.1 names l1 for HOG, the public code has l2.
         difference = pred - target
         return (difference.abs() if self.cfg.loss == "l1" else difference.square()).mean(-1)
 
@@ -536,8 +485,8 @@ class SemanticMIM(nn.Module):
 def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss on random masks beside two guesses that learn nothing.
 
-    HOG: the mean of the image's visible patches, and the nearest visible patch. Codes: accuracy of the
-    code that is most frequent among the batch's hidden ones, and of the nearest visible patch's code.
+    HOG: the mean over the image's visible patches, and the nearest visible patch. Codes: accuracy
+    of the most frequent code among the batch's hidden ones, and of the nearest visible patch's.
     """
     mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
     ids_keep, ids_mask, _ = split(mask, model.cfg.num_visible)
@@ -562,8 +511,8 @@ def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def preview(model: SemanticMIM, batch: dict[str, Tensor], path: Path, step: int) -> None:
     """Write a picture: input, what is visible, the target, and the prediction of hidden patches.
 
-    A HOG is drawn as the edges it stands for. What is predicted is white; around it, in blue, is the
-    target of visible patches, which have no loss. Codes have arbitrary colours.
+    A HOG is drawn as the edges it stands for. The prediction is white; around it, in blue, is the
+    target of visible patches, which have no loss. Colours of codes are arbitrary.
     """
     cfg, rgb = model.cfg, batch["rgb"]
     h = w = cfg.image_size // cfg.patch_size
@@ -581,14 +530,13 @@ def preview(model: SemanticMIM, batch: dict[str, Tensor], path: Path, step: int)
     if cfg.target == "dvae":
         truth, guess = (pictures.colorize(x.view(-1, h, w) % 254 + 1) for x in (target, guess))
         columns |= {"codes: target": truth, "codes: prediction": guess}
-        columns["where it is wrong"] = (truth != guess).any(1, keepdim=True).expand_as(truth).byte() * 255
     else:
         truth, guess = (draw_hog(x, (h, w)) for x in (target, guess))
         blue = guess.new_tensor([0.3, 0.5, 1.0])[:, None, None]
         guess = guess * blue.where(~at_size(guess.shape[2:]), 1.0)
         columns |= {"HOG: target": truth.expand(-1, 3, -1, -1), "HOG: prediction (white)": guess}
         columns = {k: (v * 255).byte() if v.is_floating_point() else v for k, v in columns.items()}
-    caption = f"semanticmim {cfg.model}, {cfg.proxies} proxies, step {step}, {cfg.data} val, random masks"
+    caption = f"semanticmim {cfg.model}, {cfg.proxies} proxies, step {step}, {cfg.data} val"
     pictures.contact_sheet(columns, path, caption, side=max(192, 24 * h))
 
 
@@ -597,8 +545,8 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
 
     Args:
         path: a checkpoint that a run of this script wrote.
-        overrides: image_size (H, W), to which a learned position embedding is resized, and drop_path,
-            as `common.ViT` takes them.
+        overrides: image_size (H, W), to which the position embedding is resized, and drop_path, as
+            `common.ViT` takes them.
     Errors: UserError where the file is no such checkpoint.
     """
     checkpoint = engine.load(path, "semanticmim")
@@ -607,9 +555,8 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
     encoder = make_encoder(cfg, **{**side, **overrides})
     prefix = "encoder."
     state = {k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
-    if "pos_embed" in state:
-        old = (cfg.image_size // cfg.patch_size,) * 2
-        state["pos_embed"] = resize_position(state["pos_embed"], old, encoder.grid)
+    old = (cfg.image_size // cfg.patch_size,) * 2
+    state["pos_embed"] = resize_position(state["pos_embed"], old, encoder.grid)
     engine.load_weights(encoder, state, path)
     return encoder
 
@@ -621,8 +568,7 @@ PRESETS = {
     # patches.
     "tiny": dict(
         image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, proxies=4, epochs=2,
-        warmup_epochs=0.2, batch_size=64, base_lr=4e-3, clip_grad=1.0, pos_embed="fixed",
-        data="shapes", val_epochs=1,
+        warmup_epochs=0.2, batch_size=64, base_lr=4e-3, clip_grad=1.0, data="shapes", val_epochs=1,
     ),
     # ViT-S, not in the paper.
     "small": dict(embed_dim=384, num_heads=6, micro_batch=256),

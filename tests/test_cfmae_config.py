@@ -1,0 +1,80 @@
+"""CFMAE's command lines (the paper's ablation rows, refusals) and the encoder of a checkpoint."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import cfmae
+import engine
+
+
+def parse(line: str) -> cfmae.Config:
+    return engine.parse(cfmae.Config, cfmae.PRESETS, "", line.split())
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("", dict(num_visible=98, masking="SG-IG-RD", decoder="cascaded", order="S-I-R",
+              granularities="rgb,instance,semantic", lambda_s=1, lambda_i=1, lambda_r=1)),
+    ("--mask-ratio 0.833", dict(num_visible=98)),  # Table 6a
+    ("--mask-ratio 0.75", dict(num_visible=147)),
+    ("--mask-ratio 0.667", dict(num_visible=196)),
+    *((f"--masking {k}", dict(masking=k, num_visible=98)) for k in (
+        "RD", "IG", "SG", "IG-SG-RD", "RD-IG-SG", "SG-IG-RD")),  # Tables 6b, 6c
+    ("--decoder parallel", dict(decoder="parallel", masking="SG-IG-RD")),  # Table 6d
+    ("--decoder no-cross-attention", dict(decoder="no-cross-attention")),
+    ("--order R-I-S", dict(order="R-I-S", decoder="cascaded")),
+    ("--granularities rgb", dict(num_visible=49, masking="RD")),  # Table 6e
+    ("--granularities rgb,semantic", dict(num_visible=98, masking="RD")),
+    ("--granularities rgb,instance", dict(num_visible=98, masking="RD")),
+    ("--granularities rgb,instance,semantic --masking RD", dict(num_visible=98, masking="RD")),
+    ("--lambda-r 2", dict(lambda_s=1, lambda_i=1, lambda_r=2)),  # Table 6f
+    ("--lambda-i 2", dict(lambda_s=1, lambda_i=2, lambda_r=1)),
+    ("--lambda-s 2", dict(lambda_s=2, lambda_i=1, lambda_r=1)),
+    ("--decoder parallel --masking RD", dict(decoder="parallel", masking="RD")),  # Table 5, row 2
+])  # fmt: skip
+def test_config__ablation_rows_are_command_lines(line, expected):
+    cfg = parse(line)
+    assert {k: getattr(cfg, k) for k in expected} == expected
+    assert cfg.num_patches == 196 and cfg.semantic_classes == 133
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--mask-ratio 0", "0.667"), ("--mask-ratio 0.6657", "0.667"), ("--mask-ratio 1", "1)"),
+    ("--mask-ratio 0.9999", "leaves 0"), ("--semantic-classes 256", "[1, 255]"),
+    ("--data shapes --semantic-classes 15", "[16, 255]"), ("--alpha 0.5", "Eq. 8"),
+    ("--granularities rgb --masking SG", "--masking RD"), ("--e2 0.1", "--e1"),
+    ("--e4 1.1", "--e4"),
+    ("--image-size 225", "224 or 240"), ("--num-heads 7", "--num-heads 7"),
+    ("--decoder-num-heads 7", "252 or 259"), ("--order S-S-R", "S-I-R"), ("--mix max", "sample"),
+    ("--granularities rgb,depth", "rgb,semantic"), ("--decoder serial", "cascaded"),
+    ("--model huge", "large"), ("--mask-rat 0.75", "--mask-rat"),
+])  # fmt: skip
+def test_config__refuses_with_values_that_work(line, words):
+    with pytest.raises(engine.UserError) as e:
+        parse(line)
+    assert words in str(e.value)
+
+
+def test_load_encoder__round_trip(tmp_path):
+    cfg, path = parse("--model tiny --embed-dim 32 --depth 2"), tmp_path / "last.pt"
+    model = cfmae.CFMAE(cfg).eval()
+    checkpoint = {"format": engine.FORMAT, "method": "cfmae", "config": dataclasses.asdict(cfg)}
+    checkpoint |= {"model": model.state_dict(), "step": 7, "optimizer": {}, "window": {}}
+    engine.save(path, checkpoint)
+    encoder = cfmae.load_encoder(path).eval()
+    other = cfmae.load_encoder(path, image_size=(32, 96), drop_path=0.2).eval()
+    assert encoder.grid == (8, 8) and other.grid == (4, 12) and other.drop_path == 0.2
+    wide, labels = torch.randn(2, 3, 32, 96), torch.randint(0, 17, (2, 32, 32)).byte()
+    for imgs in (torch.randn(2, 3, 64, 64), wide, {"instance": labels}):
+        (expected, _), (got, _) = (e.forward_features(imgs)[0] for e in (model.encoder, encoder))
+        assert torch.equal(got, expected)
+    assert_close(other.forward_features(wide), encoder.forward_features(wide))
+    engine.save(path, checkpoint | {"method": "mcmae"})
+    with pytest.raises(engine.UserError, match="mcmae"):
+        cfmae.load_encoder(path)
+    state = {k: v for k, v in model.state_dict().items() if k != "encoder.cls_token"}
+    engine.save(path, checkpoint | {"model": state})
+    with pytest.raises(engine.UserError, match="missing cls_token"):
+        cfmae.load_encoder(path)

@@ -1,0 +1,116 @@
+"""Checkpoints: whole or absent on disk, harmless to read, and refused where they do not fit."""
+
+import io
+import os
+import pickle
+import re
+
+import engine
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from engine import UserError
+from torch import nn
+
+WHOLE = {"format": engine.FORMAT, "method": "cfmae", "step": 3, "config": {}, "model": {},
+         "optimizer": {}, "window": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("crash", ["torch.save", "os.fsync", "os.replace"])
+def test_save__a_crash_leaves_the_old_file_whole(tmp_path, monkeypatch, crash):
+    path = tmp_path / "last.pt"
+    engine.save(path, WHOLE)
+
+    def fail(*args, **kwargs):
+        if crash == "torch.save":
+            args[1].write(b"half of a new file")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(crash, fail)
+        with pytest.raises(OSError):
+            engine.save(path, WHOLE | {"step": 4})
+    assert engine.load(path, "cfmae")["step"] == 3
+    (tmp_path / "last.pt.tmp").write_bytes(b"left by the crash")
+    assert engine.load(path, "cfmae")["step"] == 3
+    engine.save(path, WHOLE | {"step": 5})
+    assert engine.load(path, "cfmae")["step"] == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("container", ["pickle", "zip"])
+def test_load__executes_nothing(tmp_path, container):
+    target, path = tmp_path / "executed", tmp_path / "last.pt"
+    bad = WHOLE | {"config": Bomb(target)}
+    path.write_bytes(pickle.dumps(bad)) if container == "pickle" else torch.save(bad, path)
+    with pytest.raises(UserError, match="cannot be read safely|can be read safely"):
+        engine.load(path, "cfmae")
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Bomb(target)))  # it would have
+    assert target.exists()
+
+
+def whole_bytes():
+    buffer = io.BytesIO()
+    torch.save(WHOLE | {"model": {"w": torch.randn(999)}}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not a checkpoint"),
+        (np.random.default_rng(0).bytes(4096), "not a checkpoint"),
+        (whole_bytes()[:-700], "not a checkpoint"),
+        ([1, 2], "not a checkpoint of this project"),
+        ({"model": {}}, "not a checkpoint of this project"),
+        (WHOLE | {"method": "mcmae"}, re.escape("('mcmae', 1); wanted ('cfmae', 1)")),
+        (WHOLE | {"format": 99}, re.escape("('cfmae', 99); wanted ('cfmae', 1)")),
+    ],
+)
+def test_load__refuses_what_is_not_ours(tmp_path, content, message):
+    path = tmp_path / "last.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        engine.load(path, "cfmae")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        engine.load(tmp_path / "other.pt", "cfmae")
+
+
+def test_load_weights__all_or_nothing():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    bias = state.pop("1.bias")
+    state |= {"2.bias": bias, "1.weight": torch.zeros(5, 5)}
+    with pytest.raises(UserError, match="nothing was loaded") as error:
+        engine.load_weights(model, state, "x.pt")
+    for part in ("x.pt", "missing 1.bias", "unexpected 2.bias", "1.weight has shape (5, 5)"):
+        assert part in str(error.value)
+    assert tiny_run.same_bits(dict(model.state_dict()), before)
+    engine.load_weights(model, {k: v + 1 for k, v in before.items()}, "x.pt")
+    assert all((v == before[k] + 1).all() for k, v in model.state_dict().items())
+
+
+def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path):
+    assert tiny_run.train(tmp_path, "--steps", 2) == 0
+    with pytest.raises(UserError) as error:
+        tiny_run.train(tmp_path, "--resume", "--seed", 1, "--alpha", 0.6)
+    assert "--seed was 0, is 1" in str(error.value) and "--alpha was 0.75, is 0.6" in str(error.value)
+    with pytest.raises(UserError, match="at step 2 already"):
+        tiny_run.train(tmp_path, "--resume", "--steps", 2)
+    free = "--micro-batch 4 --log-every 1 --save-minutes 9 --save-epochs 1 --val-samples 4 --compile"
+    cfg = tiny_run.config(tmp_path, "--resume", *free.split())
+    engine.refuse_changes(cfg, tiny_run.checkpoint(tmp_path)["config"], tmp_path)
+    free = "--steps 5 --micro-batch 4 --log-every 1 --save-epochs 1 --val-samples 4".split()
+    assert tiny_run.train(tmp_path, "--resume", *free) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["epoch-0001.pt", "last.pt"]

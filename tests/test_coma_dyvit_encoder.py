@@ -1,0 +1,199 @@
+"""DyViT: DM-MSA and Positional Downsampling against naive loops, stem, encoder contract."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import coma_dyvit as cd
+from common import split
+
+
+def dyvit(**kwargs):
+    torch.manual_seed(0)
+    sizes = dict(image_size=(64, 64), patch_size=16, dims=(8, 16, 24, 32), depths=(1, 2, 2, 1))
+    return cd.DyViT(**{**sizes, "num_heads": (1, 2, 2, 4), **kwargs}).eval()
+
+
+def on_map(x, side, h, w):
+    """Tokens patch by patch (B, h*w*side^2, C) to a map (B, C, h*side, w*side), one by one."""
+    image = torch.empty(len(x), x.shape[2], h * side, w * side)
+    for n in range(x.shape[1]):
+        patch, at = divmod(n, side**2)
+        row, column = patch // w * side + at // side, patch % w * side + at % side
+        image[:, :, row, column] = x[:, n]
+    return image
+
+
+@pytest.mark.parametrize("side, windows, V", [(8, (8, 4, 2), 3), (4, (4, 2), 5), (4, (2, 1), 2)])
+def test_window_attention__equals_a_loop_over_patches_windows_and_heads(side, windows, V):
+    torch.manual_seed(1)
+    C, heads, d = 8, 2, 4
+    attn = cd.WindowAttention(C, heads, side, windows).double()
+    x = torch.randn(2, V * side**2, C, dtype=torch.double)
+    expected = torch.zeros_like(x)
+    for b in range(2):
+        weights = zip(attn.qkv.weight.split(C), attn.qkv.bias.split(C))
+        Q, K, V_ = (x[b] @ w.T + c for w, c in weights)
+        for conv in attn.convs:
+            k = conv.kernel_size[0]
+            keys, values = [], []
+            for patch in range(V):
+                for i in range(0, side, k):
+                    for j in range(0, side, k):
+                        key, value = torch.zeros(2, C, dtype=torch.double)
+                        for di in range(k):
+                            for dj in range(k):
+                                at = patch * side**2 + (i + di) * side + j + dj
+                                key = key + conv.weight[:, 0, di, dj] * K[at]
+                                value = value + conv.weight[:, 0, di, dj] * V_[at]
+                        keys.append(key)
+                        values.append(value)
+            for head in range(heads):
+                own = slice(head * d, head * d + d)
+                for n in range(len(x[b])):
+                    score = torch.stack([Q[n, own] @ key[own] for key in keys]) / math.sqrt(d)
+                    weight = score.softmax(0)
+                    expected[b, n, own] += sum(w * v[own] for w, v in zip(weight, values))
+    torch.testing.assert_close(attn(x), attn.proj(expected))
+
+
+@pytest.mark.parametrize("side, windows", [(8, (8, 4, 2)), (4, (4, 2))])
+def test_kernel__every_convolution_stays_inside_its_patch(side, windows):
+    """Summaries of a patch do not move when other patches change; and are the convolution's."""
+    attn = cd.WindowAttention(4, 1, side, windows)
+    x = torch.randn(1, 3 * side**2, 4)
+    other = x.clone()
+    other[:, : side**2] += 1
+    a, b = (torch.einsum("npc,cpw->nwc", y.view(3, side**2, 4), attn.kernel()) for y in (x, other))
+    assert torch.equal(a[1:], b[1:]) and not torch.isclose(a[0], b[0]).any()
+    images = x.view(3, side, side, 4).permute(0, 3, 1, 2)
+    convolved = torch.cat([conv(images).flatten(2) for conv in attn.convs], dim=2)
+    torch.testing.assert_close(a, convolved.transpose(1, 2))
+
+
+def test_window_attention__crosses_patches():
+    attn = cd.WindowAttention(8, 2, 4, (4, 2))
+    x = torch.randn(1, 48, 8)
+    other = x.clone()
+    other[:, 32:] += torch.randn(1, 16, 8)
+    assert not torch.isclose(attn(x)[:, :32], attn(other)[:, :32]).all(-1).any()
+
+
+def test_max_pool__is_pooling_of_the_whole_map():
+    x = torch.randn(2, 6 * 64, 5)
+    pooled = on_map(cd.max_pool(x, 8), 4, 2, 3)
+    assert torch.equal(pooled, F.max_pool2d(on_map(x, 8, 2, 3), 2))
+
+
+@pytest.mark.parametrize("mode", ["printed", "sequential"])
+def test_positional_downsampling__equals_strided_convolutions(mode):
+    dims, h, w = (4, 6, 8, 10), 2, 3
+    fuse = cd.PositionalDownsampling(dims, mode)
+    stages = [torch.randn(2, h * w * s * s, c) for s, c in zip((8, 4, 2, 1), dims)]
+    maps = [on_map(x, s, h, w) for x, s in zip(stages, (8, 4, 2, 1))]
+    if mode == "printed":
+        assert [c.proj.kernel_size[0] for c in fuse.convs] == [8, 4, 2]
+        expected = maps[3] + sum(conv.proj(x) for conv, x in zip(fuse.convs, maps))
+    else:
+        expected = maps[0]
+        for conv, x in zip(fuse.convs, maps[1:]):
+            expected = conv.proj(expected) + x
+    torch.testing.assert_close(fuse(stages), expected.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("patch_size", [32, 16, 8])
+@pytest.mark.parametrize("stem_mask", ["before", "after"])
+def test_visible_stem__equals_the_stem_on_the_whole_image(patch_size, stem_mask):
+    encoder = dyvit(patch_size=patch_size, stem_mask=stem_mask, image_size=(64, 96))
+    h, w, p = 64 // patch_size, 96 // patch_size, patch_size
+    imgs, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, h * w, dtype=torch.bool)
+    mask[0, : h * w // 2], mask[1, 1 : 1 + h * w // 2] = True, True
+    ids_keep, _, _ = split(mask, h * w - h * w // 2)
+    x = encoder.embed(imgs, mask, ids_keep)
+    if stem_mask == "before":
+        imgs = imgs * ~mask.view(2, 1, h, w).repeat_interleave(p, 2).repeat_interleave(p, 3)
+    whole = encoder.embed(imgs).view(2, h * w, 64, 8)
+    expected = torch.stack([whole[b, ids_keep[b]].flatten(0, 1) for b in range(2)])
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("stem_mask, leaks", [("before", False), ("after", True)])
+def test_encode__hidden_pixels_reach_visible_tokens_only_with_stem_mask_after(stem_mask, leaks):
+    encoder = dyvit(stem_mask=stem_mask)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, [0, 3, 5, 10, 15]] = True
+    ids_keep, _, _ = split(mask, 11)
+    imgs = torch.randn(1, 3, 64, 64)
+    hidden = mask.view(1, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changed = imgs.masked_fill(hidden, 3.0)
+    a, b = (encoder.run(encoder.embed(x, mask, ids_keep))[0] for x in (imgs, changed))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) != leaks
+
+
+def test_run__visible_patches_alone_is_what_enters_the_stages():
+    encoder = dyvit()
+    stages, _ = encoder.run(torch.randn(2, 5 * 64, 8))
+    shapes = [(2, 320, 8), (2, 80, 16), (2, 20, 24), (2, 5, 32)]  # Eq. (5)
+    assert [tuple(x.shape) for x in stages] == shapes
+
+
+def test_forward_pyramid__any_size_that_the_patch_size_divides():
+    encoder = dyvit(patch_size=32)
+    assert encoder.strides == (4, 8, 16, 32)
+    for H, W in ((64, 64), (96, 160), (32, 64)):
+        imgs = torch.randn(1, 3, H, W)
+        shapes = [tuple(x.shape) for x in encoder.forward_pyramid(imgs)]
+        sizes = zip((8, 16, 24, 32), (4, 8, 16, 32))
+        assert shapes == [(1, c, H // s, W // s) for c, s in sizes]
+    with pytest.raises(ValueError, match="not divisible"):
+        encoder.forward_pyramid(torch.randn(1, 3, 64, 80))
+
+
+def test_forward_pyramid__maps_lie_as_the_image():
+    """A bright spot moves every stage's map where it is, most of all."""
+    encoder = dyvit(image_size=(64, 128))
+    imgs = torch.zeros(1, 3, 64, 128)
+    spot = imgs.clone()
+    spot[..., 16, 96] = 9  # a pixel that one token of the stem sees
+    pyramids = encoder.forward_pyramid(imgs), encoder.forward_pyramid(spot)
+    for a, b, s in zip(*pyramids, encoder.strides):
+        change = (a - b).square().sum(1)[0]
+        assert divmod(int(change.argmax()), change.shape[1]) == (16 // s, 96 // s)
+
+
+def test_forward_features__are_the_pyramid_in_raster_order():
+    encoder, imgs = dyvit(), torch.randn(2, 3, 64, 32)
+    pyramid = [x.flatten(2).transpose(1, 2) for x in encoder.forward_pyramid(imgs)]
+    features = encoder.forward_features(imgs, layers=[1, 3, 5, 6])  # the last blocks of the stages
+    for (tokens, prefix), x in zip(features, pyramid):
+        assert torch.equal(tokens, x) and prefix.shape == (2, 0, x.shape[2])
+    ((last, _),) = encoder.forward_features(imgs)
+    assert torch.equal(last, encoder.norm(pyramid[-1]))
+
+
+def test_drop_path__needs_seeds_and_drops_whole_branches():
+    encoder, imgs, seed = dyvit(drop_path=0.5), torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
+    run = [encoder.forward_features(imgs, seed=s)[0][0] for s in (None, seed, seed)]
+    plain, dropped, again = run
+    assert torch.equal(dropped, again) and not torch.isclose(plain, dropped).any(-1).any()
+    single = encoder.forward_features(imgs[1:], seed=seed[1:])[0][0]
+    torch.testing.assert_close(single, dropped[1:])
+
+
+def test_layer_ids__grow_with_depth():
+    encoder = dyvit()
+    ids = encoder.layer_ids()
+    assert ids.keys() == {n for n, _ in encoder.named_parameters()}
+    assert (ids["stem.weight"], ids["stages.0.0.norm1.bias"], ids["norm.bias"]) == (0, 1, 7)
+    assert ids["stages.2.1.attn.qkv.weight"] == 5 and ids["stages.2.0.mlp.fc1.bias"] == 4
+    assert ids["downsample.1.weight"] == 4
+    assert sorted(set(ids.values())) == list(range(8))
+
+
+def test_bf16__runs_and_stays_near():
+    encoder, imgs = dyvit(), torch.randn(2, 3, 64, 64)
+    plain = encoder.forward_features(imgs)[0][0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (encoder.forward_features(imgs)[0][0] - plain).abs().max() < 0.1

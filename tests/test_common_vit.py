@@ -1,0 +1,190 @@
+"""common.py's parts put together: the public MAE's tensors reproduced, and the ViT encoder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from common import (
+    Block, Normalize, ViT, drop_path, gather, init_weights, patch_statistics, patchify, random_mask,
+    sincos_2d, split,
+)  # fmt: skip
+
+GOLDEN = Path(__file__).parent / "golden" / "mae_tiny.pt"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------- the public MAE
+
+
+class MAE(nn.Module):
+    """Masked autoencoder put together from common.py, under the public implementation's names."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        self.c, (h, w) = c, (c["img_size"] // c["patch_size"],) * 2
+        self.encoder = ViT(
+            (c["img_size"],) * 2, c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"]
+        )
+        D = c["decoder_embed_dim"]
+        self.decoder_embed = nn.Linear(c["embed_dim"], D)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_buffer("decoder_pos_embed", sincos_2d(D, h, w), persistent=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(D, c["decoder_num_heads"]) for _ in range(c["decoder_depth"])
+        )
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_pred = nn.Linear(D, 3 * c["patch_size"] ** 2)
+
+    def forward(self, rgb, noise, num_visible):
+        patches = patchify(Normalize()(rgb), self.c["patch_size"])
+        mask = random_mask(noise, noise.shape[1] - num_visible)
+        ids_keep, _, ids_restore = split(mask, num_visible)
+        x = self.encoder.patch_embed(gather(patches, ids_keep)) + self.encoder.pos_embed[ids_keep]
+        latent = self.encoder.norm(self.encoder.run(self.encoder.add_prefix(x))[-1])
+        x = self.decoder_embed(latent)
+        hidden = self.mask_token.expand(len(x), noise.shape[1] - num_visible, -1)
+        full = gather(torch.cat([x[:, 1:], hidden], 1), ids_restore) + self.decoder_pos_embed
+        x = torch.cat([x[:, :1], full], 1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        mean, std = patch_statistics(patches)
+        error = (pred - (patches - mean) / std).square().mean(-1)
+        return latent, mask, pred, (error * mask).sum() / mask.sum()
+
+
+def test_blocks__reproduce_public_mae():
+    g = torch.load(GOLDEN, weights_only=True)
+    model, state = MAE(g["config"]), g["state_dict"]
+    theirs = {name: name.removeprefix("encoder.") for name in model.state_dict()}
+    assert set(theirs.values()) == set(state) - {"pos_embed", "decoder_pos_embed"}
+    model.load_state_dict({ours: state[name] for ours, name in theirs.items()})
+    for name, ours in [("", model.encoder.pos_embed), ("decoder_", model.decoder_pos_embed)]:
+        assert_close(ours, state[name + "pos_embed"][0, 1:], rtol=0, atol=1e-6)
+
+    V = g["latent"].shape[1] - 1
+    latent, mask, pred, loss = model(g["rgb"], g["noise"], V)
+    assert torch.equal(mask, g["mask"])
+    public_keep = g["ids_restore"].argsort(1)[:, :V]  # in the order of the noise; ours is raster
+    public = gather(g["latent"][:, 1:], public_keep.argsort(1))
+    assert torch.equal(public_keep.sort(1).values, split(mask, V)[0])
+    close = dict(rtol=1e-5, atol=1e-5)
+    assert_close(latent[:, :1], g["latent"][:, :1], **close)
+    assert_close(latent[:, 1:], public, **close)
+    assert_close(pred, g["pred"], **close)
+    assert_close(loss, g["loss"], **close)
+    loss.backward()
+    norms = {theirs[n]: p.grad.norm() for n, p in model.named_parameters()}
+    assert norms.keys() == g["grad_norms"].keys()
+    for name, norm in norms.items():
+        assert_close(norm.item(), float(g["grad_norms"][name]), rtol=1e-4, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- encoder
+
+
+def timm_names() -> set[str]:
+    """Parameters of timm's vit_base_patch16_224 with num_classes=0, the position apart."""
+    block = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2".split()
+    modules = ["patch_embed.proj", "norm", *(f"blocks.{i}.{m}" for i in range(12) for m in block)]
+    return {"cls_token"} | {f"{m}.{p}" for m in modules for p in ("weight", "bias")}
+
+
+def small_vit(**kwargs):
+    torch.manual_seed(0)
+    model = ViT((32, 32), 8, 24, kwargs.pop("depth", 4), 3, **kwargs).eval()
+    init_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+def test_vit__forward_features_equals_blocks_by_hand(size):
+    model, imgs = small_vit(reg_tokens=2), torch.randn(2, 3, *size)
+    h, w = size[0] // 8, size[1] // 8
+    x = model.patch_embed.proj(imgs).flatten(2).transpose(1, 2) + sincos_2d(24, h, w)
+    x = torch.cat([model.cls_token.expand(2, -1, -1), model.reg_token.expand(2, -1, -1), x], 1)
+    outputs = []
+    for block in model.blocks:
+        x = x + block.attn(block.norm1(x))
+        x = x + block.mlp(block.norm2(x))
+        outputs.append(x)
+    some, last = [outputs[2], outputs[0], outputs[3]], [model.norm(x)]
+    for layers, expected in [((3, 1, 4), some), (None, last)]:
+        got = model.forward_features(imgs, layers)
+        for (tokens, prefix), e in zip(got, expected, strict=True):
+            assert tokens.shape == (2, h * w, 24) and prefix.shape == (2, 3, 24)
+            assert_close(torch.cat([prefix, tokens], 1), e, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="33x16"):
+        model.forward_features(torch.zeros(1, 3, 33, 16))
+
+
+def test_vit__pyramid_is_blocks_4_6_8_12():
+    model, imgs = small_vit(depth=12), torch.randn(2, 3, 16, 48)
+    maps = model.forward_pyramid(imgs)
+    assert model.strides == (8, 8, 8, 8)
+    for got, (tokens, _) in zip(maps, model.forward_features(imgs, (4, 6, 8, 12)), strict=True):
+        assert got.shape == (2, 24, 2, 6)
+        assert torch.equal(got[:, :, 1, 4], tokens[:, 1 * 6 + 4])
+
+
+def test_vit__attention_of_a_layer():
+    model, imgs = small_vit(), torch.randn(2, 3, 16, 48)
+    tokens, prefix = model.forward_features(imgs, (2,))[0]
+    third = model.blocks[2]
+    q, k, _ = third.attn.qkv(third.norm1(torch.cat([prefix, tokens], 1))).split(24, -1)
+    got = model.attention(imgs, 3)
+    assert got.shape == (2, 3, 13, 13)
+    for head in range(3):
+        part = slice(8 * head, 8 * head + 8)
+        e = (q[1, :, part] @ k[1, :, part].T / 8**0.5).exp()
+        assert_close(got[1, head], e / e.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_vit__drop_path_follows_the_seed():
+    model, imgs = small_vit(drop_path=0.6), torch.randn(3, 3, 32, 32)
+    seed = torch.tensor([11, 5, 8])
+    tokens = model.forward_features(imgs, seed=seed)[0][0]
+    scale, x = drop_path(seed, 4, 0.6), model.add_prefix(model.embed(imgs))
+    for block, s in zip(model.blocks, scale):
+        x = block(x, s)
+    assert_close(tokens, model.norm(x)[:, 1:])
+    assert_close(tokens[1:2], model.forward_features(imgs[1:2], seed=seed[1:2])[0][0])
+    assert not torch.allclose(tokens, model.forward_features(imgs)[0][0])  # off without seeds
+
+
+def test_vit__layer_ids():
+    ids = small_vit(reg_tokens=2).layer_ids()
+    assert ids.keys() == dict(small_vit(reg_tokens=2).named_parameters()).keys()
+    assert ids["cls_token"] == ids["reg_token"] == ids["patch_embed.proj.weight"] == 0
+    assert [ids[f"blocks.{i}.mlp.fc2.bias"] for i in range(4)] == [1, 2, 3, 4]
+    assert ids["norm.weight"] == 5
+
+
+def test_vit__has_timms_parameter_names():
+    with torch.device("meta"):
+        assert set(ViT().state_dict()) == timm_names()
+        wide = set(ViT(class_token=False, reg_tokens=8, init_values=0.1).state_dict())
+    scales = {f"blocks.{i}.ls{j}.gamma" for i in range(12) for j in (1, 2)}
+    assert wide == timm_names() - {"cls_token"} | {"reg_token"} | scales
+
+
+def test_vit__loads_strictly_into_timm():
+    timm = pytest.importorskip("timm", reason="timm is optional; without it only names are checked")
+    for prefix in (dict(class_token=True), dict(class_token=False, reg_tokens=8)):
+        ours = ViT(**prefix).eval()
+        init_weights(ours)
+        theirs = timm.create_model("vit_base_patch16_224", num_classes=0, global_pool="", **prefix)
+        pos_embed = torch.zeros_like(theirs.pos_embed)
+        pos_embed[0, -196:] = ours.pos_embed
+        theirs.load_state_dict(ours.state_dict() | {"pos_embed": pos_embed})
+        imgs = torch.randn(1, 3, 224, 224)
+        tokens, prefix_tokens = ours.forward_features(imgs)[0]
+        expected = theirs.eval().forward_features(imgs)
+        assert_close(torch.cat([prefix_tokens, tokens], 1), expected, rtol=1e-4, atol=1e-4)

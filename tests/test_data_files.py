@@ -1,0 +1,209 @@
+"""data.py: lists of files, and what bad input gets (decoding: test_decoding.py)."""
+
+import os
+import pickle
+from array import array
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import ALL, smooth, write, write_triplet
+
+import data
+from data import FileList, FolderDataset, UserError
+
+
+def ids(value, height=40, width=60, dtype=np.uint8):
+    return np.full((height, width), value, dtype)
+
+
+@pytest.fixture
+def good(tmp_path):
+    for i in range(6):
+        write_triplet(tmp_path, f"{i}", smooth(40, 60, i), ids(i), ids(10 + i))
+    return str(tmp_path)
+
+
+def sample(root, index=0, granularities=ALL, **options):
+    return FolderDataset(root, "train", None, 32, 16, granularities, **options)[0, index]
+
+
+def test_scan__orders_labels_links_and_skips(tmp_path):
+    for name in ("b/2.JPEG", "b/10.jpg", "a/deep/x.PNG", "a/y.webp", "top.jpeg"):
+        write(f"{tmp_path}/train/{name}", smooth(8, 8), format="PNG")
+    write(f"{tmp_path}/val/c/z.jpg", smooth(8, 8))
+    for name in (".hidden.jpg", "b/notes.txt", "b/.DS_Store", ".cache/1.jpg", "b/jpg"):
+        os.makedirs(os.path.dirname(f"{tmp_path}/train/{name}"), exist_ok=True)
+        open(f"{tmp_path}/train/{name}", "w").close()
+    os.mkfifo(f"{tmp_path}/train/b/pipe.jpg")
+    os.symlink(f"{tmp_path}/train/b/10.jpg", f"{tmp_path}/train/b/link.jpg")
+    os.symlink(f"{tmp_path}/train/b", f"{tmp_path}/train/linked")
+    os.symlink(f"{tmp_path}/train", f"{tmp_path}/train/b/loop")
+    files = data.scan(str(tmp_path), "train", ("rgb",))
+    assert [files.name(i) for i in range(len(files))] == [
+        "a/deep/x.PNG", "a/y.webp", "b/10.jpg", "b/2.JPEG", "b/link.jpg",
+        "linked/10.jpg", "linked/2.JPEG", "linked/link.jpg", "top.jpeg"]
+    assert files.classes == ["a", "b", "c", "linked"]           # of train and val together
+    assert [files.label(i) for i in range(len(files))] == [0, 0, 1, 1, 1, 3, 3, 3, -1]
+    assert data.scan(str(tmp_path), "val").label(0) == 2
+
+
+def test_scan__semseg_stands_for_semantic(good):
+    os.rename(f"{good}/train/semantic", f"{good}/train/semseg")
+    assert sample(good, 3)["semantic"].unique().tolist() == [13]
+
+
+def test_file_list__round_trips(good, tmp_path):
+    files = data.scan(good, "train", ALL)
+    names = [files.name(i) for i in range(6)]
+    saved = files.save(f"{tmp_path}/list")
+    copies = [saved, FileList.open(f"{tmp_path}/list"), FileList(np.array(files.block))]
+    copies += [pickle.loads(pickle.dumps(f)) for f in (files, saved)]
+    for copy in copies:
+        assert [copy.name(i) for i in range(len(copy))] == names and copy.folders == files.folders
+    assert len(pickle.dumps(saved)) < 200        # its path: a worker maps the file itself
+    with open("/proc/self/maps") as maps:
+        assert f"{tmp_path}/list/files.npy" in maps.read()
+    odd = ["a\nb.jpg", "é/ü.png", os.fsdecode(b"\xff\xfe.jpg")]
+    offsets = array("q", np.cumsum([0] + [len(os.fsencode(n)) for n in odd]).tolist())
+    labels = array("i", [-1, 0, -1])
+    built = FileList.build(os.fsencode("".join(odd)), offsets, labels, {}, ["é"]).save(good)
+    assert [built.name(i) for i in range(3)] == odd and built.classes == ["é"]
+    assert [built.label(i) for i in range(3)] == [-1, 0, -1]
+
+
+def test_file_list__refuses_what_it_did_not_write(good, tmp_path):
+    data.scan(good, "train", ALL).save(f"{tmp_path}/list")
+    path = f"{tmp_path}/list/files.npy"
+    whole = open(path, "rb").read()
+    noise = np.random.default_rng(0).bytes(500)
+    for content in (b"", whole[:100], whole[:200], whole[:-3], noise, whole[:128] + noise):
+        with open(path, "wb") as file:
+            file.write(content)
+        with pytest.raises(UserError, match="cannot read the list"):
+            FileList.open(f"{tmp_path}/list")
+    os.remove(path)
+    with pytest.raises(UserError, match="cannot read the list"):
+        FileList.open(f"{tmp_path}/list")
+
+
+# what bad input gets
+
+
+def test_scan__says_what_it_looked_for(tmp_path, good):
+    empty = f"{tmp_path}/empty"
+    os.makedirs(f"{empty}/train/rgb")
+    for root, split, words in [(f"{tmp_path}/none", "train", "no folder .*none"),
+                               (good, "val", "no folder .*val .in .*: empty, train"),
+                               (empty, "train", "no images .jpg .* in .*train/rgb")]:
+        with pytest.raises(UserError, match=words) as error:
+            data.scan(root, split)
+        assert "--data shapes" in str(error.value) and "ROOT/{train,val}/rgb" in str(error.value)
+    write(f"{tmp_path}/plain/train/x.jpg", smooth(8, 8))
+    with pytest.raises(UserError, match="only rgb found in .*train, no instance, semantic"):
+        data.scan(f"{tmp_path}/plain", "train", ALL)
+    os.rename(f"{good}/train/rgb", f"{good}/train/images")
+    with pytest.raises(UserError, match="only instance, semantic found in .*train, no rgb"):
+        data.scan(good, "train", ("rgb",))
+
+
+def test_scan__counts_images_without_maps(good):
+    for name in ("semantic/0.png", "semantic/4.png", "instance/4.png"):
+        os.remove(f"{good}/train/{name}")
+    with pytest.raises(UserError, match="2 of 6 images have no map") as error:
+        data.scan(good, "train", ALL)
+    assert f"0.png: not in {good}/train/semantic" in str(error.value)
+    assert len(data.scan(good, "train", ("rgb",))) == 6
+
+
+def turned(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(f"{folder}/rgb/2.png", smooth(40, 60), exif=exif)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda f: write(f"{f}/instance/2.png", ids(1, 40, 61)), "2.png: 61 x 40, .* 60 x 40"),
+    (turned, "2.png: 60 x 40, .* 40 x 60; .*EXIF"),
+    (lambda f: write(f"{f}/semantic/2.png", ids(133)), "id 133 .* semantic_classes = 133"),
+    (lambda f: write(f"{f}/semantic/2.png", ids(65535, dtype=np.uint16)), "id 65535"),
+    (lambda f: write(f"{f}/semantic/2.png", smooth(40, 60)), "2.png: 8-bit RGB"),
+    (lambda f: write(f"{f}/semantic/2.png", ids(0) > 0), "2.png: 1-bit grey"),
+    (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: cannot identify"),
+])
+def test_check__and_loading_stop_at_maps_that_do_not_fit(good, spoil, words, capsys):
+    assert data.check(FolderDataset(good, "train", None, 32, 16, ALL)).startswith("6 of 6")
+    spoil(f"{good}/train")
+    dataset = FolderDataset(good, "train", None, 32, 16, ALL)
+    with pytest.raises(UserError, match=f"1 of 6 .*\n.*{words}"):
+        data.check(dataset)
+    batch = data.collate([dataset[0, i] for i in range(4)])
+    assert list(batch) == ["error"] and good in batch["error"]
+    assert data.main([good, "--check"]) == 2
+    out = capsys.readouterr()
+    assert "train: 6 images" in out.out and out.err.startswith("error: 1 of 6")
+
+
+def test_check__takes_ids_up_to_semantic_classes(good):
+    checks = np.where(np.indices((40, 60)).sum(0) % 2, 255, 199).astype(np.uint8)
+    write(f"{good}/train/semantic/2.png", checks)
+    dataset = FolderDataset(good, "train", None, 32, 16, ALL, semantic_classes=200)
+    assert data.check(dataset, None).startswith("6 of 6 samples checked, 0 images unreadable")
+    assert 199 in dataset[0, 2]["semantic"]
+    with pytest.raises(UserError, match="semantic_classes 256"):
+        FolderDataset(good, "train", None, 32, 16, ALL, semantic_classes=256)
+
+
+def test_folder__an_instance_of_a_wide_map_may_be_255(good):
+    wide = ids(65535, dtype=np.uint16)
+    wide[:, :40], wide[:, :20] = 255, 0
+    write(f"{good}/train/instance/0.png", wide)
+    write(f"{good}/train/instance/1.png", ids(255))
+    got = sample(good, 0, train=False)["instance"]
+    assert got.unique().tolist() == [0, 1, 255]
+    assert sample(good, 1)["instance"].unique().tolist() == [255]
+
+
+def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatch):
+    clean = [sample(good, i) for i in range(6)]
+    calls = []
+    monkeypatch.setattr(data.time, "sleep", calls.append)
+    with open(f"{good}/train/rgb/1.png", "rb+") as file:
+        file.truncate(700)
+    open(f"{good}/train/rgb/2.png", "wb").close()
+    got = sample(good, 1)
+    assert got["bad"] == 1 and got["seed"] == clean[1]["seed"] and clean[3]["bad"] == -1
+    assert got["semantic"].unique().tolist() == [13]      # the next readable one, its maps
+    other = FolderDataset(good, "train", None, 32, 16, ALL)
+    assert torch.equal(got["rgb"], other.augment(*other.load(3), int(clean[1]["seed"]))["rgb"])
+    assert not calls
+    os.remove(f"{good}/train/rgb/5.png")
+    os.symlink("nowhere", f"{good}/train/rgb/5.png")
+    assert sample(good, 5)["bad"] == 5 and len(calls) == 3    # three more tries, then number 0
+    assert data.check(other).startswith("6 of 6 samples checked, 3 images unreadable\n  1.png")
+    for i in (0, 3, 4):
+        os.remove(f"{good}/train/rgb/{i}.png")
+    assert "6 images in a row cannot be read" in other[0, 1]["error"]
+    with pytest.raises(UserError, match="none of 6 images"):
+        data.check(other)
+
+
+@pytest.mark.parametrize("size, patch, words", [
+    (30, 16, "use 16 or 32"), ((32, 40), 16, "32 or 48"), (8, 16, "use 16 or 32"),
+    (30, 6, "multiple of 4")])
+def test_sizes__name_the_nearest_that_work(good, size, patch, words):
+    for make in (lambda: FolderDataset(good, "train", None, size, patch),
+                 lambda: data.ShapeScenes("train", size, patch)):
+        with pytest.raises(UserError, match=words):
+            make()
+
+
+def test_open_dataset__opens_shapes_or_a_folder(good):
+    options = (32, 16, ("rgb",), (0.2, 1.0), True, 0)
+    shapes, folder = (data.open_dataset(d, "train", *options) for d in ("shapes", good))
+    assert list(shapes[0, 0]) == list(folder[0, 0]) == ["rgb", "label", "seed", "bad"]
+    assert folder[0, 0]["rgb"].shape == shapes[0, 0]["rgb"].shape == (3, 32, 32)
+    only_rgb = data.scan(good, "train")
+    with pytest.raises(UserError, match="has rgb alone"):
+        FolderDataset(good, "train", only_rgb, 32, 16, ALL)

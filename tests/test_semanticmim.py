@@ -1,0 +1,237 @@
+"""SemanticMIM: both stacks against the public code, what flows where, masks, encoder, bad input."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import common
+import engine
+import semanticmim
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENIZER = str(GOLDEN / "dalle_encoder.pt")
+SMALL = ["--model", "tiny", "--image-size", "64", "--patch-size", "8", "--embed-dim", "32",
+         "--depth", "3", "--num-heads", "4"]  # fmt: skip
+DVAE = ["--target", "dvae", "--drop-path", "0"]
+
+
+def config(*flags):
+    return engine.parse(semanticmim.Config, semanticmim.PRESETS, "", [*SMALL, *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """The golden encoder's state dict as a file."""
+    path = tmp_path_factory.mktemp("tokenizer") / "dalle_encoder.pth"
+    torch.save(torch.load(TOKENIZER, weights_only=True)["state_dict"], path)
+    return path
+
+
+def make(*flags):
+    torch.manual_seed(0)
+    model = semanticmim.SemanticMIM(config(*flags))
+    with torch.no_grad():  # no zero hides a wiring mistake
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def make_batch(B=4, size=64):
+    rgb = torch.randint(0, 256, (B, 3, size, size), dtype=torch.uint8,
+                        generator=torch.Generator().manual_seed(1))  # fmt: skip
+    return {"rgb": rgb, "seed": torch.arange(B) * 7919 + 3}
+
+
+# -------------------------------------------------------------------------------- the public code
+
+
+def rename(state, P):
+    """Public names to ours; proxies carry a slice of the position embedding there."""
+    D = state["mask_token"].shape[-1]
+    prefix = "reg" if any(k.startswith("extra_layers") for k in state) else "cls"
+    new = {
+        f"encoder.{prefix}_token": state["cls_token"] + state["pos_embed"][:, :P],
+        "encoder.pos_embed": state["pos_embed"][:, P:],
+        "mask_token": state["mask_token"],
+    }
+    for w in ("weight", "bias"):
+        new[f"encoder.patch_embed.proj.{w}"] = state[f"patch_embed.projection.{w}"]
+        new[f"decoder_norm.{w}"] = state[f"ln1.{w}"]
+    parts = {"ln1": "norm1", "ln2": "norm2", "attn.proj": "attn.proj", "ffn.layers.0.0": "mlp.fc1",
+             "ffn.layers.1": "mlp.fc2", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}  # fmt: skip
+    for layer in sorted({k.rsplit(".ln1")[0] for k in state if ".ln1." in k}):
+        stack, i = layer.split(".")
+        own = f"{'encoder.blocks' if stack == 'layers' else 'decoder_blocks'}.{i}"
+        s = {k[len(layer) + 1 :]: v for k, v in state.items() if k.startswith(f"{layer}.")}
+        for k, v in s.items():
+            part = next((p for p in parts if k == p or k.startswith(f"{p}.")), None)
+            if part:
+                new[f"{own}.{parts[part]}{k[len(part):]}"] = v
+        if "attn.q_bias" in s:  # BEiT: no bias of keys
+            q, kv = s["attn.q_proj.weight"], s["attn.kv_proj.weight"]
+            q_bias, kv_bias = s["attn.q_bias"], torch.cat([torch.zeros(D), s["attn.v_bias"]])
+        else:
+            q, q_bias, kv, kv_bias = (s[f"attn.{k}.{w}"] for k in ("q", "kv") for w in ("weight", "bias"))
+        if stack == "layers":
+            new |= {f"{own}.attn.qkv.weight": torch.cat([q, kv])}
+            new |= {f"{own}.attn.qkv.bias": torch.cat([q_bias, kv_bias])}
+        else:
+            new |= {f"{own}.attn.q.weight": q, f"{own}.attn.q.bias": q_bias}
+            new |= {f"{own}.attn.kv.weight": kv, f"{own}.attn.kv.bias": kv_bias}
+    return new
+
+
+@pytest.mark.parametrize("kind", ["maskfeat", "beit"])
+@pytest.mark.parametrize("proxies", ["proxy", "plain"])
+def test_tokens__match_the_public_code(kind, proxies):
+    g = torch.load(GOLDEN / f"semanticmim_{kind}_{proxies}.pt", weights_only=True)
+    P = g["config"]["num_cls_tokens"]
+    model = make("--proxies", P if proxies == "proxy" else 0, "--patch-size", 16,
+                 "--mask-ratio", 0.6, "--layer-scale", 0.1 if kind == "beit" else 0)  # fmt: skip
+    missing, unexpected = model.load_state_dict(rename(g["state_dict"], P), strict=False)
+    assert not unexpected and all(k.startswith(("decoder_pred", "encoder.norm")) for k in missing)
+    tokens = model.tokens(model.normalize(g["rgb"]), g["mask"])
+    torch.testing.assert_close(tokens, g["mask_tokens_out"], atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- what flows
+
+
+class Frozen(nn.Module):
+    """An encoder block whose proxies come out as constants, whatever goes in."""
+
+    def __init__(self, block, P):
+        super().__init__()
+        self.block, self.P = block, P
+
+    def forward(self, x, drop=None):
+        y = self.block(x, drop)
+        return torch.cat([torch.ones_like(y[:, : self.P]), y[:, self.P :]], dim=1)
+
+
+def pixel_gradient(model):
+    batch = make_batch()
+    imgs = model.normalize(batch["rgb"]).requires_grad_()
+    mask = model.make_mask(batch["seed"])
+    # the constant keeps a graph where nothing flows
+    total = model.tokens(imgs, mask)[..., 0].square().sum() + 0 * imgs.sum()
+    return torch.autograd.grad(total, imgs)[0].abs().sum()
+
+
+def test_flow__from_img_to_mask_goes_through_proxies_alone():
+    model = make("--no-skip-last")
+    assert pixel_gradient(model) > 0
+    model.encoder.blocks = nn.ModuleList(Frozen(b, 4) for b in model.encoder.blocks)
+    assert pixel_gradient(model) == 0
+    plain = make("--proxies", 0)
+    plain.encoder.blocks = nn.ModuleList(Frozen(b, 1) for b in plain.encoder.blocks)
+    assert pixel_gradient(plain) > 0  # Eq. 2: straight to [MASK]
+
+
+@pytest.mark.parametrize("proxies", [4, 0])
+def test_flow__from_mask_to_img_and_proxy_there_is_none(proxies):
+    model, batch, seen = make("--proxies", proxies, "--no-skip-last"), make_batch(), []
+    P, V = model.encoder.num_prefix, model.cfg.num_visible
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda _, x, y: seen.append(y[:, : P + V]))
+    model.tokens(model.normalize(batch["rgb"]), model.make_mask(batch["seed"]))
+    assert len(seen) == 3
+    for y in seen:
+        (g,) = torch.autograd.grad(
+            y.square().sum(), model.mask_token, retain_graph=True, allow_unused=True
+        )
+        assert (g is None) if proxies else g.abs().sum() > 0
+
+
+def test_flow__hidden_pixels_are_not_read():
+    model, batch = make(), make_batch()
+    mask, imgs = model.make_mask(batch["seed"]), model.normalize(batch["rgb"])
+    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 192).float(), 8, (8, 8)).bool()
+    tokens = model.tokens(imgs, mask)
+    assert torch.equal(tokens, model.tokens(imgs.masked_fill(hidden, 9.0), mask))
+    assert not torch.equal(tokens, model.tokens(imgs.masked_fill(~hidden, 9.0), mask))
+
+
+@pytest.mark.parametrize("layer_scale", [0, 0.1])
+def test_first_rows__equal_the_whole_block(layer_scale):
+    torch.manual_seed(0)
+    block, x = common.Block(32, 4, init_values=layer_scale), torch.randn(3, 9, 32)
+    drop = torch.tensor([0.0, 1.0, 1.3])[:, None, None]
+    grads = []
+    for y in (block(x, drop)[:, :4], semanticmim.first_rows(block, x, 4, drop)):
+        grads.append([y, *torch.autograd.grad(y.square().sum(), list(block.parameters()))])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_skip_last__changes_neither_loss_nor_gradients():
+    batch, results = make_batch(), []
+    for flag in ("--skip-last", "--no-skip-last"):
+        model = make(flag)
+        loss, _ = model(batch, torch.tensor(0.5))
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("proxies", [0, 1, 4, 40])
+@pytest.mark.parametrize("target", ["hog", "dvae"])
+def test_gradients__reach_every_parameter(target, proxies, tokenizer):
+    flags = [*DVAE, "--tokenizer", tokenizer] if target == "dvae" else []
+    model = make("--proxies", proxies, *flags)
+    loss, logs = model(make_batch(), torch.tensor(0.0))
+    loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    fresh = {"encoder.norm.weight", "encoder.norm.bias"}  # for transfer
+    assert {n for n, p in model.named_parameters() if n not in trained} == fresh
+    assert loss.isfinite() and set(logs) == ({"accuracy"} if target == "dvae" else set())
+
+
+# ----------------------------------------------------------------------------- samples and training
+
+
+def test_loss__of_a_batch_is_the_mean_over_its_parts(tokenizer):
+    """Masks, jitter and drop path come from each sample's seed alone."""
+    batch = make_batch()
+    model = make("--target", "dvae", "--tokenizer", tokenizer, "--drop-path", 0.5)
+    whole, _ = model(batch, torch.tensor(0.0))
+    each = ({k: v[i : i + 1] for k, v in batch.items()} for i in range(4))
+    parts = [model(one, torch.tensor(0.0))[0] for one in each]
+    torch.testing.assert_close(whole, torch.stack(parts).mean(), atol=1e-5, rtol=1e-5)
+    model.eval()  # neither jitter nor drop path
+    assert not torch.isclose(model(batch, torch.tensor(0.0))[0], whole, rtol=1e-4)
+
+
+def test_loss__l1_l2_and_cross_entropy_match_a_loop(tokenizer):
+    B, M, batch = 2, 39, make_batch(2)
+    for flags in ([], ["--loss", "l1"], [*DVAE, "--tokenizer", tokenizer]):
+        model = make(*flags)
+        mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
+        hidden = [target[b, n] for b in range(B) for n in range(64) if mask[b, n]]
+        pred = torch.randn(B, M, model.decoder_pred.out_features)
+        errors = []
+        for p, t in zip(pred.flatten(0, 1), hidden):
+            if "dvae" in flags:
+                errors.append(-p.log_softmax(0)[t.item()])
+            else:
+                errors.append(sum(abs(d) ** (1 if flags else 2) for d in (p - t).tolist()) / 108)
+        loss, _ = model.loss(pred, torch.stack(hidden).view(B, M, -1))
+        assert loss.item() == pytest.approx(float(sum(errors)) / (B * M), rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--proxies", 0], ["--target", "dvae"]])
+def test_training__lowers_the_loss(flags, tokenizer):
+    codes = ["--tokenizer", tokenizer, "--color-jitter", 0] if "dvae" in flags else []
+    model = make(*flags, *codes)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    for _ in range(20):
+        loss, _ = model(make_batch(), torch.tensor(0.0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
