@@ -69,10 +69,7 @@ class Config(engine.Config):
     decoder_embed_dim: int = arg(256, "App. E.1")
     decoder_num_heads: int = arg(8, "App. E.1")
     decoder_depth: int = arg(2, "App. E.1: self-attention blocks after each cross-attention block")
-    granularities: str = arg(
-        "rgb,instance,semantic", "Table 6e",
-        choices=["rgb,instance,semantic", "rgb,semantic", "rgb,instance", "rgb"],
-    )  # fmt: skip
+    granularities: str = arg("R+I+S", "Table 6e", choices=["R+I+S", "R+S", "R+I", "R"])
     semantic_classes: int | None = arg(None, "133 (App. B); what the embedded data set has there")
     mask_ratio: float | None = arg(
         None, "hidden share of all patches. Table 6a: 5/6, 3/4, 2/3; 3/4 below three granularities"
@@ -98,8 +95,7 @@ class Config(engine.Config):
 
     def data_options(self) -> dict:
         """What the loader must bring (see data.open_dataset)."""
-        names = tuple(self.granularities.split(","))
-        return {"granularities": names, "semantic_classes": self.semantic_classes}
+        return {"granularities": self.names, "semantic_classes": self.semantic_classes}
 
     def resolve(self) -> None:
         """Fill in what depends on other fields, and refuse what cannot work.
@@ -107,7 +103,7 @@ class Config(engine.Config):
         Errors: UserError naming the field and values that work.
         """
         super().resolve()
-        M = len(self.granularities.split(","))
+        M = len(self.names)
         classes = ShapeScenes.SEMANTIC_CLASSES if self.data == "shapes" else 0
         if self.semantic_classes is None:
             self.semantic_classes = classes or 133  # App. B
@@ -133,8 +129,19 @@ class Config(engine.Config):
             raise UserError(f"--alpha {self.alpha} is outside (0.5, 1] (Eq. 8), e.g. 0.75")
         engine.divides(self, "embed_dim", "num_heads")
         engine.divides(self, "decoder_embed_dim", "decoder_num_heads")
+        for name in ("embed_dim", "decoder_embed_dim"):
+            if (width := getattr(self, name)) % 4:  # sines and cosines of two coordinates
+                raise UserError(f"{engine.flag(name)} {width} is not divisible by 4")
+        for name in ("depth", "decoder_depth", "lambda_s", "lambda_i", "lambda_r"):
+            if getattr(self, name) < (name == "depth"):
+                raise UserError(f"{engine.flag(name)} {getattr(self, name)} is too small")
         if not 1 <= self.num_visible < M * self.num_patches:
             raise UserError(f"--mask-ratio {self.mask_ratio} leaves {self.num_visible} patches")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The granularities, in the order of data.GRANULARITIES."""
+        return tuple(NAMES[letter] for letter in self.granularities.split("+"))
 
     @property
     def num_patches(self) -> int:
@@ -144,7 +151,7 @@ class Config(engine.Config):
     @property
     def num_visible(self) -> int:
         """Visible tokens of all granularities together: 98, 147, 196 for Table 6a."""
-        M = len(self.granularities.split(","))
+        M = len(self.names)
         return round((1 - self.mask_ratio) * M * self.num_patches)
 
 
@@ -232,7 +239,7 @@ def instance_quota(n: Tensor, objects: Tensor, alpha: float) -> Tensor:
     N, area = objects.shape[1], objects.sum(1)[:, None, None]  # (B, 1, 1)
     on_objects = (alpha * n.double()).floor().long()  # Eq. (8)
     on_objects = on_objects.maximum((n * area + N - 1) // N)
-    on_objects = on_objects.minimum(area).maximum(n - (N - area))
+    on_objects = on_objects.minimum(area)  # the background always has room for the rest
     return torch.cat([n - on_objects, on_objects], dim=-1)
 
 
@@ -290,7 +297,7 @@ def progressive_mask(
         instance, semantic: (B, N) int64, region of each patch; ignored (may be zeros) for RD alone.
     Returns: mask (B, M, N) bool with exactly `cfg.num_visible` False a sample; logs.
     """
-    (B, N), M = instance.shape, len(cfg.granularities.split(","))
+    (B, N), M = instance.shape, len(cfg.names)
     n = N - visible_counts(seed, cfg.num_visible, M)[..., None]  # (B, M, 1)
     noise = uniform(seed, M * N, MASK).view(B, M, N)
     order = noise.argsort(dim=-1, descending=True, stable=True)  # below, patches lie in this order
@@ -391,7 +398,7 @@ class Encoder(ViT):
 
 def make_encoder(cfg: Config, **kwargs) -> Encoder:
     return Encoder(
-        cfg.semantic_classes, tuple(cfg.granularities.split(",")), patch_size=cfg.patch_size,
+        cfg.semantic_classes, cfg.names, patch_size=cfg.patch_size,
         embed_dim=cfg.embed_dim, depth=cfg.depth, num_heads=cfg.num_heads, **kwargs,
     )  # fmt: skip
 
@@ -428,7 +435,7 @@ class CFMAE(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.granularities = tuple(cfg.granularities.split(","))  # in the order of GRANULARITIES
+        self.granularities = cfg.names
         self.tasks = [NAMES[t] for t in cfg.order.split("-") if NAMES[t] in self.granularities]
         h = w = cfg.image_size // cfg.patch_size
         D, C = cfg.decoder_embed_dim, cfg.semantic_classes

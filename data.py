@@ -31,6 +31,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -124,10 +125,20 @@ def collate(samples: list[dict]) -> dict:
 
 
 def worker_init(worker_id: int) -> None:
-    """Give a worker one thread, and leave Ctrl-C and SIGTERM to the main process."""
+    """Give a worker one thread, and leave Ctrl-C and a cluster's SIGTERM to the main process.
+
+    A SIGTERM from the main process still ends it: Python sends one at exit, and waits for ever.
+    """
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):                   # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey, daemon=True).start()
 
 
 # ---------------------------------------------------------------------- geometry, labels

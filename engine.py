@@ -102,7 +102,8 @@ class Config:
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "base_lr", "val_samples"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "min_lr", "warmup_epochs"):
+        least_0 = ("weight_decay", "min_lr", "warmup_epochs")
+        for name in (*least_0, "save_minutes", "save_epochs", "val_epochs", "preview_epochs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)} must be 0 or above")
         for name in ("beta1", "beta2"):
@@ -605,7 +606,8 @@ def train(
     """Train from the start or from the last checkpoint; returns the exit status.
 
     Args:
-        build: makes the model; `model(batch, progress)` returns (loss, logs).
+        build: makes the model; `model(batch, progress)` returns (loss, logs). A model that has
+            `before_step()` is told when its weights are about to change.
         evaluate: (model, batch) -> dict of 0-d tensors, averaged over the val split; default: the
             model's own logs at the end of training.
         preview: (model, batch, path, step) writes a picture.
@@ -740,6 +742,8 @@ def train(
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
         elif logging:
             norm = nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+        if hasattr(model, "before_step"):
+            model.before_step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.update()

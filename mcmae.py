@@ -90,8 +90,8 @@ class Config(engine.Config):
         width, decoder_width = triple(self, "embed_dims")[2], self.decoder_embed_dim
         triple(self, "depths"), triple(self, "mlp_ratios")
         for name, least in (("num_heads", 1), ("decoder_depth", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{engine.flag(name)} {getattr(self, name)} must be {least} or more")
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"{engine.flag(name)} {value} must be {least} or more")
         for what, n, k, why in (
             ("--patch-size", self.patch_size, 4, "stage 1 has a quarter of it"),
             ("C3 of --embed-dims", width, self.num_heads, "--num-heads"),

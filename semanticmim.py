@@ -255,6 +255,7 @@ def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
         tokenizer = Tokenizer(state, image_size, grid)
         tokenizer.logits(torch.zeros(1, 3, 8, 8))  # fails where a tensor is missing or misshapen
         if len(state) != (wanted := 2 * (5 + 16 * tokenizer.blocks)):
@@ -420,7 +421,7 @@ class SemanticMIM(nn.Module):
         scales = scales_2 = [None] * depth
         if seed is not None and rate > 0:  # another seed for the second stack: independent drops
             scales, scales_2 = drop_path(seed, depth, rate), drop_path(seed ^ 1, depth, rate)
-        if not self.decoder_blocks:
+        if not self.decoder_blocks:  # the baseline as printed: its last layer is whole
             x = torch.cat([x, hidden], dim=1)  # [CLS, IMG, MASK]; order matters to none of them
             for block, scale in zip(encoder.blocks, scales):
                 x = block(x, scale)  # Eq. (2)
@@ -564,10 +565,9 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
 # ---------------------------------------------------------------------------------------- presets
 
 PRESETS = {
-    # Ours, for a laptop: 64 x 64 scenes, about two minutes on two cores. 4 proxies for 25 visible
-    # patches.
+    # Ours, for a laptop: 64 x 64 scenes, about two minutes on two cores; 4 proxies for 25 patches.
     "tiny": dict(
-        image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, proxies=4, epochs=2,
+        image_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, proxies=4, epochs=2,
         warmup_epochs=0.2, batch_size=64, base_lr=4e-3, clip_grad=1.0, data="shapes", val_epochs=1,
     ),
     # ViT-S, not in the paper.

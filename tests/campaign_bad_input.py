@@ -101,7 +101,7 @@ def data_rows(at: Path):
     yield "no readable image", spoil("j", cut("rgb/*/*")), ["can be read"]
     yield "bad map in val", spoil("k", save_map("semantic", rgb), "val"), ["val", "05.png", "RGB"]
     small = ["--data", make_data(at / "small", images=4)]
-    yield "fewer images than a batch", small, ["4 samples", "--batch-size"]
+    yield "fewer images than a batch", small, ["4 samples", "batch of 8"]
 
 
 FIELDS = """
@@ -132,7 +132,7 @@ FIELDS = """
     --semantic-classes 0 | classes
     --semantic-classes 300 | classes
     --semantic-classes 3 | classes
-    --granularities rgb --masking SG-IG-RD | --masking SG-IG-RD | RD
+    --granularities R --masking SG-IG-RD | --masking SG-IG-RD | RD
     --lambda-s nan | --lambda-s nan
     --lambda-s -1 | --lambda-s -1
     --base-lr nan | --base-lr nan
@@ -149,6 +149,7 @@ FIELDS = """
     --workers -1 | --workers -1
     --log-every 0 | --log-every 0
     --val-samples 0 | --val-samples 0
+    --save-minutes -1 | --save-minutes -1
     --save-epochs -1 | --save-epochs -1
     --val-epochs -1 | --val-epochs -1
     --preview-epochs -1 | --preview-epochs -1
@@ -158,7 +159,7 @@ FIELDS = """
     --epochs many | --epochs
     --model huge | --model | 'tiny'
     --precision fp16 | --precision | 'bf16'
-    --granularities depth | --granularities | 'rgb,instance,semantic'
+    --granularities depth | --granularities | 'R+I+S'
     --order R-R-R | --order | 'S-I-R'
     --masking XX | --masking | 'SG-IG-RD'
     --decoder deep | --decoder | 'cascaded'
@@ -234,9 +235,9 @@ def judge(at: Path, number: int, row: tuple) -> tuple[str, str | None]:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     program = [*(ranks if name == "3 ranks" else []), tiny_run.ROOT / "cfmae.py"]
     flags = [*flags, *([] if own else ["--output", out])]
-    command = [*map(str, [sys.executable, *program, *base, "--val-samples", "8", *flags])]
+    command = [*map(str, [sys.executable, *program, *base, "--steps", 4, *flags])]
     before = {p.name for p in (at / "folders").glob("real/*")}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=at)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=at)
     said = re.split(r"^W?\d{4} |^[WE]\d{4} |^Traceback", run.stderr, flags=re.M)[0].strip()
     problems = [f"no {w!r}" for w in wanted if w not in said]
     if name == "3 ranks":  # torchrun adds a traceback and a status of its own

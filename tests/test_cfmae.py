@@ -81,8 +81,8 @@ def test_predict__from_one_granularity_alone(batch, source):
 
 @pytest.mark.parametrize("line", [
     "", "--decoder parallel", "--decoder no-cross-attention", "--order R-I-S", "--mix sample",
-    "--masking RD", "--masking IG", "--masking SG", "--no-norm-pix-loss", "--granularities rgb",
-    "--granularities rgb,semantic", "--granularities rgb,instance",
+    "--masking RD", "--masking IG", "--masking SG", "--no-norm-pix-loss", "--granularities R",
+    "--granularities R+S", "--granularities R+I",
     "--image-size 32 --patch-size 4", "--decoder-depth 2 --semantic-classes 133",
 ])  # fmt: skip
 def test_forward__gradients_reach_every_parameter(batch, line):

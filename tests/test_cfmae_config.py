@@ -16,7 +16,7 @@ def parse(line: str) -> cfmae.Config:
 
 @pytest.mark.parametrize("line, expected", [
     ("", dict(num_visible=98, masking="SG-IG-RD", decoder="cascaded", order="S-I-R",
-              granularities="rgb,instance,semantic", lambda_s=1, lambda_i=1, lambda_r=1)),
+              granularities="R+I+S", lambda_s=1, lambda_i=1, lambda_r=1)),
     ("--mask-ratio 0.833", dict(num_visible=98)),  # Table 6a
     ("--mask-ratio 0.75", dict(num_visible=147)),
     ("--mask-ratio 0.667", dict(num_visible=196)),
@@ -25,10 +25,10 @@ def parse(line: str) -> cfmae.Config:
     ("--decoder parallel", dict(decoder="parallel", masking="SG-IG-RD")),  # Table 6d
     ("--decoder no-cross-attention", dict(decoder="no-cross-attention")),
     ("--order R-I-S", dict(order="R-I-S", decoder="cascaded")),
-    ("--granularities rgb", dict(num_visible=49, masking="RD")),  # Table 6e
-    ("--granularities rgb,semantic", dict(num_visible=98, masking="RD")),
-    ("--granularities rgb,instance", dict(num_visible=98, masking="RD")),
-    ("--granularities rgb,instance,semantic --masking RD", dict(num_visible=98, masking="RD")),
+    ("--granularities R", dict(num_visible=49, masking="RD")),  # Table 6e
+    ("--granularities R+S", dict(num_visible=98, masking="RD")),
+    ("--granularities R+I", dict(num_visible=98, masking="RD")),
+    ("--granularities R+I+S --masking RD", dict(num_visible=98, masking="RD")),
     ("--lambda-r 2", dict(lambda_s=1, lambda_i=1, lambda_r=2)),  # Table 6f
     ("--lambda-i 2", dict(lambda_s=1, lambda_i=2, lambda_r=1)),
     ("--lambda-s 2", dict(lambda_s=2, lambda_i=1, lambda_r=1)),
@@ -44,11 +44,11 @@ def test_config__ablation_rows_are_command_lines(line, expected):
     ("--mask-ratio 0", "0.667"), ("--mask-ratio 0.6657", "0.667"), ("--mask-ratio 1", "1)"),
     ("--mask-ratio 0.9999", "leaves 0"), ("--semantic-classes 256", "[1, 255]"),
     ("--data shapes --semantic-classes 15", "[16, 255]"), ("--alpha 0.5", "Eq. 8"),
-    ("--granularities rgb --masking SG", "--masking RD"), ("--e2 0.1", "--e1"),
+    ("--granularities R --masking SG", "--masking RD"), ("--e2 0.1", "--e1"),
     ("--e4 1.1", "--e4"),
     ("--image-size 225", "224 or 240"), ("--num-heads 7", "--num-heads 7"),
     ("--decoder-num-heads 7", "252 or 259"), ("--order S-S-R", "S-I-R"), ("--mix max", "sample"),
-    ("--granularities rgb,depth", "rgb,semantic"), ("--decoder serial", "cascaded"),
+    ("--granularities R+D", "R+S"), ("--decoder serial", "cascaded"),
     ("--model huge", "large"), ("--mask-rat 0.75", "--mask-rat"),
 ])  # fmt: skip
 def test_config__refuses_with_values_that_work(line, words):

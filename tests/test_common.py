@@ -57,8 +57,9 @@ def test_uniform__is_uniform_and_uncorrelated(base):
     u = uniform(base + torch.arange(1000), 1001, MASK).double()  # 1e6 draws; bounds are 5 sigma
     assert abs(u.mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / 1e6)
     assert abs(u.var() - 1 / 12) < 5 * math.sqrt(1 / 180 / 1e6)
+    far = uniform((base ^ 2**40) + torch.arange(1000), 1001, MASK).double()  # the seed's upper half
     other = uniform(base + torch.arange(1000), 1001, AUGMENT).double()
-    for a, b in [(u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, other)]:  # position, seed, stream
+    for a, b in [(u[:, 1:], u[:, :-1]), (u[1:], u[:-1]), (u, far), (u, other)]:
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / 1e3
     count = torch.histc(u, 256, 0, 1)
     chi2 = ((count - u.numel() / 256) ** 2 / (u.numel() / 256)).sum()

@@ -1,6 +1,11 @@
 """data.py: order and seeds, geometry, joint augmentation, workers (files: test_data_files.py)."""
 
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -107,6 +112,28 @@ def test_collate__stacks_or_passes_the_error_on():
     assert data.collate([samples[0], {"error": "x"}, {"error": "y"}]) == {"error": "x"}
 
 
+def wait_for_signals(pipe):
+    data.worker_init(0)
+    pipe.send(torch.get_num_threads())
+    while True:
+        time.sleep(0.01)
+
+
+def test_worker_init__sigterm_of_others_is_ignored_and_the_parents_obeyed():
+    here, there = multiprocessing.Pipe()
+    worker = multiprocessing.Process(target=wait_for_signals, args=(there,), daemon=True)
+    worker.start()
+    assert here.recv() == 1
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, 15)"], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
 # geometry
 
 
@@ -129,6 +156,9 @@ def test_random_crop__has_torchvisions_distribution():
                        for _ in range(6000)])
     assert ours.min() >= 0
     assert (ours[:, 0] + ours[:, 2]).max() == 375 and (ours[:, 1] + ours[:, 3]).max() == 500
+    for draws in ([0.0] * 4, [1 - 1e-12] * 4):           # the corners are within reach
+        top, left, h, w = data.random_crop(iter(draws).__next__, 400, 400, (0.2, 0.2))
+        assert (top, left) == ((400 - h, 400 - w) if draws[0] else (0, 0)) and h != w
     at = np.linspace(0.05, 0.95, 10)
     np.testing.assert_allclose(np.quantile(ours, at, 0), np.quantile(theirs, at, 0), atol=16)
     for h, w in ((10, 1000), (1000, 10), (1, 1), (1, 9), (300, 299)):

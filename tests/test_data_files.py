@@ -160,9 +160,17 @@ def test_folder__an_instance_of_a_wide_map_may_be_255(good):
     wide[:, :40], wide[:, :20] = 255, 0
     write(f"{good}/train/instance/0.png", wide)
     write(f"{good}/train/instance/1.png", ids(255))
-    got = sample(good, 0, train=False)["instance"]
-    assert got.unique().tolist() == [0, 1, 255]
+    got = sample(good, 0, train=False)["instance"][0]     # columns 10 to 50 of the image
+    assert got.tolist() == [0, 0, 1, 1, 1, 1, 255, 255]
     assert sample(good, 1)["instance"].unique().tolist() == [255]
+
+
+def test_folder__labels_a_replacement_as_what_it_is(tmp_path):
+    for name in ("a/1", "b/2"):
+        write(f"{tmp_path}/train/{name}.png", smooth(20, 20))
+    dataset = FolderDataset(str(tmp_path), "train", None, 32, 16)
+    open(f"{tmp_path}/train/a/1.png", "wb").close()
+    assert dataset[0, 0]["label"] == dataset[0, 1]["label"] == 1 and dataset[0, 0]["bad"] == 0
 
 
 def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatch):

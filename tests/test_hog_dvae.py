@@ -125,6 +125,9 @@ def test_load_tokenizer__takes_what_it_can_use(tmp_path):
     torch.save(g["state_dict"], tmp_path / "t.pt")
     model = semanticmim.load_tokenizer(tmp_path / "t.pt", 112, 14)
     torch.testing.assert_close(model.logits(g["input"] / 255), g["logits"], atol=1e-4, rtol=0)
+    torch.save({"state_dict": g["state_dict"]}, tmp_path / "t.pt")
+    wrapped = semanticmim.load_tokenizer(tmp_path / "t.pt", 112, 14)
+    assert torch.equal(wrapped(g["input"]), model(g["input"]))
     assert not model.state_dict() and not list(model.parameters())  # frozen, in no checkpoint
 
 

@@ -61,7 +61,7 @@ def test_tokens__98_147_196_of_588():
     # Does not hold: "mask ratio 1/6" (App. E.1, Table 7) is the share that stays visible.
     assert round((1 - 1 / 6) * 588) == 490 != 98 == round(588 / 6)
     # MAE's 75 % of 196 and the RGB row of Table 6e, whose accuracy is that of MAE in Table 1.
-    assert base("--granularities", "rgb").num_visible == 49
+    assert base("--granularities", "R").num_visible == 49
     assert TABLE_6["e"]["R"] == ROWS_OF_TABLE_1["MAE"][0]
 
 
@@ -81,7 +81,7 @@ def test_parameters__vit_base_is_86_million():
         model = cfmae.CFMAE(base())
         kept = sum(p.numel() for p in ViT().parameters())
     count = {n: p.numel() for n, p in model.named_parameters()}
-    maps = sum(n for k, n in count.items() if k.startswith(("encoder.instance", "encoder.semantic")))
+    maps = sum(n for k, n in count.items() if k.startswith(("encoder.instance_", "encoder.sem")))
     encoder = sum(n for name, n in count.items() if name.startswith("encoder."))
     assert kept == 85_647_360 == 85_798_656 - 197 * 768  # timm's, less its position embedding
     assert encoder - maps == kept  # what RGB alone needs
@@ -136,8 +136,8 @@ def test_cost__against_mae_and_a_parallel_decoder(capsys):
         print(f"\n  GFLOP an image, forward and backward: CFMAE {ours:.1f}, MAE {theirs:.1f}, "
               f"ratio {ours / theirs:.2f} (the paper: 1.3 x its time)")  # fmt: skip
     assert 1.05 < ours / theirs < 1.15
-    # Our label maps have a quarter of the side. Predicting all 256 labels of a patch would add three
-    # matrix products (forward, two backward), and the ratio would be the paper's.
+    # Our label maps have a quarter of the side. Predicting all 256 labels of a patch would add to
+    # three matrix products (forward, two backward), and the ratio would be the paper's.
     full = ours + 3 * 2 * 196 * 256 * (256 - 16) * (133 + 17) / 1e9
     assert 1.25 < full / theirs < 1.35
     # "The overhead from the cascaded decoder ... is negligible": not a matrix product more.

@@ -37,7 +37,7 @@ def on_meta(*argv: str) -> mcmae.MCMAE:
 
 
 def flops(*argv: str) -> float:
-    """Of one image, forward. (The counter takes the backward of a grouped convolution for dense.)"""
+    """Of one image, forward. (The counter takes the backward of grouped convolutions for dense.)"""
     model = on_meta(*argv)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         batch = {"rgb": torch.zeros(1, 3, 224, 224, dtype=torch.uint8)}
@@ -88,7 +88,8 @@ def test_section_2_2__visible_tokens_and_resolutions():
 def test_table_7__sizes(name, dims, depths, ratios, heads, printed, millions):
     model = on_meta("--model", name)
     cfg = model.cfg
-    assert (cfg.embed_dims, cfg.depths, cfg.mlp_ratios, cfg.num_heads) == (dims, depths, ratios, heads)
+    assert (cfg.embed_dims, cfg.depths, cfg.mlp_ratios) == (dims, depths, ratios)
+    assert cfg.num_heads == heads
     count = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     assert count == pytest.approx(millions, abs=1e-3)
     # Does not hold for H: the table's own widths and depths give 679 M.
@@ -104,12 +105,12 @@ def test_table_1__base_has_88_million_with_the_fusion_convolutions():
     assert not hasattr(on_meta("--no-multi-scale"), "stage1_output_decode")
 
 
-# -------------------------------------------------------------------------------------------- cost
+# ------------------------------------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize("decoder", ["--multi-scale", "--no-multi-scale"])
 def test_table_5__flops(decoder):
-    """All rows against the dense form, whichever decoder (Sec. 3.5: without the multi-scale one)."""
+    """All rows against the dense form, with either decoder (Sec. 3.5: not the multi-scale one)."""
     dense = flops("--no-sparse", decoder)
     assert round(flops("--masking", "token", decoder) / dense, 1) == 1.7
     assert flops("--no-masked-conv", decoder) == dense  # 1x
@@ -138,18 +139,18 @@ def test_text__differences_between_tables():
     ours = TABLE_2["MCMAE"]
     assert minus(ours, TABLE_2["Benchmarking"]) == [2.9, 2.2]  # abstract, Sec. 3.2
     assert minus(ours, TABLE_2["ViTDet"])[0] == 2.0 and minus(ours, TABLE_2["MIMDet"])[0] == 1.7
-    assert minus(ours, TABLE_2["Swin"]) == [4.0, 3.6] and minus(ours, TABLE_2["MViTv2"]) == [2.2, 1.4]
+    assert minus(ours, TABLE_2["Swin"]) == [4.0, 3.6]
+    assert minus(ours, TABLE_2["MViTv2"]) == [2.2, 1.4]
     assert TABLE_3["MCMAE"] - TABLE_3["MAE"] == pytest.approx(3.6)  # abstract, Sec. 3.3
-    assert 104 < 111 < 118 < 127  # Sec. 3.2: "fewer parameters" than ViTDet, Benchmarking, MIMDet
 
 
 def test_text__multi_scale_decoder():
     for epochs in (200, 1600):
         without = TABLE_6[epochs][0]
-        assert all(a in (None, b) for a, b in zip(without, TABLE_4[epochs]))  # one model, two tables
+        assert all(a in (None, b) for a, b in zip(without, TABLE_4[epochs]))  # one model
     assert minus(*TABLE_6[200][::-1]) == [0.3, None, 0.6, 0.6, 0.4]
     # Does not hold: linear probing, "1.6 %", is 70.9 - 69.4.
-    assert minus(*TABLE_6[1600][::-1]) == [0.4, 1.5, 0.7, 0.6, 1.0] != [0.4, 1.6, 0.7, 0.6, 1.0]
+    assert minus(*TABLE_6[1600][::-1]) == [0.4, 1.5, 0.7, 0.6, 1.0]
 
 
 def test_text__convergence():

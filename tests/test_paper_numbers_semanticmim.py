@@ -1,7 +1,7 @@
 """Numbers in the SemanticMIM paper that need no training, on the real modules.
 
-Do not hold: App. C's "2.8 % less FLOPs" and "equal at 11 proxies" (see the cost tests). Garbled in the
-copy at hand: Table 2's epochs and stochastic depth. Printed twice: Table 3 repeats Table 5.
+Do not hold: App. C's "2.8 % less FLOPs" and "equal at 11 proxies" (see the cost tests). Garbled in
+the copy at hand: Table 2's epochs and stochastic depth. Table 3 repeats Table 5's numbers.
 """
 
 import functools
@@ -38,7 +38,7 @@ def full_cost(L0, L1, L2):
 
 @functools.cache
 def training_flops(*flags):
-    """Multiply-adds of both stacks for one image, without heads and targets, counted on the module."""
+    """Multiply-adds of both stacks for one image, without head and target, on the module."""
     cfg = config(*flags)
     with torch.device("meta"):
         model = semanticmim.SemanticMIM(cfg)
@@ -49,8 +49,8 @@ def training_flops(*flags):
 
 
 def test_tokens__78_visible_118_masked_8_proxies():
-    cfg = config()
-    assert (cfg.num_visible, cfg.num_patches - cfg.num_visible, cfg.proxies) == (78, 118, 8)  # App. C
+    cfg = config()  # App. C
+    assert (cfg.num_visible, cfg.num_patches - cfg.num_visible, cfg.proxies) == (78, 118, 8)
 
 
 def test_tokens__of_plain_mim_at_40_percent():
@@ -68,7 +68,6 @@ def test_tokens__of_plain_mim_at_40_percent():
 def test_table_2__recipes(target, peak, low, warmup, clip, crop, jitter, depth):
     flags = ["--target", target, *(["--tokenizer", __file__] if target == "dvae" else [])]
     cfg = config(*flags)
-    # float division: the peak is base_lr * 2048 / 256
     assert engine.learning_rate(cfg, warmup * 625, 625) == pytest.approx(peak)
     assert engine.learning_rate(cfg, 300 * 625, 625) == pytest.approx(low)
     assert (cfg.warmup_epochs, cfg.clip_grad, cfg.crop_scale_min) == (warmup, clip, crop)

@@ -73,7 +73,8 @@ def rename(state, P):
             q, kv = s["attn.q_proj.weight"], s["attn.kv_proj.weight"]
             q_bias, kv_bias = s["attn.q_bias"], torch.cat([torch.zeros(D), s["attn.v_bias"]])
         else:
-            q, q_bias, kv, kv_bias = (s[f"attn.{k}.{w}"] for k in ("q", "kv") for w in ("weight", "bias"))
+            q, q_bias = s["attn.q.weight"], s["attn.q.bias"]
+            kv, kv_bias = s["attn.kv.weight"], s["attn.kv.bias"]
         if stack == "layers":
             new |= {f"{own}.attn.qkv.weight": torch.cat([q, kv])}
             new |= {f"{own}.attn.qkv.bias": torch.cat([q_bias, kv_bias])}
@@ -202,8 +203,10 @@ def test_loss__of_a_batch_is_the_mean_over_its_parts(tokenizer):
     each = ({k: v[i : i + 1] for k, v in batch.items()} for i in range(4))
     parts = [model(one, torch.tensor(0.0))[0] for one in each]
     torch.testing.assert_close(whole, torch.stack(parts).mean(), atol=1e-5, rtol=1e-5)
-    model.eval()  # neither jitter nor drop path
-    assert not torch.isclose(model(batch, torch.tensor(0.0))[0], whole, rtol=1e-4)
+    evaluated, _ = model.eval()(batch, torch.tensor(0.0))
+    assert not torch.isclose(evaluated, whole, rtol=1e-4)
+    model.cfg.drop_path = model.cfg.color_jitter = 0.0  # what evaluation is without
+    assert torch.equal(model.train()(batch, torch.tensor(0.0))[0], evaluated)
 
 
 def test_loss__l1_l2_and_cross_entropy_match_a_loop(tokenizer):

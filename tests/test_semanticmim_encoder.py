@@ -56,8 +56,9 @@ def test_make_mask__hides_the_exact_number(flags, hidden):
 
 
 TIMM = {  # names in timm's VisionTransformer(class_token=False, reg_tokens=8, no_embed_class=True)
-    "reg_token": (1, 8, 768), "pos_embed": (1, 196, 768), "patch_embed.proj.weight": (768, 3, 16, 16),
-    "patch_embed.proj.bias": (768,), "norm.weight": (768,), "norm.bias": (768,),
+    "reg_token": (1, 8, 768), "pos_embed": (1, 196, 768), "norm.weight": (768,),
+    "norm.bias": (768,), "patch_embed.proj.bias": (768,),
+    "patch_embed.proj.weight": (768, 3, 16, 16),
 }  # fmt: skip
 for i in range(12):
     for name, n_out, n_in in (("attn.qkv", 2304, 768), ("attn.proj", 768, 768),
