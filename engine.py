@@ -48,6 +48,17 @@ def arg(default: object, source: str, choices: list | None = None) -> typing.Any
     return dataclasses.field(default=default, metadata={"help": source, "choices": choices})
 
 
+LIMITS = (
+    ("epochs batch_size micro_batch base_lr steps clip_grad log_every val_samples",
+     lambda x: x > 0, "must be above 0"),
+    ("warmup_epochs min_lr weight_decay workers save_minutes save_epochs val_epochs preview_epochs",
+     lambda x: x >= 0, "must be 0 or above"),
+    ("beta1 beta2", lambda x: 0 <= x < 1, "is outside [0, 1)"),
+    ("crop_scale_min", lambda x: 0 < x <= 1, "is outside (0, 1]"),
+    ("seed", lambda x: 0 <= x < 2**63, "is outside 0 to 2**63 - 1"),
+)  # fmt: skip
+
+
 @dataclass
 class Config:
     """What every run needs. A method's own Config restates each value that its paper sets."""
@@ -99,26 +110,11 @@ class Config:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag(name)} {value} is not a finite number")
-        for name in ("epochs", "batch_size", "micro_batch", "log_every", "base_lr", "val_samples"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)} must be above 0")
-        least_0 = ("weight_decay", "min_lr", "warmup_epochs")
-        for name in (*least_0, "save_minutes", "save_epochs", "val_epochs", "preview_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)} must be 0 or above")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)} is outside [0, 1)")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise UserError(f"--clip-grad {self.clip_grad} must be above 0")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed} is outside 0 to 2**63 - 1")
-        if self.steps is not None and self.steps <= 0:
-            raise UserError(f"--steps {self.steps} must be above 0")
-        if self.workers is not None and self.workers < 0:
-            raise UserError(f"--workers {self.workers} must be 0 (load in this process) or above")
-        if not 0 < self.crop_scale_min <= 1:
-            raise UserError(f"--crop-scale-min {self.crop_scale_min} is outside (0, 1]")
+        for names, fits, words in LIMITS:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise UserError(f"{flag(name)} {value} {words}")
         if self.resume and not self.output:
             raise UserError("--resume needs --output, the folder of the run to continue")
 
@@ -148,8 +144,9 @@ class Parser(argparse.ArgumentParser):
 def parse(cls: type[Config], presets: dict[str, dict], doc: str, argv: list[str] | None) -> Config:
     """Build a Config: command line before preset before class default."""
     parser = Parser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=doc, usage="%(prog)s [--flag value ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
@@ -644,7 +641,7 @@ def train(
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         step_model = DistributedDataParallel(
-            step_model, device_ids=ids, gradient_as_bucket_view=True
+            step_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
         # DDP regroups its buckets after the first backward pass, and with them the order of sums.
         # Two passes whose gradients are thrown away give a fresh and a resumed run the same order.

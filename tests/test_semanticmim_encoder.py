@@ -116,6 +116,47 @@ def test_position__follows_other_image_sizes():
     assert [m.shape for m in encoder.forward_pyramid(images(1, 128, 192))] == [(1, 32, 16, 24)] * 4
 
 
+# --------------------------------------------------------------------------- evaluate and preview
+
+
+def make_batch(B=2):
+    g = torch.Generator().manual_seed(1)
+    rgb = torch.randint(0, 256, (B, 3, 64, 64), dtype=torch.uint8, generator=g)
+    return {"rgb": rgb, "seed": torch.arange(B) * 7919}
+
+
+def test_evaluate__guesses_match_a_loop():
+    model, batch, errors = make(), make_batch(), {"mean": 0.0, "nearest": 0.0}
+    mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
+    for b in range(2):
+        visible = [n for n in range(64) if not mask[b, n]]
+        mean = sum(target[b, n] for n in visible) / len(visible)
+        for n in sorted(set(range(64)) - set(visible)):
+            near = min(visible, key=lambda v: (v // 8 - n // 8) ** 2 + (v % 8 - n % 8) ** 2)
+            errors["mean"] += (target[b, n] - mean).square().mean().item() / 78
+            errors["nearest"] += (target[b, n] - target[b, near]).square().mean().item() / 78
+    result = semanticmim.evaluate(model, batch)
+    assert result["loss_mean"].item() == pytest.approx(errors["mean"], rel=1e-4)
+    assert result["loss_nearest"].item() == pytest.approx(errors["nearest"], rel=1e-4)
+    assert result["loss"] == model(batch, torch.tensor(1.0))[0]
+
+
+def test_preview__shows_the_truth_where_visible_and_the_prediction_elsewhere(monkeypatch):
+    model, batch, drawn = make(), make_batch(), []
+    monkeypatch.setattr(semanticmim.pictures, "contact_sheet", lambda c, *_, **__: drawn.append(c))
+    with torch.no_grad():
+        semanticmim.preview(model, batch, Path("unused"), 0)
+    _, visible, truth, guess = drawn[0].values()
+    mask = model.make_mask(batch["seed"]).view(2, 1, 8, 8)
+    hidden = mask.repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(visible)
+    assert (visible[hidden] == 128).all()
+    assert torch.equal(visible[~hidden], batch["rgb"][~hidden])
+    hidden = mask.repeat_interleave(24, 2).repeat_interleave(24, 3)[:, 0]
+    blue = guess[:, 2]  # full where visible, too
+    assert torch.equal(blue[~hidden], truth[:, 2][~hidden])
+    assert (blue[hidden] != truth[:, 2][hidden]).float().mean() > 0.2
+
+
 # ------------------------------------------------------------------------------------ checkpoints
 
 
