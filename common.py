@@ -221,9 +221,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
         """x (B, L, D); `drop` (B, 1, 1) scales both branches (see `drop_path`), None = 1."""
-        drop = 1.0 if drop is None else drop
-        x = x + drop * self.ls1(self.attn(self.norm1(x)))
-        return x + drop * self.ls2(self.mlp(self.norm2(x)))
+        y = self.ls1(self.attn(self.norm1(x)))
+        x = x + (y if drop is None else drop * y)
+        y = self.ls2(self.mlp(self.norm2(x)))
+        return x + (y if drop is None else drop * y)
 
 
 def drop_path(seed: Tensor, depth: int, rate: float) -> Tensor:

@@ -16,8 +16,9 @@ on where a run was interrupted. `python data.py ROOT --check` reads a whole fold
 Folder: ROOT/{train,val}/{rgb,instance,semantic}/, with class folders or without. A map has its
 image's name, but ends in .png. `semseg` may stand for `semantic`. For RGB alone, ROOT/{train,val}/
 may hold the images itself. Maps are PNG, grey of 8 or 16 bits or with a palette (its indices are
-the ids), and lie as the image is displayed. Instance ids: 0 background, 255 (in 16 bits: 65535)
-unlabelled. Semantic ids: below `semantic_classes`, or 255 unlabelled.
+the ids; Pillow reads these in half the time, as it writes them without row filters), and lie as the
+image is displayed. Instance ids: 0 background, 255 (in 16 bits: 65535) unlabelled. Semantic ids:
+below `semantic_classes`, or 255 unlabelled.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 GRANULARITIES = ("rgb", "instance", "semantic")
-UNLABELLED = 255      # in both maps: no label
-MAX_INSTANCES = 16    # ids 1..16 by decreasing area in the crop; smaller ones become UNLABELLED
+UNLABELLED = 255  # in both maps: no label
+MAX_INSTANCES = 16  # ids 1..16 by decreasing area in the crop; smaller ones become UNLABELLED
 
 
 class UserError(Exception):
@@ -55,7 +56,7 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------- seeds and batches
 
-GAMMA = 0x9E3779B97F4A7C15      # the odd step of splitmix64
+GAMMA = 0x9E3779B97F4A7C15  # the odd step of splitmix64
 
 
 def _mix(x):
@@ -127,8 +128,10 @@ def collate(samples: list[dict]) -> dict:
 def worker_init(worker_id: int) -> None:
     """Give a worker one thread, and leave Ctrl-C and a cluster's SIGTERM to the main process.
 
-    A SIGTERM from the main process still ends it: Python sends one at exit, and waits for ever.
+    A SIGTERM from the main process still ends it: at exit, Python sends one to workers that are
+    left, and then waits for them without limit.
     """
+
     def obey() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
@@ -197,7 +200,6 @@ def relabel(ids: np.ndarray, unlabelled: int = UNLABELLED) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------- files
-
 
 # A suffix only decides what is listed; the first bytes of a file say what it is. Not all that
 # Pillow opens: its EPS reader starts Ghostscript.
@@ -514,7 +516,6 @@ def check(dataset: Dataset, limit: int | None = 1000) -> str:
 
 
 # ---------------------------------------------------------------------- ShapeScenes
-
 
 STUFF = {   # two palettes each, from dark to light: colour may hint, but the texture tells
     "sky": ((0x5B93D6, 0xF2F6FA), (0xD98A6A, 0xFBE3C0)),

@@ -368,10 +368,11 @@ class ReconstructionBlock(nn.Module):
 
     def forward(self, x: Tensor, proxies: Tensor, drop: Tensor | None = None) -> Tensor:
         """[MASK] tokens x (B, M, D) and this layer's [PROXY^{i+1}] (B, P, D) give (B, M, D)."""
-        drop = 1.0 if drop is None else drop
         context = self.norm1(torch.cat([proxies, x], dim=1))  # (B, P + M, D)
-        x = x + drop * self.ls1(self.attn(context[:, proxies.shape[1] :], context))
-        return x + drop * self.ls2(self.mlp(self.norm2(x)))
+        y = self.ls1(self.attn(context[:, proxies.shape[1] :], context))
+        x = x + (y if drop is None else drop * y)
+        y = self.ls2(self.mlp(self.norm2(x)))
+        return x + (y if drop is None else drop * y)
 
 
 class SemanticMIM(nn.Module):
