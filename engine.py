@@ -305,14 +305,30 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
     problems = [f"missing {k}" for k in own if k not in state]
     problems += [f"unexpected {k}" for k in state if k not in own]
     problems += [
-        f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
+        f"{k} has shape {tuple(getattr(state[k], 'shape', ()))}, the model {tuple(own[k].shape)}"
         for k in own
-        if k in state and state[k].shape != own[k].shape
+        if k in state and getattr(state[k], "shape", None) != own[k].shape
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
         raise UserError(f"{path} does not fit the model, nothing was loaded: {shown}")
     model.load_state_dict(state)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path) -> None:
+    """Load AdamW's state; UserError where it belongs to other parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    try:
+        fits = own == [group["params"] for group in state["param_groups"]] and all(
+            x[k].shape == params[i].shape for i, x in state["state"].items()
+            for k in ("exp_avg", "exp_avg_sq")
+        )  # fmt: skip
+    except (AttributeError, IndexError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the optimizer state in {path} does not fit the model's parameters")
+    optimizer.load_state_dict(state)
 
 
 def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
@@ -512,8 +528,9 @@ def summary(
     lines = {
         "method": f"{method}, preset {cfg.model}, {cfg.image_size} pixels",
         "parameters": f"{million['all']:.2f} M, of which the encoder {million['encoder']:.2f} M",
-        "data": f"{cfg.data}: train {len(train_set)} images; val "
-        + (f"{len(val_set)} images" if val_set else "none, so nothing is evaluated"),
+        "data": f"{cfg.data}: train {len(train_set)} images, val "
+        + (str(len(val_set)) if val_set else "none, so nothing is evaluated")
+        + f"; {len(train_set.classes)} classes; {', '.join(train_set.granularities)}",
         "batch": f"{cfg.batch_size} = {world.size} ranks x {accum} steps x {micro}",
         "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
         "length": f"{cfg.epochs} epochs x {per_epoch} steps, warm-up {cfg.warmup_epochs} epochs"
@@ -545,12 +562,13 @@ def to_device(batch: dict, device: torch.device) -> dict[str, Tensor]:
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def raise_error(batch: dict) -> dict:
-    """Raise the UserError that a loader process sent in place of a batch."""
-    if "error" in batch:
-        error = UserError(batch["error"])
-        error.mine = True  # this rank alone knows; see main
-        raise error
+def raise_error(batch: dict, world: World | None = None) -> dict:
+    """Raise the UserError that a loader sent in place of a batch; with `world` on every rank."""
+    errors = [batch.get("error")] * (world.size if world else 1)
+    if len(errors) > 1:
+        dist.all_gather_object(errors, batch.get("error"))
+    for error in filter(None, errors):
+        raise UserError(error)
     return batch
 
 
@@ -569,7 +587,7 @@ def validation(
     )  # fmt: skip
     total = 0.0
     for batch in loader:
-        batch = to_device(raise_error(batch), world.device)
+        batch = to_device(raise_error(batch, world), world.device)
         with world.autocast():
             if evaluate:
                 terms = evaluate(model, batch)
@@ -646,7 +664,7 @@ def train(
         # DDP regroups its buckets after the first backward pass, and with them the order of sums.
         # Two passes whose gradients are thrown away give a fresh and a resumed run the same order.
         batch = data.collate([train_set[pair] for pair in sampler.indices(0)[:micro]])
-        batch = to_device(raise_error(batch), device)
+        batch = to_device(raise_error(batch, world), device)
         for _ in range(2):
             with world.autocast():
                 loss, _ = step_model(batch, ramp(0, device))
@@ -654,7 +672,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
     if checkpoint:
         load_weights(model, checkpoint["model"], out / "last.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], out / "last.pt")
     meter = Meter(out, world, train_set, checkpoint)
     if lead:
         sets = (train_set, val_set)
@@ -724,8 +742,7 @@ def train(
                 (loss / accum).backward()
             meter.add(step, loss, logs, batch["bad"])
         if failed:
-            raise_error(batch)
-            raise UserError("another rank could not read its data")
+            raise_error(batch, world)
         if number:  # the unfinished step is dropped
             status = 128 + number
             break
@@ -777,7 +794,7 @@ def main(
         cfg = parse(cls, presets, doc, None)
         status = train(method, cfg, World(cfg), build, **functions)
     except UserError as e:
-        if rank == 0 or getattr(e, "mine", False):
+        if rank == 0:
             tqdm.write(f"{method}: error: {e}", file=sys.stderr)
         else:
             time.sleep(5)  # torchrun ends every rank once one has left: let rank 0 speak first

@@ -91,14 +91,32 @@ def test_load_weights__all_or_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = {k: v + 1 for k, v in before.items()}
     bias = state.pop("1.bias")
-    state |= {"2.bias": bias, "1.weight": torch.zeros(5, 5)}
+    state |= {"2.bias": bias, "1.weight": torch.zeros(5, 5), "0.bias": "text"}
     with pytest.raises(UserError, match="nothing was loaded") as error:
         engine.load_weights(model, state, "x.pt")
-    for part in ("x.pt", "missing 1.bias", "unexpected 2.bias", "1.weight has shape (5, 5)"):
+    for part in ("x.pt", "missing 1.bias", "unexpected 2.bias", "0.bias", "1.weight has shape (5, 5)"):
         assert part in str(error.value)
     assert tiny_run.same_bits(dict(model.state_dict()), before)
     engine.load_weights(model, {k: v + 1 for k, v in before.items()}, "x.pt")
     assert all((v == before[k] + 1).all() for k, v in model.state_dict().items())
+
+
+def test_load_optimizer__refuses_the_state_of_other_parameters():
+    def stepped(*sizes):
+        model = nn.Sequential(*(nn.Linear(3, n, bias=False) for n in sizes))
+        optimizer = torch.optim.AdamW(model.parameters())
+        sum(m(torch.ones(3)).sum() for m in model).backward()
+        optimizer.step()
+        return optimizer
+
+    optimizer, good = stepped(1, 2), stepped(1, 2).state_dict()
+    odd = good | {"state": good["state"] | {0: {"exp_avg": "text"}}}
+    for state in (stepped(1, 2, 3).state_dict(), stepped(2, 1).state_dict(), odd, {}, {"state": 1}):
+        with pytest.raises(UserError, match="optimizer state in x.pt does not fit"):
+            engine.load_optimizer(optimizer, state, "x.pt")
+    good["state"][0]["exp_avg"] += 1
+    engine.load_optimizer(optimizer, good, "x.pt")
+    assert tiny_run.same_bits(optimizer.state_dict()["state"], good["state"])
 
 
 def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path):
