@@ -30,11 +30,12 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import engine  # before torch: it sets how threads wait
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
 import pictures
 from common import (
     DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize, ViT, gather,
@@ -653,7 +654,7 @@ PRESETS = {
     # Ours, for a laptop: 64 x 64 scenes, three minutes on two cores.
     "tiny": dict(
         data="shapes", image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4,
-        decoder_embed_dim=48, decoder_num_heads=2, epochs=2, warmup_epochs=0.2, batch_size=64,
+        decoder_embed_dim=64, decoder_num_heads=2, epochs=2, warmup_epochs=0.2, batch_size=64,
         base_lr=4e-3, val_epochs=1,
     ),
     # ViT-S, not in the paper.

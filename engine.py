@@ -28,6 +28,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# OpenMP's threads otherwise wait for one another in a busy loop: on a CPU with anything else to do,
+# loader processes included, a step then takes many times as long. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -473,10 +477,12 @@ class Meter:
             dist.all_reduce(first, dist.ReduceOp.MIN)
         if first > 1e17:
             return
-        mine = torch.where(self.finite_until == first, self.bad_terms, 0.0)
+        mine = (self.finite_until == first).float()  # the terms' mean over the ranks that saw it
+        terms = torch.stack([mine, *self.bad_terms.where(mine > 0, 0.0)])
         if self.world.size > 1:
-            dist.all_reduce(mine)
-        terms = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, mine.tolist()))
+            dist.all_reduce(terms)
+        terms = zip(self.names, (terms[1:] / terms[0]).tolist())
+        terms = ", ".join(f"{k} {v:.4g}" for k, v in terms)
         step, last = int(first), self.out / "last.pt"
         where = f"last good checkpoint {last}" if last.exists() else "no checkpoint before it"
         samples = [index for _, index in sampler.indices(step)]

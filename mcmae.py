@@ -35,11 +35,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import engine  # before torch: it sets how threads wait
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
 import pictures
 from common import (
     MASK, Block, Normalize, ViT, drop_path, gather, init_weights, patch_statistics, patchify,

@@ -5,10 +5,10 @@
     python tests/campaign_kill.py --ranks 2 --signal TERM  SIGTERM to torchrun, two micro-batches
 
 The run saves after every step. Of the SIGKILLs a third come while the program still starts, a third
-at a random moment of training, a third as soon as the temporary file of a save is seen. The last line
-says how many came when, whether weights and optimizer are the same, bit for bit, and how much a number
-in the log differs at most (with ranks, a mean over them is rounded once more where a run is resumed).
-Takes about ten seconds a kill; exit status 1 where anything differs.
+at a random moment of training, a third as soon as the temporary file of a save is seen. The last
+line says how many came when, whether weights and optimizer are bit for bit the same, and how much a
+number in the log differs at most (with ranks, a mean over them is rounded once more where a run is
+resumed). Takes about ten seconds a kill; exit status 1 where anything differs.
 """
 
 import argparse

@@ -37,7 +37,8 @@ def test_parse__command_line_before_preset_before_class():
     assert (parse("").epochs, parse("").batch_size) == (400, 2048)
     assert (parse("--model tiny").epochs, parse("--model tiny").batch_size) == (3, 64)
     cfg = parse("--model tiny --epochs 7 --no-compile --resume --output x --steps 9")
-    assert (cfg.epochs, cfg.batch_size, cfg.compile, cfg.resume, cfg.steps) == (7, 64, False, True, 9)
+    assert (cfg.epochs, cfg.batch_size, cfg.steps) == (7, 64, 9)
+    assert (cfg.compile, cfg.resume) == (False, True)
 
 
 def test_parse__help_has_defaults_and_sources(capsys):
@@ -150,25 +151,12 @@ def test_open_folder__a_new_one_each_time(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ runs that go wrong
 
 
-class Stub(nn.Module):
-    """A model whose loss is not finite once a quarter of training is done."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.encoder = nn.Linear(1, 1)
-
-    def forward(self, batch, progress):
-        x = self.encoder(batch["rgb"].float().mean((1, 2, 3))[:, None] / 255)
-        loss = x.square().mean() / (progress < 0.232)
-        return loss, {"loss_rgb": loss.detach(), "fine": torch.ones(())}
-
-
 @pytest.mark.parametrize("save_minutes", [0, 60])
 def test_nonfinite_loss__is_named_and_not_saved(tmp_path, save_minutes):
     sampler = engine.data.BatchSampler(tiny_run.SCENES, 8, 0)
     samples = str([index for _, index in sampler.indices(14)])  # of step 15; a line comes at 16
     with pytest.raises(UserError) as error:
-        tiny_run.train(tmp_path, "--save-minutes", save_minutes, build=Stub)
+        tiny_run.train(tmp_path, "--save-minutes", save_minutes, build=tiny_run.Diverging)
     text = str(error.value)
     assert "the loss of step 15 is not finite (loss inf, loss_rgb inf, fine 1)" in text
     assert samples in text
@@ -200,7 +188,7 @@ def test_unreadable_images__are_counted_named_and_limited(tmp_path):
     assert sorted(names) == sorted([f"{i:03d}.jpg" for i in range(3)] * 2)
 
     make_folder(tmp_path / "many", 40, 15)
-    with pytest.raises(UserError, match=r"1\d unreadable images .* \(more than 10\).*bad_files.txt"):
+    with pytest.raises(UserError, match=r"1\d unreadable images.*more than 10.*bad_files.txt"):
         tiny_run.train(tmp_path / "b", *flags, "--data", tmp_path / "many")
     assert len(tiny_run.lines(tmp_path / "b")) < 6  # within the first epoch
 

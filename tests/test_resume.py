@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 import torch
 from cfmae import CFMAE
-from tiny_run import STEPS, Interrupted, checkpoint, lines, same_result
+from tiny_run import STEPS, Diverging, Interrupted, checkpoint, lines, same_result
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def runs(tmp_path_factory):
         2, at / "store",
         (at / "two", (), CFMAE, 0),
         (at / "two-signal", ("--micro-batch", 2), on_rank_1, 143),
+        (at / "bad", (), Diverging, "step 15 is not finite (loss inf, loss_rgb inf, fine 1)"),
     )  # fmt: skip
     return at
 
@@ -92,7 +93,7 @@ def test_stop__drops_the_unfinished_step(runs, tmp_path, micro):
     build = functools.partial(Interrupted, step=21, micro=micro)
     handler = signal.getsignal(signal.SIGTERM)
     assert tiny_run.train(tmp_path, "--micro-batch", 2, build=build) == 128 + signal.SIGTERM
-    assert checkpoint(tmp_path)["step"] == 21 + (micro == 3)  # after the last micro-batch it is whole
+    assert checkpoint(tmp_path)["step"] == 21 + (micro == 3)  # the last one completes it
     assert signal.getsignal(signal.SIGTERM) == handler
     tiny_run.train(tmp_path, "--resume", "--micro-batch", 2)
     assert same_result(runs / "micro", tmp_path)

@@ -71,6 +71,19 @@ class Interrupted(cfmae.CFMAE):
         return super().forward(batch, progress)
 
 
+class Diverging(torch.nn.Module):
+    """A model whose loss is infinite from step 15 of 60 on."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.encoder = torch.nn.Linear(1, 1)
+
+    def forward(self, batch, progress):
+        x = self.encoder(batch["rgb"].float().mean((1, 2, 3))[:, None] / 255)
+        loss = x.square().mean() / (progress < 13.5 / STEPS)
+        return loss, {"loss_rgb": loss.detach(), "fine": torch.ones(())}
+
+
 def config(out, *flags, cls=cfmae.Config):
     return engine.parse(cls, cfmae.PRESETS, "", [*FLAGS, "--output", str(out), *map(str, flags)])
 
@@ -86,20 +99,23 @@ def train(out, *flags, build=cfmae.CFMAE):
 def _rank(rank, ranks, store, runs):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    for out, flags, build, status in runs:
-        assert train(out, *flags, build=build) == status
+    for out, flags, build, end in runs:
+        try:
+            assert train(out, *flags, build=build) == end
+        except engine.UserError as error:
+            assert str(end) in str(error), error
     dist.destroy_process_group()
 
 
 def spawn(ranks, store, *runs):
-    """Train `runs`, each (folder, flags, build, exit status), in turn with `ranks` processes."""
+    """Train `runs`, each (folder, flags, build, exit status or error), with `ranks` processes."""
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
         mp.spawn(_rank, (ranks, str(store), runs), nprocs=ranks)
 
 
 @contextlib.contextmanager
 def start(out, *flags, ranks=1):
-    """A run in one process, or in `ranks` under torchrun; what is left of it at the end is killed."""
+    """A run in one process, or in `ranks` under torchrun; killed if it is left before its end."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), __file__, "--output", out, *flags]
     process = subprocess.Popen(
@@ -113,7 +129,7 @@ def start(out, *flags, ranks=1):
 
 
 def kill(process):
-    """SIGKILL a process and all that descend from it; torchrun gives its ranks groups of their own."""
+    """SIGKILL a process and all below it; torchrun gives each rank a process group of its own."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -151,7 +167,8 @@ def checkpoint(out):
 def same_bits(a, b):
     """Whether two nests of dicts, lists, tensors and numbers are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return same and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
