@@ -654,8 +654,8 @@ PRESETS = {
     # Ours, for a laptop: 64 x 64 scenes, three minutes on two cores.
     "tiny": dict(
         data="shapes", image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4,
-        decoder_embed_dim=64, decoder_num_heads=2, epochs=2, warmup_epochs=0.2, batch_size=64,
-        base_lr=4e-3, val_epochs=1,
+        decoder_embed_dim=64, decoder_num_heads=2, epochs=1, warmup_epochs=0.1, batch_size=32,
+        base_lr=8e-3,
     ),
     # ViT-S, not in the paper.
     "small": dict(embed_dim=384, depth=12, num_heads=6, micro_batch=256),

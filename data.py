@@ -249,6 +249,8 @@ def decode_map(data: np.ndarray) -> np.ndarray:
 
     Grey of 1, 2 or 4 bits is refused: decoders stretch its values to 0..255 without a word.
     """
+    if bytes(data[:8]) != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("not a PNG file")
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         depth, colour = data[24], data[25]               # in the IHDR chunk; 0 is grey, 3 palette
         if colour != 3 and (colour or depth < 8):

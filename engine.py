@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -664,8 +665,10 @@ def train(
     step_model = torch.compile(model) if cfg.compile else model
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
+        names = inspect.signature(DistributedDataParallel).parameters  # buffers never change here
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         step_model = DistributedDataParallel(
-            step_model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            step_model, device_ids=ids, gradient_as_bucket_view=True, **{sync: False}
         )
         # DDP regroups its buckets after the first backward pass, and with them the order of sums.
         # Two passes whose gradients are thrown away give a fresh and a resumed run the same order.
