@@ -130,7 +130,7 @@ def turned(folder):
     (lambda f: write(f"{f}/semantic/2.png", ids(65535, dtype=np.uint16)), "id 65535"),
     (lambda f: write(f"{f}/semantic/2.png", smooth(40, 60)), "2.png: 8-bit RGB"),
     (lambda f: write(f"{f}/semantic/2.png", ids(0) > 0), "2.png: 1-bit grey"),
-    (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: cannot identify"),
+    (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: not a PNG file"),
 ])
 def test_check__and_loading_stop_at_maps_that_do_not_fit(good, spoil, words, capsys):
     assert data.check(FolderDataset(good, "train", None, 32, 16, ALL)).startswith("6 of 6")
