@@ -616,7 +616,7 @@ PRESETS = {
     # Ours, for a laptop: 64 x 64 scenes at strides 2, 4, 8, two minutes on two cores.
     "tiny": dict(
         image_size=64, patch_size=8, embed_dims="32,64,128", depths="1,1,3", num_heads=4,
-        decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, epochs=3, warmup_epochs=0.2,
+        decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, epochs=2, warmup_epochs=0.2,
         batch_size=64, base_lr=4e-3, data="shapes", val_epochs=1,
     ),
     # Table 7: MCMAE-S, -B, -B*, -L, -H.
