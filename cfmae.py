@@ -638,12 +638,9 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
         overrides: image_size (H, W) and drop_path, as `common.ViT` takes them.
     Errors: UserError where the file is no such checkpoint.
     """
-    checkpoint = engine.load(path, "cfmae")
-    cfg = Config(**checkpoint["config"])
+    cfg, state = engine.load_encoder(path, "cfmae", Config)
     side = {"image_size": (cfg.image_size,) * 2}
     encoder = make_encoder(cfg, **{**side, **overrides})
-    prefix = "encoder."
-    state = {k[len(prefix):]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -718,11 +718,8 @@ def load_encoder(path: str | Path, **overrides) -> nn.Module:
         overrides: image_size (H, W) and drop_path.
     Errors: UserError where the file is no such checkpoint.
     """
-    checkpoint = engine.load(path, "coma_dyvit")
-    cfg = Config(**checkpoint["config"])
+    cfg, state = engine.load_encoder(path, "coma_dyvit", Config)
     encoder = make_encoder(cfg, **{"image_size": (cfg.image_size,) * 2, **overrides})
-    prefix = "encoder."
-    state = {k[len(prefix):]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     engine.load_weights(encoder, state, path)
     return encoder
 

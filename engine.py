@@ -304,6 +304,14 @@ def load(path: str | Path, method: str) -> dict:
     return checkpoint
 
 
+def load_encoder(path: str | Path, method: str, cls: type[Config]) -> tuple[Config, dict]:
+    """Read a checkpoint's Config and its encoder's state dict; UserError as `load`."""
+    checkpoint, prefix = load(path, method), "encoder."
+    weights = checkpoint["model"].items()
+    state = {k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)}
+    return cls(**checkpoint["config"]), state
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load all of a state dict or nothing; UserError listing the keys and shapes that differ."""
     own = model.state_dict()

@@ -602,10 +602,8 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
         overrides: image_size (H, W) and drop_path, as `Encoder` takes them.
     Errors: UserError where the file is no such checkpoint.
     """
-    checkpoint = engine.load(path, "mcmae")
-    encoder = make_encoder(Config(**checkpoint["config"]), **overrides)
-    prefix = "encoder."
-    state = {k[len(prefix):]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+    cfg, state = engine.load_encoder(path, "mcmae", Config)
+    encoder = make_encoder(cfg, **overrides)
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -552,12 +552,9 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
             `common.ViT` takes them.
     Errors: UserError where the file is no such checkpoint.
     """
-    checkpoint = engine.load(path, "semanticmim")
-    cfg = Config(**checkpoint["config"])
+    cfg, state = engine.load_encoder(path, "semanticmim", Config)
     side = {"image_size": (cfg.image_size,) * 2}
     encoder = make_encoder(cfg, **{**side, **overrides})
-    prefix = "encoder."
-    state = {k[len(prefix) :]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
     old = (cfg.image_size // cfg.patch_size,) * 2
     state["pos_embed"] = resize_position(state["pos_embed"], old, encoder.grid)
     engine.load_weights(encoder, state, path)
