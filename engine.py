@@ -109,6 +109,10 @@ class Config:
         """What the method asks of the loader, as keyword arguments of `data.open_dataset`."""
         return {"granularities": ("rgb",)}
 
+    def wrap(self, dataset: data.Dataset, train: bool) -> data.Dataset:
+        """Put a method's own augmentation around a split; none here."""
+        return dataset
+
     def resolve(self) -> None:
         """Fill in defaults that depend on other fields; UserError on values that cannot work."""
         divides(self, "image_size", "patch_size")
@@ -382,7 +386,7 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
     keys = {"scale": (cfg.crop_scale_min, 1.0), "train": split == "train", "seed": cfg.seed}
     keys |= options
     if cfg.data == "shapes":
-        return data.open_dataset(cfg.data, split, *common, **keys)
+        return cfg.wrap(data.open_dataset(cfg.data, split, *common, **keys), split == "train")
     folder = out / f"files-{split}"
 
     def listing() -> bool:
@@ -402,7 +406,9 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
         time.sleep(0.5)
     else:
         raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
-    return data.open_dataset(cfg.data, split, *common, files=data.FileList.open(folder), **keys)
+    files = data.FileList.open(folder)
+    dataset = data.open_dataset(cfg.data, split, *common, files=files, **keys)
+    return cfg.wrap(dataset, split == "train")
 
 
 def split_batch(cfg: Config, world: World) -> tuple[int, int]:
@@ -632,15 +638,19 @@ class Stop:
 def train(
     method: str, cfg: Config, world: World, build: Callable[[Config], nn.Module],
     evaluate: Callable | None = None, preview: Callable | None = None,
+    finish: Callable | None = None,
 ) -> int:  # fmt: skip
     """Train from the start or from the last checkpoint; returns the exit status.
 
     Args:
         build: makes the model; `model(batch, progress)` returns (loss, logs). A model that has
-            `before_step()` is told when its weights are about to change.
+            `before_step()` is told when its weights are about to change; one that has
+            `parameter_groups(weight_decay)` says itself what decays, and by `lr_scale` how fast a
+            group learns (layer-wise decay).
         evaluate: (model, batch) -> dict of 0-d tensors, averaged over the val split; default: the
             model's own logs at the end of training.
         preview: (model, batch, path, step) writes a picture.
+        finish: (model, out) is called on every rank once training has come to its end.
     Errors: UserError.
     """
     lead, device = world.rank == 0, world.device
@@ -667,8 +677,9 @@ def train(
 
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(device)
+    groups = getattr(model, "parameter_groups", lambda decay: parameter_groups(model, decay))
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), lr=0.0, fused=True
+        groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), lr=0.0, fused=True
     )
     step_model = torch.compile(model) if cfg.compile else model
     if world.size > 1:
@@ -766,7 +777,7 @@ def train(
         meter.end_step(accum)
         lr = learning_rate(cfg, step, per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         step += 1
         logging = step % cfg.log_every == 0 or step == stop
         if cfg.clip_grad:
@@ -796,6 +807,8 @@ def train(
     interrupt.restore()
     if status == 0:
         validate(step, picture=True)
+        if finish:
+            finish(model, out)
     if lead:
         what = "finished" if status == 0 else f"stopped; continue with --resume --output {out}"
         print(f"{what}: step {step} of {total}, {out / 'last.pt'}", flush=True)
@@ -805,14 +818,23 @@ def train(
 def main(
     method: str, cls: type[Config], presets: dict[str, dict], doc: str, build: Callable, **functions
 ) -> None:
-    """From the command line to a finished run; a UserError is one message and exit status 2."""
+    """From the command line to a finished run, and out."""
+
+    def run() -> int:
+        cfg = parse(cls, presets, doc, None)
+        return train(method, cfg, World(cfg), build, **functions)
+
+    command(method, run)
+
+
+def command(name: str, run: Callable[[], int]) -> typing.NoReturn:
+    """Run and exit with the status returned; a UserError is one message and exit status 2."""
     rank = int(os.environ.get("RANK", 0))
     try:
-        cfg = parse(cls, presets, doc, None)
-        status = train(method, cfg, World(cfg), build, **functions)
+        status = run()
     except UserError as e:
         if rank == 0:
-            tqdm.write(f"{method}: error: {e}", file=sys.stderr)
+            tqdm.write(f"{name}: error: {e}", file=sys.stderr)
         else:
             time.sleep(5)  # torchrun ends every rank once one has left: let rank 0 speak first
         status = 2

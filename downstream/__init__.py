@@ -1,0 +1,1 @@
+"""Transfer protocols: what a pre-trained encoder is worth."""
