@@ -109,7 +109,7 @@ class Config:
         """What the method asks of the loader, as keyword arguments of `data.open_dataset`."""
         return {"granularities": ("rgb",)}
 
-    def wrap(self, dataset: data.Dataset, train: bool) -> data.Dataset:
+    def wrap(self, dataset: torch.utils.data.Dataset, train: bool) -> torch.utils.data.Dataset:
         """Put a method's own augmentation around a split; none here."""
         return dataset
 
