@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 import pictures
 from common import (
-    MASK, Block, Mlp, Normalize, PatchEmbed, ViT, drop_path, gather, init_weights,
+    MASK, Block, Mlp, Normalize, PatchEmbed, ViT, attend, drop_path, gather, init_weights,
     patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
 )  # fmt: skip
 from data import sample_seed
@@ -268,7 +268,7 @@ class WindowAttention(nn.Module):
         for part in kv.split([n * n for n in self.counts], dim=1):
             part = part.contiguous().view(B, -1, 2, self.num_heads, C // self.num_heads)
             k, v = part.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, V * windows, d) each
-            attended.append(F.scaled_dot_product_attention(q, k, v))  # Eq. (9)
+            attended.append(attend(q, k, v))  # Eq. (9)
         x = sum(attended[1:], attended[0])
         return self.proj(x.transpose(1, 2).flatten(2))  # Eq. (10)
 

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 
 import pictures
 from common import (
-    AUGMENT, MASK, Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, drop_path, gather,
-    init_weights, patchify, random_mask, split, uniform,
+    AUGMENT, MASK, Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, attend, drop_path,
+    gather, init_weights, patchify, random_mask, split, uniform,
 )  # fmt: skip
 from engine import UserError, arg
 
@@ -350,7 +350,7 @@ def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> T
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(y[:, :n], weight[:D], bias[:D]).reshape(B, n, *heads).transpose(1, 2)
     k, v = F.linear(y, weight[D:], bias[D:]).reshape(B, L, 2, *heads).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = attend(q, k, v).transpose(1, 2).flatten(2)
     x = x[:, :n] + drop * block.ls1(attn.proj(y))
     return x + drop * block.ls2(block.mlp(block.norm2(x)))
 

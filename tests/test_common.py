@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import common
@@ -185,3 +186,17 @@ def test_init_weights__bounds_of_mae():
             assert 0.01 < p.std() < 0.03
         elif p.ndim == 1:
             assert (p == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+
+
+@pytest.mark.parametrize("M", [9, 4])
+def test_attend__bf16_on_a_cpu_is_what_fp32_gives(M):
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (9, M, M))
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    ours, wanted = common.attend(q, k, v), F.scaled_dot_product_attention(*exact)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - wanted).abs().max() < 0.02
+    weight = torch.randn_like(wanted)
+    (ours * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for a, b in zip((q, k, v), exact):
+        assert (a.grad.float() - b.grad).norm() < 0.02 * b.grad.norm()
