@@ -109,6 +109,18 @@ class Config:
         """What the method asks of the loader, as keyword arguments of `data.open_dataset`."""
         return {"granularities": ("rgb",)}
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the schedule."""
+        return self.epochs * steps_per_epoch
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Rate of a step (from 0)."""
+        return learning_rate(self, step, steps_per_epoch)
+
+    def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """The optimizer of `parameter_groups`; the loop sets its rate."""
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.beta1, self.beta2), fused=True)
+
     def wrap(self, dataset: torch.utils.data.Dataset, train: bool) -> torch.utils.data.Dataset:
         """Put a method's own augmentation around a split; none here."""
         return dataset
@@ -333,13 +345,13 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path) -> None:
-    """Load AdamW's state; UserError where it belongs to other parameters."""
+    """Load an optimizer's state; UserError where it belongs to other parameters."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     try:
         fits = own == [group["params"] for group in state["param_groups"]] and all(
-            x[k].shape == params[i].shape for i, x in state["state"].items()
-            for k in ("exp_avg", "exp_avg_sq")
+            value is None or value.shape in ((), params[i].shape)
+            for i, values in state["state"].items() for value in values.values()
         )  # fmt: skip
     except (AttributeError, IndexError, KeyError, TypeError):
         fits = False
@@ -543,7 +555,7 @@ def summary(
     """The screen that a run begins with."""
     million = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6
                for n, m in (("all", model), ("encoder", model.encoder))}  # fmt: skip
-    (accum, micro), (train_set, val_set) = batch, sets
+    (accum, micro), (train_set, val_set), total = batch, sets, cfg.total_steps(per_epoch)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     threads = "" if device != "CPU" else f", {torch.get_num_threads()} threads a rank"
     lines = {
@@ -554,7 +566,7 @@ def summary(
         + f"; {len(train_set.classes)} classes; {', '.join(train_set.granularities)}",
         "batch": f"{cfg.batch_size} = {world.size} ranks x {accum} steps x {micro}",
         "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
-        "length": f"{cfg.epochs} epochs x {per_epoch} steps, warm-up {cfg.warmup_epochs} epochs"
+        "length": f"{total} steps, {total / per_epoch:g} epochs of {per_epoch}"
         + (f", stopping after {cfg.steps} steps" if cfg.steps else ""),
         "device": f"{device}{threads}, {'bf16' if world.bf16 else 'fp32'}"
         + f", {workers(cfg, world)} loader processes a rank",
@@ -672,15 +684,13 @@ def train(
         len(train_set), cfg.batch_size, cfg.seed, world.rank, world.size, accum, start
     )
     per_epoch = sampler.steps_per_epoch
-    total = cfg.epochs * per_epoch
+    total = cfg.total_steps(per_epoch)
     sampler.stop_step = stop = min(cfg.steps or total, total)
 
     torch.manual_seed(cfg.seed)
     model = build(cfg).to(device)
     groups = getattr(model, "parameter_groups", lambda decay: parameter_groups(model, decay))
-    optimizer = torch.optim.AdamW(
-        groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), lr=0.0, fused=True
-    )
+    optimizer = cfg.optimizer(groups(cfg.weight_decay))
     step_model = torch.compile(model) if cfg.compile else model
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -775,7 +785,7 @@ def train(
             status = 128 + number
             break
         meter.end_step(accum)
-        lr = learning_rate(cfg, step, per_epoch)
+        lr = cfg.learning_rate(step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         step += 1
