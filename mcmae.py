@@ -209,8 +209,12 @@ class Sparse:
         B, _, n, C = x.shape
         k = math.isqrt(n)
         size, rows = (self.grid[0] * k, self.grid[1] * k), self.rows[k]
+        if x.device.type == "cpu":  # its bf16 kernel takes twice as long for the weight's gradient
+            x = x.to(conv.weight.dtype)
         maps = x.new_zeros(B * size[0] * size[1], C).index_copy_(0, rows, x.reshape(-1, C))
-        y = conv(maps.view(B, *size, C).permute(0, 3, 1, 2))  # Sec. 2.2; channels last in memory
+        with torch.autocast("cpu", enabled=False):
+            # Sec. 2.2; channels last in memory
+            y = conv(maps.view(B, *size, C).permute(0, 3, 1, 2))
         return y.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, rows).view_as(x)
 
     def tokens(self, x: Tensor) -> Tensor:
