@@ -1,0 +1,260 @@
+"""Encoders to transfer: from our checkpoints, from public state dicts, or fresh from a preset.
+
+    describe      what an encoder is, as plain JSON: {"method": ..., "config": {...}}
+    build         the module that a description stands for, with fresh weights
+    load          its weights, and a report of what was loaded, left out and missing
+    open_encoder  the three in one
+    layer_decay_groups   parameter groups for fine-tuning
+
+A description is all that a run must remember of its encoder: with it the run is resumed and
+evaluated without the file it started from. Such a run keeps it in the field `description` of its
+Config, as JSON, and its model has the encoder as `encoder`; then its checkpoints are sources, too.
+Every encoder keeps the contract of `common.ViT`. `public.py` knows the public state dicts.
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import engine  # before torch: it sets how threads wait
+
+import torch
+from torch import Tensor, nn
+
+import cfmae
+import coma_dyvit
+import mcmae
+import semanticmim
+from common import init_weights
+from downstream import public
+from engine import UserError
+
+METHODS = {"cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae, "coma_dyvit": coma_dyvit}
+FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes
+
+
+# ------------------------------------------------------------------------------------ description
+
+
+def describe(
+    checkpoint: str | Path | None = None, init: str | Path | None = None,
+    method: str | None = None, model: str | None = None, **changes,
+) -> dict:  # fmt: skip
+    """Describe the encoder of one source, in plain JSON types.
+
+    Args:
+        checkpoint: one of ours, of pre-training or of a transfer.
+        init: a public state dict.
+        method, model: a key of METHODS and the name of one of its presets.
+        changes: fields of the config to override, e.g. granularities="R" (CFMAE without the map
+            embeddings, which images alone would not train), num_heads (of --init, where the file
+            does not tell), backbone="vit" (of coma_dyvit's presets).
+    Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}}.
+    Errors: UserError.
+    """
+    if sum(source is not None for source in (checkpoint, init, method)) != 1:
+        raise UserError("where is the encoder from? give one of --checkpoint, --init, --method")
+    if init is not None:
+        kind, state, _ = public.open_public(init)
+        return public.describe(kind, state, init, **changes)
+    if checkpoint is not None:
+        description, _, _ = _open(checkpoint)
+        return {**description, "config": {**description["config"], **changes}}
+    if method not in METHODS:
+        raise UserError(f"--method {method}: choose from {', '.join(METHODS)}")
+    script, model = METHODS[method], model or "base"
+    if model not in script.PRESETS:
+        raise UserError(f"--encoder {model}: {method} has {', '.join(script.PRESETS)}")
+    values = {"model": model, **script.PRESETS[model], **changes}
+    if method == "semanticmim":  # an encoder needs its target's recipe, but not the tokenizer
+        values = {**semanticmim.RECIPES[values.pop("target", "hog")], **values}
+    cfg = _config(script, values)
+    cfg.resolve()
+    return {"method": method, "config": dataclasses.asdict(cfg)}
+
+
+def _config(script: ModuleType, values: dict) -> engine.Config:
+    if unknown := values.keys() - {f.name for f in dataclasses.fields(script.Config)}:
+        raise UserError(f"{script.__name__} has no field {', '.join(sorted(unknown))}")
+    return script.Config(**values)
+
+
+def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
+    """A checkpoint of ours: description, the encoder's state dict, whether it has a final norm."""
+    content = public.read(path, "--checkpoint")
+    keys = {"format", "method", "config", "model"}
+    if not (isinstance(content, dict) and keys <= content.keys()
+            and all(isinstance(content[k], dict) for k in ("config", "model"))):  # fmt: skip
+        raise UserError(f"{path} is no checkpoint of this project; public weights: --init {path}")
+    if content["format"] != engine.FORMAT:
+        raise UserError(f"{path} has format {content['format']}; wanted {engine.FORMAT}")
+    description = {k: content[k] for k in ("method", "config")}
+    if content["method"] not in (*METHODS, "vit", "beit"):  # a transfer's
+        run = content["config"]
+        if not run.get("description"):
+            raise UserError(f"{path}: a checkpoint of {content['method']} describes no encoder")
+        description = json.loads(run["description"])
+        H, W = run["image_size"], run.get("crop_width") or run["image_size"]
+        description["config"]["image_size"] = H if H == W else [H, W]  # what it was trained at
+    state = {k.removeprefix("encoder."): v for k, v in content["model"].items()
+             if k.startswith("encoder.")}  # fmt: skip
+    # SemanticMIM: the norm that pre-training used saw [MASK] tokens alone; transfer starts afresh.
+    has_norm = content["method"] != "semanticmim" or "decoder_norm.weight" not in content["model"]
+    return json.loads(json.dumps(description)), state, has_norm
+
+
+# ------------------------------------------------------------------------------- build and load
+
+
+def build(
+    description: dict, image_size: int | Sequence[int] | None = None, drop_path: float = 0.0
+) -> nn.Module:
+    """Build an encoder with fresh weights, drawn as its method draws them.
+
+    Args:
+        description: as `describe` returns it.
+        image_size: (H, W) or one number, for which it keeps positions; None = as described.
+        drop_path: the last block's rate.
+    Errors: UserError where the patch size does not divide the image size.
+    """
+    method, config = description["method"], description["config"]
+    size, p = pair(image_size or config["image_size"]), config["patch_size"]
+    if any(n < p or n % p for n in size):
+        near = " x ".join(str(max(round(n / p), 1) * p) for n in size)
+        raise UserError(f"image size {size[0]} x {size[1]} is not divisible by the encoder's patch "
+                        f"size {p}; nearest that works: {near}")  # fmt: skip
+    kwargs = {"image_size": size, "drop_path": drop_path}
+    if method in METHODS:
+        encoder = METHODS[method].make_encoder(_config(METHODS[method], config), **kwargs)
+    else:
+        encoder = public.PublicViT(**{**config, **kwargs})
+    init_weights(encoder)
+    if method == "mcmae":  # as in mcmae.MCMAE: convolutions that are linear layers start as those
+        for m in encoder.modules():
+            if isinstance(m, nn.Conv2d) and m.groups == 1:
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+    return encoder
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def load(
+    encoder: nn.Module, description: dict, checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+) -> str:  # fmt: skip
+    """Load the weights of a checkpoint of ours or of a public file: all of them or nothing.
+
+    Learned positions are resized to the grid that the encoder was built for: embeddings
+    bicubically, BEiT's biases as its transfer does it (`public.spread`).
+
+    Returns: a report of what was loaded, left out, and missing and so fresh.
+    Errors: UserError listing what does not fit.
+    """
+    path, other, notes = checkpoint or init, [], []
+    if init is not None:
+        kind, state, other = public.open_public(init)
+        heads = description["config"]["num_heads"]
+        source = public.describe(kind, state, init, num_heads=heads)["config"]
+        if not source.get("relative"):
+            notes.append(f"{heads} heads, which the file does not tell")
+        if kind == "mcmae" and "pos_embed" in state and not mcmae._is_sincos(state["pos_embed"]):
+            raise UserError(f"--init {init}: pos_embed was learned, and MCMAE computes a fixed one")
+        if kind == "mcmae" and state.pop("pos_embed", None) is not None:
+            notes.append("pos_embed is the fixed one, which is computed")
+    else:
+        whose, state, has_norm = _open(checkpoint)
+        source = whose["config"]
+        if not has_norm:
+            state = {k: v for k, v in state.items() if not k.startswith("norm.")}
+    grid = tuple(n // source["patch_size"] for n in pair(source["image_size"]))
+    own, resized = encoder.state_dict(), {}
+    for k, v in state.items():
+        if grid != encoder.grid and k in own and k == "pos_embed":
+            resized[k] = semanticmim.resize_position(v.float(), grid, encoder.grid)
+        elif grid != encoder.grid and k.endswith(public.TABLE):
+            resized[k] = public.resize_table(v.float(), grid, encoder.grid)
+    if resized:
+        state |= resized
+        notes.append("positions resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
+    part = {k: k.split(".")[0] for k in (*own, *state, *other)}
+    missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
+    if init is not None:  # heads and decoders are left out, and nothing that an encoder computes
+        may_miss, refused = ("norm", "pos_embed"), {*FOREIGN, *(part[k] for k in own)}
+    else:
+        may_miss = () if has_norm else ("norm",)
+        refused = {part[k] for k in state} - {"instance_embed", "semantic_embed"}
+    problems = [f"missing {k}" for k in missing if part[k] not in may_miss]
+    problems += [f"unexpected {k}" for k in unused if part[k] in refused]
+    problems += [
+        f"{k} has shape {tuple(state[k].shape)}, the encoder {tuple(v.shape)}"
+        for k, v in own.items() if k in state and state[k].shape != v.shape
+    ]  # fmt: skip
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
+        raise UserError(f"{path} does not fit the encoder, nothing was loaded: {shown}")
+    with torch.no_grad():
+        for k in own.keys() & state.keys():
+            own[k].copy_(state[k])  # state_dict() shares the parameters' memory
+    lists = []
+    for names in (unused + other, missing):
+        counts = collections.Counter(part[k] for k in names).items()
+        lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
+    loaded = f"encoder     {path}: {len(own) - len(missing)} tensors loaded"
+    return "; ".join([f"{loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}", *notes])
+
+
+def open_encoder(
+    checkpoint: str | Path | None = None, init: str | Path | None = None,
+    method: str | None = None, model: str | None = None, random: bool = False,
+    image_size: int | Sequence[int] | None = None, drop_path: float = 0.0, **changes,
+) -> tuple[nn.Module, dict, str]:  # fmt: skip
+    """Describe, build and load: (encoder, description, report).
+
+    Args:
+        random: fresh weights for the architecture of `checkpoint` or `init`.
+        image_size, drop_path: as `build` takes them; all others as `describe`.
+    Returns: in the description, `image_size` is the one that the encoder was built for.
+    """
+    description = describe(checkpoint, init, method, model, **changes)
+    size = pair(image_size or description["config"]["image_size"])
+    encoder = build(description, size, drop_path)
+    if method or random:
+        name = checkpoint or init or f"{method} {description['config']['model']}"
+        report = f"encoder     {name}: fresh weights"
+    else:
+        report = load(encoder, description, checkpoint, init)
+    description["config"]["image_size"] = size[0] if size[0] == size[1] else list(size)
+    return encoder, description, report
+
+
+# ---------------------------------------------------------------------------------- fine-tuning
+
+
+def layer_decay_groups(
+    encoder: nn.Module, head_modules: Iterable[nn.Module], weight_decay: float, decay: float
+) -> list[dict]:
+    """Parameter groups whose `lr_scale` falls by `decay` a layer from the head down, as MAE's.
+
+    Args:
+        encoder: with `layer_ids`; the last id, the final norm's, has the full rate.
+        head_modules: whatever is trained beside it, at the full rate.
+        weight_decay: of weights; biases, norms, tokens and embeddings have none.
+    Returns: groups for AdamW, whose `lr_scale` `engine.train` applies; frozen parameters in none.
+    """
+    ids, groups = encoder.layer_ids(), {}
+    last = max(ids.values())
+    scaled = [(name, p, decay ** (last - ids[name])) for name, p in encoder.named_parameters()]
+    scaled += [(name, p, 1.0) for m in head_modules for name, p in m.named_parameters()]
+    for name, p, scale in scaled:
+        plain = p.ndim <= 1 or name.endswith(("_token", "_tokens", "_embed", "_bias_table"))
+        if p.requires_grad:
+            group = {"params": [], "weight_decay": 0.0 if plain else weight_decay}
+            group = groups.setdefault((scale, plain), {**group, "lr_scale": scale})
+            group["params"].append(p)
+    return list(groups.values())

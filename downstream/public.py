@@ -1,0 +1,279 @@
+"""Public encoders: what their state dicts hold, and a ViT that computes the same.
+
+    read            a file, safely: torch's or safetensors'
+    open_public     kind and tensors of a state dict, under our names
+    describe        the architecture, read off the shapes
+    PublicViT       MAE's and timm's ViT, BEiT; ConvMAE is `mcmae.Encoder`, with the same names
+
+Kinds are told apart by their keys. Wrappers around a state dict ("model", "state_dict", MoCo's
+"module.base_encoder.", ...) are taken off. Heads, decoders and mask tokens are not of an encoder.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import engine  # before torch: it sets how threads wait
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mcmae
+from common import Attention, ViT
+from semanticmim import resize_position
+
+UserError = engine.UserError
+
+WRAPPERS = ("model", "state_dict", "module", "teacher")
+STEM, STEM1 = "patch_embed.proj.weight", "patch_embed1.proj.weight"
+KINDS = (
+    f"ViT as timm and MAE name it ({STEM}, blocks.0.attn.qkv.weight, ...), BEiT (the same, with "
+    f"blocks.0.attn.q_bias, blocks.0.gamma_1, ...), ConvMAE ({STEM1}, blocks1.0.conv1.weight, ...)"
+)
+TABLE = "relative_position_bias_table"
+# Public ViTs have heads of 64 features, but for these widths (so400m, ViT-H, ViT-g, ViT-G).
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class RelativeAttention(Attention):
+    """Attention with BEiT's bias: a learned number for each head and offset between two tokens.
+
+    Its table has a row for each of the (2h - 1)(2w - 1) offsets on the grid it is kept for, then
+    class to patch, patch to class, class to class.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int]):
+        super().__init__(dim, num_heads)
+        self.grid = self.now = grid  # `now`: of the images at hand, set by PublicViT.embed
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+
+    def bias(self) -> Tensor:
+        """Bias of the grid `now`, (heads, 1 + L, 1 + L); rows are queries, class token first."""
+        (h, w), table = self.now, self.relative_position_bias_table
+        table = resize_table(table, self.grid, self.now)
+        at = torch.arange(h * w, device=table.device)
+        dy, dx = (a[:, None] - a for a in (at // w, at % w))  # (L, L) each
+        index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
+        index[0], index[:, 0], index[0, 0] = len(table) - 3, len(table) - 2, len(table) - 1
+        return table[index].permute(2, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        q, k, _ = self.heads(x)
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + self.bias()).softmax(-1)
+
+
+@functools.cache
+def spread(old: int, new: int) -> Tensor:
+    """Weights (2 new - 1, 2 old - 1) that give offsets on `new` patches from those on `old`.
+
+    BEiT's transfer lets the known offsets stand at 0, 1, 1 + q, 1 + q + q^2, ... with the q that
+    spreads them over the new range, so that near patches keep what they have learned. Between them
+    it is linear (timm; BEiT's own is cubic).
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (old - 1)) / (1 - q) > new - 1 else (q, high)
+    at = [(1 - q**k) / (1 - q) for k in range(old)]
+    at = torch.tensor([-x for x in at[:0:-1]] + at)  # where the old offsets stand
+    if old == 1:
+        return torch.ones(2 * new - 1, 1)
+    x = torch.arange(1.0 - new, new).clamp(at[0], at[-1])
+    right = torch.searchsorted(at, x).clamp(min=1)
+    t = ((x - at[right - 1]) / (at[right] - at[right - 1]))[:, None]
+    one_hot = torch.eye(len(at))
+    return (1 - t) * one_hot[right - 1] + t * one_hot[right]
+
+
+def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Resize a table of relative positions (rows, heads) from one grid to another, see `spread`."""
+    if tuple(old) == tuple(new):
+        return table
+    rows, cols = (spread(a, b).to(table) for a, b in zip(old, new))
+    offsets = table[:-3].T.reshape(-1, rows.shape[1], cols.shape[1])
+    return torch.cat([(rows @ offsets @ cols.T).flatten(1).T, table[-3:]])
+
+
+class PublicViT(ViT):
+    """ViT with a learned position embedding (`absolute`), BEiT's bias (`relative`), or both.
+
+    Prefix tokens have no position: what a public `pos_embed` has for them is added to the tokens
+    when it is read, which is the same.
+    """
+
+    def __init__(self, absolute: bool = True, relative: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        pos_embed = self.pos_embed[None].clone()  # to begin with: MAE's
+        del self.pos_embed  # the fixed one
+        self.pos_embed = nn.Parameter(pos_embed) if absolute else None
+        self.relative = relative
+        for block in self.blocks if relative else ():
+            block.attn = RelativeAttention(self.embed_dim, block.attn.num_heads, self.grid)
+
+    def position(self, h: int, w: int) -> Tensor | float:
+        """Position embedding of a grid, (1, h*w, D)."""
+        return 0.0 if self.pos_embed is None else resize_position(self.pos_embed, self.grid, (h, w))
+
+    def embed(self, imgs: Tensor) -> Tensor:
+        for block in self.blocks if self.relative else ():
+            block.attn.now = self.grid_of(imgs)
+        return super().embed(imgs)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read(path: str | Path, option: str) -> object:
+    """Read a file's tensors and plain data; nothing in it is run. UserError naming the option."""
+    if not Path(path).is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        # Public files keep their options beside the weights, as a Namespace; that is data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f"{option} {path} cannot be read safely: {why}") from None
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read timm's file format: length of a JSON header, the header, the tensors' bytes."""
+    raw = Path(path).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
+    header.pop("__metadata__", None)
+    out = {}
+    for name, t in header.items():
+        begin, end = t["data_offsets"]
+        x = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[t["dtype"]])
+        out[name] = x.reshape(t["shape"])
+    return out
+
+
+def open_public(path: str | Path) -> tuple[str, dict[str, Tensor], list[str]]:
+    """Read a public state dict.
+
+    Returns: its kind ("vit", "beit", "mcmae"); its tensors under our names; the keys of other
+        networks in the file.
+    Errors: UserError where it is of no known kind.
+    """
+    state = read(path, "--init")
+    if isinstance(state, dict) and {"format", "method", "config", "model"} <= state.keys():
+        raise UserError(f"--init {path} is a checkpoint of this project: --checkpoint {path}")
+    for _ in range(3):
+        if isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
+            state = next((state[k] for k in WRAPPERS if k in state), None)
+    if not isinstance(state, dict):
+        under = ", ".join(map(repr, WRAPPERS))
+        raise UserError(f"--init {path} holds no state dict, neither itself nor under {under}")
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    stems = [(k, s) for k in state for s in (STEM, STEM1) if k.endswith(s)]
+    prefix = stems[0][0].removesuffix(stems[0][1]) if stems else ""
+    other = [k for k in state if not k.startswith(prefix)]  # e.g. MoCo's momentum encoder
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if {STEM1, "blocks1.0.conv1.weight", "blocks3.0.attn.qkv.weight"} <= own.keys():
+        return "mcmae", own, other
+    if not {STEM, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= own.keys():
+        first = ", ".join(list(state)[:6])
+        raise UserError(f"--init {path} is of no known kind: {KINDS}; its first keys: {first}")
+    beit = any(k.endswith((".q_bias", ".gamma_1", TABLE)) for k in own)
+    return "beit" if beit else "vit", _our_names(own, path), other
+
+
+def _our_names(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """A ViT's or BEiT's tensors with the names and shapes of `PublicViT`."""
+    computed = (".q_bias", ".v_bias", "relative_position_index", "rel_pos_bias." + TABLE)
+    out = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v
+           for k, v in state.items() if not k.endswith(computed)}  # fmt: skip
+    for i in range(count(state, "blocks")):
+        attn = f"blocks.{i}.attn."
+        if attn + "qkv.bias" not in state and attn + "qkv.weight" in state:
+            zeros = torch.zeros(len(state[attn + "qkv.weight"]) // 3)
+            q, v = (state.get(f"{attn}{k}_bias", zeros) for k in "qv")
+            out[attn + "qkv.bias"] = torch.cat([q, zeros, v])  # a key's would change nothing
+        if "rel_pos_bias." + TABLE in state:  # shared in pre-training; BEiT's transfer copies it
+            out[attn + TABLE] = state["rel_pos_bias." + TABLE]
+    if "pos_embed" in state:
+        tokens = [k for k in ("cls_token", "reg_token") if k in state]
+        rows, prefix = state["pos_embed"].shape[1], sum(state[k].shape[1] for k in tokens)
+        fits = [n for n in (prefix, 1, 0) if n <= prefix and is_square(rows - n)]
+        if not fits:
+            raise UserError(f"--init {path}: pos_embed has {rows} rows, which are no square grid "
+                            f"and {prefix} tokens before it")  # fmt: skip
+        own, out["pos_embed"] = state["pos_embed"].split([fits[0], rows - fits[0]], dim=1)
+        for k in tokens:
+            n = min(state[k].shape[1], own.shape[1])
+            out[k] = torch.cat([state[k][:, :n] + own[:, :n], state[k][:, n:]], dim=1)
+            own = own[:, n:]
+    return out
+
+
+def is_square(n: int) -> bool:
+    return n > 0 and math.isqrt(n) ** 2 == n
+
+
+def count(state: Iterable[str], blocks: str) -> int:
+    """Blocks in a state dict: one more than the largest number after `blocks`."""
+    return 1 + max((int(k.split(".")[1]) for k in state if k.startswith(blocks + ".")), default=-1)
+
+
+def describe(kind: str, state: dict[str, Tensor], path: str | Path, **changes) -> dict:
+    """Read the architecture off the shapes of what `open_public` returns; `changes` win.
+
+    Returns: as `encoders.describe`.
+    Errors: UserError where the number of heads is neither given nor to be guessed from the width.
+    """
+    shape = {k: tuple(v.shape) for k, v in state.items()}
+    dim = shape["blocks3.0.norm1.weight" if kind == "mcmae" else "blocks.0.norm1.weight"][0]
+    table = shape.get("blocks.0.attn." + TABLE)
+    heads = table[1] if table else HEADS.get(dim, dim // 64)
+    heads = changes.get("num_heads", heads if table or dim in HEADS or dim % 64 == 0 else 0)
+    if heads < 1 or dim % heads:
+        raise UserError(f"--init {path}: how many heads make a width of {dim} is not in the file; "
+                        "heads of 64 features do not divide it: set num_heads")  # fmt: skip
+    if kind == "mcmae":
+        stems = [shape[f"patch_embed{i}.proj.weight"] for i in (1, 2, 3)]
+        hidden = [shape[f"blocks{i}.0.mlp.fc1.weight"][0] for i in (1, 2, 3)]
+        sizes = {"embed_dims": [s[0] for s in stems],
+                 "depths": [count(state, f"blocks{i}") for i in (1, 2, 3)],
+                 "mlp_ratios": [n // s[0] for n, s in zip(hidden, stems)]}  # fmt: skip
+        config = {k: ",".join(map(str, v)) for k, v in sizes.items()}
+        config |= {"patch_size": 4 * stems[0][-1], "num_heads": heads}
+        config |= {"kernel_size": shape["blocks1.0.attn.weight"][-1]}
+    else:
+        depth, hidden = count(state, "blocks"), shape["blocks.0.mlp.fc1.weight"][0]
+        scale = 0.1 if kind == "beit" and depth <= 12 else 1e-5  # to begin with, BEiT-B; others
+        config = {
+            "patch_size": shape[STEM][-1], "embed_dim": dim, "depth": depth, "num_heads": heads,
+            "mlp_ratio": hidden / dim,
+            "init_values": scale if "blocks.0.ls1.gamma" in shape else None,
+            "class_token": "cls_token" in shape, "reg_tokens": shape.get("reg_token", (1, 0))[1],
+            "absolute": kind == "vit" or "pos_embed" in shape, "relative": bool(table),
+        }  # fmt: skip
+    if "pos_embed" in shape:
+        side = math.isqrt(shape["pos_embed"][1])
+    else:
+        side = (math.isqrt(table[0] - 3) + 1) // 2 if table else 224 // config["patch_size"]
+    config["image_size"] = side * config["patch_size"]
+    if kind == "mcmae":
+        config = dataclasses.asdict(mcmae.Config(**config))
+    return {"method": kind, "config": {**config, **changes}}

@@ -1,0 +1,136 @@
+"""Public encoders: timm's ViT and BEiT, MAE, ConvMAE.
+
+`golden/timm_tiny.pt` holds small random models of timm 1.0.31 (VisionTransformer, Beit): their
+state dicts, an input, the features of it, and a table of relative positions that timm resized.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import common
+import mcmae
+from downstream import public
+from downstream.encoders import UserError, open_encoder
+
+GOLDEN = Path(__file__).parent / "golden"
+TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
+WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def public_file(tmp_path, state):
+    torch.save(state, tmp_path / "x.pth")
+    return tmp_path / "x.pth"
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_reg", "vit_reg_free", "beit", "beit_shared"])
+def test_public__computes_what_timm_does(name, tmp_path):
+    state = {f"module.{k}": v for k, v in TIMM[name]["state_dict"].items()}
+    path = public_file(tmp_path, {"model": state})
+    encoder, description, report = open_encoder(init=path, num_heads=2)
+    assert description["method"] == name.split("_")[0] and "fresh: nothing" in report
+    assert "left out: head (2)" in report
+    assert ("2 heads, which the file does not tell" in report) == (name[:3] == "vit")
+    for layers, wanted in ((None, "features"), ([1], "block1")):
+        tokens, prefix = encoder.forward_features(TIMM["imgs"], layers)[0]
+        assert tokens.shape == (2, 16, 32) and prefix.shape[1] == (4 if "reg" in name else 1)
+        assert_close(torch.cat([prefix, tokens], 1), TIMM[name][wanted], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit_shared"])
+def test_public__other_sizes(name, tmp_path):
+    path = public_file(tmp_path, TIMM[name]["state_dict"])
+    kept, _, _ = open_encoder(init=path, num_heads=2)
+    made, description, report = open_encoder(init=path, num_heads=2, image_size=(96, 64))
+    assert "positions resized from 4x4 to 12x8" in report
+    assert description["config"]["image_size"] == [96, 64] and made.grid == (12, 8)
+    for a, b in zip(kept.forward_pyramid(WIDE), made.forward_pyramid(WIDE)):
+        assert a.shape == (2, 32, 12, 8)
+        assert_close(a, b, rtol=1e-4, atol=1e-4)  # resized when used, or when loaded
+    old = TIMM[name]["state_dict"]["pos_embed"][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    wanted = F.interpolate(old, (12, 8), mode="bicubic", antialias=True).flatten(2).mT
+    assert_close(made.pos_embed, wanted)
+    made.forward_features(WIDE)[0][0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
+
+
+def test_relative_attention__bias_is_that_of_the_offset():
+    attention, (h, w) = public.RelativeAttention(8, 2, (2, 3)), (2, 3)
+    table = attention.relative_position_bias_table.data.normal_()
+    bias, row = attention.bias(), {}
+    for dy in range(1 - h, h):  # rows by raster order of the offset
+        for dx in range(1 - w, w):
+            row[dy, dx] = len(row)
+    for i in range(h * w):
+        for j in range(h * w):
+            offset = (i // w - j // w, i % w - j % w)
+            assert torch.equal(bias[:, 1 + i, 1 + j], table[row[offset]])
+    assert torch.equal(bias[:, 0, 1:], table[-3][:, None].expand(2, h * w))  # class to patch
+    assert torch.equal(bias[:, 1:, 0], table[-2][:, None].expand(2, h * w))
+    assert torch.equal(bias[:, 0, 0], table[-1])
+    x = torch.randn(1, 7, 8)
+    values = attention.heads(x)[2]
+    wanted = attention.proj((attention.weights(x) @ values).transpose(1, 2).flatten(2))
+    assert_close(attention(x), wanted)
+
+
+@pytest.mark.parametrize("grid", [(9, 6), (3, 4)])
+def test_resize_table__equals_timms(grid):
+    table = TIMM["beit"]["state_dict"]["blocks.0.attn.relative_position_bias_table"]
+    assert_close(public.resize_table(table, (4, 4), grid), TIMM["table_{}x{}".format(*grid)])
+
+
+def test_public__mae_and_moco_wrappers(tmp_path):
+    golden = torch.load(GOLDEN / "mae_tiny.pt", weights_only=True)
+    path = public_file(tmp_path, {"model": golden["state_dict"], "epoch": 3})
+    encoder, _, report = open_encoder(init=path, num_heads=4)
+    assert "42 tensors loaded; left out: mask_token, decoder_pos_embed, decoder_embed (2)" in report
+    fixed = common.ViT((64, 64), 8, 32, 3, 4)  # MAE's positions are the fixed ones
+    fixed.load_state_dict({k: golden["state_dict"][k] for k in fixed.state_dict()})
+    imgs = torch.randn(1, 3, 64, 64)
+    for a, b in zip(encoder.forward_features(imgs)[0], fixed.forward_features(imgs)[0]):
+        assert_close(a, b, rtol=1e-5, atol=1e-5)
+    state = {f"module.{e}.{k}": v + (e == "momentum") for e in ("base_encoder", "momentum")
+             for k, v in TIMM["vit"]["state_dict"].items()}  # fmt: skip
+    path = public_file(tmp_path, {"state_dict": state})
+    encoder, _, report = open_encoder(init=path, num_heads=2)
+    assert torch.equal(encoder.norm.bias, TIMM["vit"]["state_dict"]["norm.bias"])
+    assert "head (2), module (32)" in report
+
+
+def test_public__convmae_loads_as_mcmae_does(tmp_path):
+    golden = torch.load(GOLDEN / "convmae_tiny.pt", weights_only=True)
+    path = public_file(tmp_path, golden["state_dict"])
+    encoder, description, report = open_encoder(init=path, num_heads=4)
+    sizes = dict(embed_dims="16,24,32", depths="2,1,2", patch_size=16, num_heads=4, image_size=224)
+    assert sizes.items() <= description["config"].items() and "fresh: nothing" in report
+    decoder = dict(decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=4)
+    model = mcmae.MCMAE(mcmae.Config(**sizes, **decoder))
+    mcmae.load_init(model, path)  # test_mcmae.py: equal to the public implementation
+    assert_close(encoder.state_dict(), dict(model.encoder.state_dict()), rtol=0, atol=0)
+    with pytest.raises(UserError, match="pos_embed was learned"):
+        learned = golden["state_dict"] | {"pos_embed": torch.randn(1, 196, 32)}
+        open_encoder(init=public_file(tmp_path, learned), num_heads=4)
+
+
+def test_read__safetensors(tmp_path):
+    state, header, body = TIMM["vit"]["state_dict"], {"__metadata__": {"format": "pt"}}, b""
+    for k, v in state.items():
+        raw = v.numpy().tobytes()
+        header[k] = {"dtype": "F32", "shape": list(v.shape),
+                     "data_offsets": [len(body), len(body) + len(raw)]}  # fmt: skip
+        body += raw
+    head = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
+    assert_close(public.read(tmp_path / "m.safetensors", "--init"), dict(state), rtol=0, atol=0)
