@@ -23,8 +23,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # A stream is a purpose. Draws of two purposes must not share numbers, and without streams a short
 # draw would be a prefix of a longer one.
-STREAMS = ("MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW")
-MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW = range(len(STREAMS))
+STREAMS = (
+    "MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW", "DROPOUT",
+)  # fmt: skip
+MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(len(STREAMS))
 
 
 def _mix(h: Tensor) -> Tensor:

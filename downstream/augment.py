@@ -1,0 +1,158 @@
+"""Augmentation of fine-tuning: in the loader RandAugment and random erasing, on the device mixing.
+
+    RandAugment, Augmented     what happens to a training image after crop and flip
+    draw_mix, mix              mixup and cutmix of a micro-batch with itself in reverse order
+    soft_targets               label smoothing, and the mixed targets
+    Spread                     an evenly spaced part of a split
+
+All draws come from the sample's seed. What the papers cite by name alone follows timm.
+"""
+
+from collections.abc import Sequence
+
+import engine  # before torch: it sets how threads wait
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+import data
+from common import AUGMENT, IMAGENET_MEAN, IMAGENET_STD, uniform
+
+
+# -------------------------------------------------------------------------------- in the loader
+
+GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
+GREY = [round(255 * x) for x in IMAGENET_MEAN]
+
+
+class RandAugment:
+    """timm's rand-m9-mstd0.5 with torchvision's operations; draws from torch's CPU generator.
+
+    Two times: with probability 1/2 one operation, its magnitude normal around `magnitude` of 10 and
+    clipped to [0, 10]. torchvision's own class has neither that probability nor the deviation, and
+    counts magnitudes to 30. Its list has Identity, and lacks timm's Invert and SolarizeAdd.
+    """
+
+    def __init__(self, magnitude: float, std: float, geometric: bool = True):
+        self.magnitude, self.std = magnitude, std
+        self.op = T.RandAugment(1, num_magnitude_bins=101, fill=GREY,
+                                interpolation=InterpolationMode.BILINEAR)  # fmt: skip
+        if not geometric:  # label maps could not follow
+            space = self.op._AUGMENTATION_SPACE.items()
+            self.op._AUGMENTATION_SPACE = {k: v for k, v in space if k not in GEOMETRIC}
+
+    def __call__(self, rgb: Tensor) -> Tensor:
+        for _ in range(2):
+            if torch.rand(()) < 0.5:
+                level = self.magnitude + self.std * torch.randn(()).item()
+                self.op.magnitude = round(10 * min(max(level, 0.0), 10.0))  # of 101 bins
+                rgb = self.op(rgb)
+        return rgb
+
+
+class Augmented(data.Dataset):
+    """A training split with RandAugment and random erasing after crop and flip.
+
+    Both run on the uint8 image, under torch's CPU generator seeded from the sample and put back.
+    Erased pixels are normal noise in normalised units, as timm's, here clipped to what uint8 holds.
+    """
+
+    def __init__(self, dataset: data.Dataset, cfg: engine.Config):
+        self.dataset, self.reprob = dataset, cfg.reprob
+        self.classes, self.granularities = dataset.classes, dataset.granularities
+        self.files = getattr(dataset, "files", None)
+        geometric = len(cfg.names) == 1
+        self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, geometric)
+        self.erase = T.RandomErasing(cfg.reprob, scale=(0.02, 1 / 3), value="random")
+        self.mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
+        self.std = torch.tensor(IMAGENET_STD)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        sample = self.dataset[key]
+        if "error" in sample:
+            return sample
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(sample["seed"]))  # the CPU's alone
+            if self.rand_augment.magnitude:
+                sample["rgb"] = self.rand_augment(sample["rgb"])
+            if self.reprob:
+                rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
+                sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
+        return sample
+
+
+class Spread(data.Dataset):
+    """`count` evenly spaced samples of a split: the first ones would be of the first classes."""
+
+    def __init__(self, dataset: data.Dataset, count: int):
+        self.dataset, self.count = dataset, min(count, len(dataset))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return self.dataset[key[0], key[1] * len(self.dataset) // self.count]
+
+
+# ------------------------------------------------------------------------------ mixup and cutmix
+
+
+def draw_mix(
+    seed: Tensor, size: Sequence[int], mixup: float, cutmix: float, switch_prob: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw how each sample is mixed with its partner, by timm's rules.
+
+    A sample draws for itself, from its own seed (timm's mode "elem"; MAE's "batch" has one draw for
+    all): whether cutmix or mixup, lambda from Beta(a, a), and the centre of the box, whose area is
+    1 - lambda before it is clipped at the border; lambda is then corrected to what is left.
+
+    Args:
+        seed: (B,) int64. size: (h, w) of the grid that boxes lie on. mixup, cutmix: a in (0, 1], or
+            0 = off; not both 0.
+    Returns: lam (B,), the sample's share in its target; blend (B,), its share in every pixel, 1 for
+        cutmix; box (B, h, w) bool, where the partner is pasted, empty for mixup.
+    """
+    (h, w), tries = size, 32
+    u = uniform(seed, 3 + 2 * tries, AUGMENT)
+    cut = u[:, 0] < (switch_prob if mixup and cutmix else float(cutmix > 0))
+    a = torch.where(cut, cutmix or 1.0, mixup or 1.0)[:, None]  # (B, 1)
+    # Beta by Joehnk: x = U^(1/a), y = V^(1/a); the first pair with x + y <= 1 gives x / (x + y). At
+    # least half of the pairs do for a <= 1, so 32 fail once in 4e9.
+    x, y = u[:, 3 : 3 + tries].log() / a, u[:, 3 + tries :].log() / a  # logs: no underflow
+    first = (x.exp() + y.exp() <= 1).float().argmax(dim=1, keepdim=True)
+    lam = (x - y).sigmoid().gather(1, first)[:, 0]
+    edges = []
+    for n, centre in ((h, u[:, 1]), (w, u[:, 2])):
+        side, middle = (n * (1 - lam).sqrt()).long(), (n * centre).long()
+        at = torch.arange(n, device=seed.device)
+        low, high = (middle - side // 2)[:, None], (middle + side // 2)[:, None]
+        edges.append((at >= low) & (at < high))
+    box = edges[0][:, :, None] & edges[1][:, None] & cut[:, None, None]
+    lam = torch.where(cut, 1 - box.float().mean((1, 2)), lam)
+    return lam, torch.where(cut, 1.0, lam), box
+
+
+def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
+    """Mix images (B, C, H, W) float, or paste maps (B, H, W), with the batch in reverse order.
+
+    `box` (B, h, w) is enlarged to the map's size by whole factors.
+    """
+    for dim in (1, 2):
+        box = box.repeat_interleave(x.shape[dim - 3] // box.shape[dim], dim)
+    if x.ndim == 3:
+        return torch.where(box, x.flip(0), x)
+    blend = blend[:, None, None, None]
+    return torch.where(box[:, None], x.flip(0), x * blend + x.flip(0) * (1 - blend))
+
+
+def soft_targets(label: Tensor, lam: Tensor | None, classes: int, smoothing: float) -> Tensor:
+    """Smoothed targets (B, classes), mixed with those of the batch in reverse order."""
+    off = smoothing / classes
+    y = torch.full((len(label), classes), off, device=label.device)
+    y.scatter_(1, label[:, None], 1 - smoothing + off)
+    return y if lam is None else lam[:, None] * y + (1 - lam[:, None]) * y.flip(0)

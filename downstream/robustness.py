@@ -1,0 +1,206 @@
+"""Robustness of a fine-tuned classifier (CFMAE Table 4): ImageNet-A, -R, -Sketch, -C and the score.
+
+    python -m downstream.robustness --finetuned runs/.../last.pt --output runs/robust \\
+        --imagenet-a DIR --imagenet-r DIR --imagenet-sketch DIR --imagenet-c DIR
+    torchrun --nproc_per_node=8 -m downstream.robustness --finetuned ... (the same on 8 GPUs)
+
+Any subset of the four will do; the score needs all. Folders are as published:
+
+    -A, -R     DIR/<class>/NAME: some of the model's classes; logits of the others are left out
+    -Sketch    DIR/<class>/NAME: all of them; nothing is left out
+    -C         DIR/<corruption>/<severity>/<class>/NAME; the distribution's groups (noise, blur,
+               weather, digital) between DIR and <corruption> may be there or not
+
+Class folders have the names the model was fine-tuned with. mCE (arXiv 1903.12261) is the mean over
+corruptions of the model's error over a baseline's, errors averaged over the five severities. The
+baseline is AlexNet's, as published, or --baseline FILE: JSON {"corruption": error} or CSV lines
+`corruption,error`, errors as fractions averaged over severities.
+
+Map: `mean_corruption_error`, `score`     the arithmetic
+     `Folder`                             one test set
+     `main`                               counts, robustness.json and robustness.csv
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import engine  # before torch: it sets how threads wait
+
+from torch import nn
+
+import data
+from downstream import classify
+from downstream.scores import count_hits, match_classes, shares
+from engine import UserError
+
+# AlexNet's errors on ImageNet-C, over the five severities (the published table behind mCE).
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948,
+    "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324,
+    "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
+    "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+SEVERITIES = ("1", "2", "3", "4", "5")
+SETS = {"imagenet_a": True, "imagenet_r": True, "imagenet_sketch": False}  # restricted?
+
+
+def mean_corruption_error(errors: dict[str, float], baseline: dict[str, float]) -> float:
+    """mCE in per cent: the mean of error / baseline's error over the baseline's corruptions.
+
+    Args:
+        errors, baseline: error of each corruption, a fraction averaged over severities. More in
+            `errors` than in `baseline` (ImageNet-C's extra corruptions) does not count.
+    Errors: UserError where a corruption of the baseline was not tested.
+    """
+    if lacking := [name for name in baseline if name not in errors]:
+        raise UserError(f"mCE needs every corruption of the baseline; lacking {', '.join(lacking)}")
+    return 100 * sum(errors[name] / baseline[name] for name in baseline) / len(baseline)
+
+
+def score(imagenet_a: float, imagenet_r: float, imagenet_sketch: float, mce: float) -> float:
+    """CFMAE Table 4's score: the mean of three top-1 accuracies and 100 - mCE, all in per cent."""
+    return (imagenet_a + imagenet_r + imagenet_sketch + 100 - mce) / 4
+
+
+def read_baseline(path: str | None) -> dict[str, float]:
+    """Errors by corruption from a JSON or CSV file; None: AlexNet's. UserError on other files."""
+    if path is None:
+        return ALEXNET
+    try:
+        text = Path(path).read_text()
+        rows = json.loads(text) if path.endswith(".json") else dict(csv.reader(text.splitlines()))
+        found = {name: float(x) for name, x in rows.items() if name != "corruption"}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"--baseline {path}: {e}; JSON or CSV of corruption, error") from None
+    wrong = [f"{name} {x}" for name, x in found.items() if not 0 < x <= 1]
+    if wrong or not found:
+        raise UserError(f"--baseline {path}: errors are fractions in (0, 1]; found {wrong[:3]}")
+    return found
+
+
+class Folder(data.FolderDataset):
+    """DIR/<class>/NAME as a test set, prepared as the val split of `cfg`."""
+
+    def __init__(self, path: Path, files: data.FileList, cfg: classify.Config):
+        super().__init__(
+            str(path.parent), path.name, files, cfg.image_size, cfg.patch_size, train=False,
+            crop_pct=cfg.crop_pct,
+        )  # fmt: skip
+
+    @staticmethod
+    def scan(path: Path) -> data.FileList:
+        """List a folder; UserError where it is none, or holds images outside class folders."""
+        if not path.is_dir():
+            raise UserError(f"there is no folder {path}")
+        files = data.scan(str(path.parent), path.name)
+        if (files.labels < 0).any():
+            raise UserError(f"{path}: images must lie in class folders, {path}/<class>/NAME")
+        return files
+
+
+def test_folder(
+    model: nn.Module, path: Path, cfg: classify.Config, world: engine.World, restrict: bool
+) -> dict:
+    """Top-1 and top-5 over a folder, with how many of the model's classes it has."""
+    dataset = Folder(path, world.from_rank_0(lambda: Folder.scan(path)), cfg)
+    classes = json.loads(cfg.classes)
+    # a folder beside train/ and val/ would count their classes too: keep those that have images
+    used = sorted(set(dataset.files.labels.tolist()))
+    found = match_classes([dataset.classes[i] for i in used], classes, str(path))
+    numbers = found.new_zeros(len(dataset.classes)).index_copy(0, found.new_tensor(used), found)
+    counts, unreadable = count_hits(
+        model, dataset, cfg, world, numbers, found if restrict else None
+    )
+    return shares(counts) | {"classes": len(used), "unreadable": unreadable}
+
+
+test_folder.__test__ = False  # no test of pytest's
+
+
+def corruptions(root: Path) -> dict[str, Path]:
+    """Folders of corruptions below `root`, directly or in groups; UserError without severities."""
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}")
+    found = {}
+    for depth in ("*/1", "*/*/1"):
+        found = found or {p.parent.name: p.parent for p in sorted(root.glob(depth))}
+    if not found:
+        raise UserError(f"{root}: no <corruption>/<severity>/<class> in it")
+    for name, path in found.items():
+        if lacking := [s for s in SEVERITIES if not (path / s).is_dir()]:
+            raise UserError(f"{path}: {name} lacks severity {', '.join(lacking)}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Test a fine-tuned model on the folders given; returns the exit status."""
+    parser = engine.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, prog="robustness",
+    )  # fmt: skip
+    parser.add_argument("--finetuned", required=True, help="last.pt of a fine-tuning run")
+    parser.add_argument("--output", required=True, help="folder of the result")
+    for name in (*SETS, "imagenet_c"):
+        parser.add_argument(engine.flag(name), help=f"the folder of {name}")
+    parser.add_argument(
+        "--baseline", help="errors of the baseline, JSON or CSV; default: AlexNet's"
+    )
+    parser.add_argument("--micro-batch", type=int, default=128, help="images at a time")
+    parser.add_argument("--workers", type=int, help="loader processes a rank")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    args = parser.parse_args(argv)
+    given = {name: Path(p) for name in (*SETS, "imagenet_c") if (p := getattr(args, name))}
+    if not given:
+        flags = ", ".join(engine.flag(name) for name in (*SETS, "imagenet_c"))
+        raise UserError(f"nothing to test: give one or more of {flags}")
+    baseline = read_baseline(args.baseline)
+    cfg = classify.Config(
+        protocol="evaluate", finetuned=args.finetuned, micro_batch=args.micro_batch,
+        workers=args.workers, device=args.device, precision=args.precision,
+    )  # fmt: skip
+    cfg.resolve()
+    if len(cfg.names) > 1:
+        raise UserError(f"{args.finetuned} reads label maps, which these data sets have not")
+    world = engine.World(cfg)
+    found = {k: corruptions(p) for k, p in given.items() if k == "imagenet_c"}.get("imagenet_c", {})
+    if found and (lacking := [name for name in baseline if name not in found]):
+        raise UserError(f"mCE needs every corruption of the baseline; lacking {', '.join(lacking)}")
+    model = classify.load_finetuned(cfg, world)
+    rows = {}
+
+    def test(name: str, path: Path, restrict: bool) -> float:
+        rows[name] = test_folder(model, path, cfg, world, restrict)
+        if world.rank == 0:
+            print("  ".join([f"{name:<28}", *(f"{k} {v:.5g}" for k, v in rows[name].items())]),
+                  flush=True)  # fmt: skip
+        return rows[name]["top1"]
+
+    result = {name: test(name, given[name], SETS[name]) for name in SETS if name in given}
+    errors = {
+        name: sum(100 - test(f"{name}/{s}", path / s, False) for s in SEVERITIES) / 500
+        for name, path in found.items()
+    }
+    if errors:
+        result["mce"] = mean_corruption_error(errors, baseline)
+    if len(result) == 4:
+        result["score"] = score(**result)
+    if world.rank == 0:
+        out = Path(args.output)
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {"finetuned": args.finetuned, "baseline": args.baseline or "AlexNet"}
+        facts |= {"result": result, "corruption_errors": errors}
+        (out / "robustness.json").write_text(json.dumps(facts, indent=1) + "\n")
+        with open(out / "robustness.csv", "w", newline="") as f:
+            table = csv.DictWriter(f, ["set", *next(iter(rows.values()))])
+            table.writeheader()
+            table.writerows({"set": name, **row} for name, row in rows.items())
+        print("  ".join(f"{k} {v:.2f}" for k, v in result.items()) + f"; {out}/robustness.json")
+    return 0
+
+
+if __name__ == "__main__":
+    engine.command("robustness", main)

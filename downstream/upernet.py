@@ -1,0 +1,248 @@
+"""Networks that turn an encoder's features into a label for every pixel.
+
+    Neck, PSP, UperNet         UperNet (arXiv 1807.10221) on an encoder's four-level pyramid
+    Probe                      a 1x1 convolution on one frozen layer
+    Segmenter                  encoder, head and loss: `model(batch, progress)`
+
+None of our four papers describes UperNet; MCMAE's Table 3 gives parameter counts that settle the
+width: 163 M with a plain ViT-B, 153 M with MCMAE-B (768 channels, auxiliary head included). What
+no paper gives is what the UperNets on BEiT and MAE have: 256 channels and weight 0.4 in the
+auxiliary head, dropout 0.1 before the classifiers, the neck.
+"""
+
+import math
+from collections.abc import Sequence
+
+import engine  # noqa: F401 - before torch: it sets how threads wait
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import DROPOUT, Normalize, uniform
+from data import UNLABELLED
+from downstream.encoders import layer_decay_groups
+
+POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pyramid pooling
+AUX_LEVEL = 2  # the pyramid's third map, stride 16
+
+
+def conv(in_dim: int, dim: int, kernel_size: int) -> nn.Sequential:
+    """Convolution of stride 1 that keeps the size, BatchNorm, ReLU."""
+    layer = nn.Conv2d(in_dim, dim, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(dim), nn.ReLU())
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of maps (B, C, h, w)."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def pool(x: Tensor, cells: int) -> Tensor:
+    """Mean of each of `cells` x `cells` windows that cover a map, (B, C, h, w) to (B, C, s, s).
+
+    Window i of n pixels spans floor(i n / s) to ceil((i + 1) n / s): adaptive average pooling, as
+    two matrix products in fp32, whose gradient is deterministic on CUDA.
+    """
+
+    def means(n: int) -> Tensor:  # (s, n), rows sum to one
+        i, at = torch.arange(cells, device=x.device)[:, None], torch.arange(n, device=x.device)
+        inside = (at >= i * n // cells) & (at < ((i + 1) * n + cells - 1) // cells)
+        return inside / inside.sum(1, keepdim=True)
+
+    with torch.autocast(x.device.type, enabled=False):
+        return means(x.shape[2]) @ x.float() @ means(x.shape[3]).T
+
+
+class Neck(nn.Module):
+    """Rescale a plain ViT's four maps, all of stride s, to strides s/4, s/2, s and 2s."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+
+        def up() -> nn.Module:
+            return nn.ConvTranspose2d(dim, dim, 2, stride=2)
+
+        twice = nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up())
+        self.scales = nn.ModuleList([twice, up(), nn.Identity(), nn.MaxPool2d(2)])
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [scale(x) for scale, x in zip(self.scales, maps)]
+
+
+class PSP(nn.Module):
+    """Pyramid pooling: a map beside its own means over 1, 4, 9 and 36 windows, then fused."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.convs = nn.ModuleList(conv(in_dim, dim, 1) for _ in POOL_SCALES)
+        self.bottleneck = conv(in_dim + len(POOL_SCALES) * dim, dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, D, h, w)."""
+        pooled = [f(pool(x, s)) for s, f in zip(POOL_SCALES, self.convs)]
+        return self.bottleneck(torch.cat([x, *(resize(p, x.shape[2:]) for p in pooled)], dim=1))
+
+
+class UperNet(nn.Module):
+    """Feature pyramid network over four maps, with pyramid pooling on the deepest.
+
+    Args:
+        dims: channels of the four maps.
+        plain: whether all have the same stride and need the neck.
+        classes: of the label maps.
+        dim, aux_dim: channels inside, of the auxiliary head; dropout: share of channels.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], plain: bool, classes: int, dim: int = 768, aux_dim: int = 256,
+        dropout: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        self.dropout = dropout
+        self.neck = Neck(dims[0]) if plain else nn.Identity()
+        self.psp = PSP(dims[3], dim)
+        self.lateral = nn.ModuleList(conv(d, dim, 1) for d in dims[:3])
+        self.output = nn.ModuleList(conv(dim, dim, 3) for _ in range(3))
+        self.fuse = conv(4 * dim, dim, 3)
+        self.classifier = nn.Conv2d(dim, classes, 1)
+        self.aux_conv = conv(dims[AUX_LEVEL], aux_dim, 3)  # the auxiliary head, an FCN
+        self.aux_classifier = nn.Conv2d(aux_dim, classes, 1)
+        init_head(self)
+
+    def forward(self, maps: list[Tensor], seed: Tensor | None = None) -> list[Tensor]:
+        """Logits (B, classes, h, w) of the finest map's size; with `seed` also the auxiliary ones.
+
+        Args:
+            maps: four, (B, C_i, h_i, w_i), fine to coarse (a plain ViT's: shallow to deep).
+            seed: (B,) int64 turns dropout on, one draw a channel; None in evaluation.
+        """
+        maps = self.neck(maps)
+        levels = [*(f(x) for f, x in zip(self.lateral, maps)), self.psp(maps[3])]
+        for i in (2, 1, 0):  # from the coarsest down
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+        levels = [*(f(x) for f, x in zip(self.output, levels)), levels[3]]
+        x = self.fuse(torch.cat([resize(y, levels[0].shape[2:]) for y in levels], dim=1))
+        if seed is None:
+            return [self.classifier(x)]
+        y, n = self.aux_conv(maps[AUX_LEVEL]), x.shape[1]
+        keep = uniform(seed, n + y.shape[1], DROPOUT)[..., None, None] >= self.dropout
+        keep = keep.to(x.dtype) / (1 - self.dropout)
+        return [self.classifier(x * keep[:, :n]), self.aux_classifier(y * keep[:, n:])]
+
+
+class Probe(nn.Module):
+    """One linear layer a token, as a 1x1 convolution (SemanticMIM Table 6)."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.classifier = nn.Conv2d(dim, classes, 1)
+        init_head(self)
+
+    def forward(self, maps: list[Tensor], seed: Tensor | None = None) -> list[Tensor]:
+        return [self.classifier(maps[0])]
+
+
+def init_head(head: nn.Module) -> None:
+    """He-normal convolutions before a ReLU; classifiers N(0, 0.01)."""
+    # NOTE paper unclear: MCMAE Sec. 3.3 says "Xavier"; which layers and which gain are not said.
+    for name, m in head.named_modules():
+        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+            if name.endswith("classifier"):
+                nn.init.normal_(m.weight, std=0.01)
+            else:
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+# -------------------------------------------------------------------------------- the whole model
+
+
+def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in fp32, mean over a sample's labelled pixels, then over samples.
+
+    Args:
+        logits: (B, C, h, w), resized to the labels.
+        labels: (B, H, W) uint8, 255 = unlabelled.
+    """
+    logits = resize(logits.float(), labels.shape[1:])
+    valid, target = labels != UNLABELLED, labels.long()
+    picked = logits.gather(1, target.where(valid, 0)[:, None])[:, 0]
+    error = (logits.logsumexp(1) - picked).where(valid, 0)  # (B, H, W)
+    return (error.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
+
+
+class Segmenter(nn.Module):
+    """An encoder and a head; the batch has `rgb`, `semantic` (B, H, W) and `seed`.
+
+    Args:
+        encoder: with the contract of the method scripts; its parameters that the features do not
+            depend on (the final norm) are frozen, as DDP waits for every gradient.
+        classes: of the label maps.
+        layer: None for UperNet on the pyramid; otherwise the 1-based layer that a linear probe
+            reads, and the encoder is frozen.
+        dim, aux_dim, dropout: as UperNet takes them.
+        aux_weight: weight of the auxiliary loss.
+        layer_decay: the learning rate's factor from one layer to the one below it.
+        loss_size: short side at which a probe's loss is taken; 0 = that of the labels.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, classes: int, layer: int | None = None, dim: int = 768,
+        aux_dim: int = 256, dropout: float = 0.1, aux_weight: float = 0.4,
+        layer_decay: float = 1.0, loss_size: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        self.encoder, self.layer, self.loss_size = encoder, layer, loss_size
+        self.aux_weight, self.layer_decay = aux_weight, layer_decay
+        self.normalize = Normalize()
+        side = 2 * max(encoder.strides)
+        imgs = torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device)
+        if layer:
+            encoder.requires_grad_(False)
+            self.head = Probe(self.features(imgs)[0].shape[1], classes)
+            return
+        maps, params = self.features(imgs), list(encoder.parameters())
+        grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
+        for p, grad in zip(params, grads):
+            p.requires_grad_(grad is not None)
+        plain = len(set(encoder.strides)) == 1
+        self.head = UperNet([m.shape[1] for m in maps], plain, classes, dim, aux_dim, dropout)
+
+    def features(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
+        """What the head reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""
+        if not self.layer:
+            return self.encoder.forward_pyramid(imgs, seed=seed)
+        with torch.no_grad():
+            ((tokens, _),) = self.encoder.forward_features(imgs, [self.layer])
+        h, w = self.encoder.grid_of(imgs)
+        k = math.isqrt(tokens.shape[1] // (h * w))  # an early stage has k x k tokens a patch
+        return [tokens.transpose(1, 2).unflatten(2, (k * h, k * w))]
+
+    def logits(self, rgb: Tensor) -> Tensor:
+        """Logits (B, classes, H, W) of images (B, 3, H, W) uint8, as in evaluation."""
+        (x,) = self.head(self.features(self.normalize(rgb)))
+        return resize(x.float(), rgb.shape[2:])
+
+    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
+        """Loss of a batch and logs; `progress` changes nothing here."""
+        labels, seed = batch["semantic"], batch["seed"] if self.training else None
+        share = self.loss_size / min(labels.shape[1:])
+        if 0 < share < 1:
+            size = [round(n * share) for n in labels.shape[1:]]
+            labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].byte()
+        x, *aux = self.head(self.features(self.normalize(batch["rgb"]), seed), seed)
+        loss = total = pixel_loss(x, labels)
+        for y in aux:
+            total = total + self.aux_weight * pixel_loss(y, labels)
+        logs = {"loss_main": loss.detach()}
+        if not self.training:
+            right, valid = resize(x, labels.shape[1:]).argmax(1) == labels, labels != UNLABELLED
+            right, valid = (right & valid).flatten(1).sum(1), valid.flatten(1).sum(1)
+            logs["pixel_accuracy"] = (right / valid.clamp(min=1)).mean()
+        return total, logs
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Groups by layer, see encoders.layer_decay_groups."""
+        return layer_decay_groups(self.encoder, [self.head], weight_decay, self.layer_decay)

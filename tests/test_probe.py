@@ -1,0 +1,223 @@
+"""Frozen features: knn against brute force, LARS and the heads against formulas, cached passes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_classify import FLAGS, parse, run, write_checkpoint
+from tiny_run import short_epochs
+
+import data
+import engine
+from downstream import classify, probe, scores
+
+CPU = torch.device("cpu")
+
+
+def test_tally__counts_by_hand():
+    logits = torch.eye(7)[[0, 1, 2, 2]] * 2 + torch.arange(7) * -0.1
+    counts = scores.tally(logits, torch.tensor([0, 1, 3, -1]))
+    assert counts.tolist()[:4] == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1]]
+    assert scores.tally(logits[:1], torch.tensor([6]))[6].tolist() == [1, 0, 0]
+    assert scores.shares(counts) == {"top1": pytest.approx(200 / 3), "top5": 100, "images": 3}
+
+
+# -------------------------------------------------------------------------------------------- knn
+
+
+def naive_knn(bank, labels, queries, classes, k, temperature):
+    votes = np.zeros((len(queries), classes))
+    for q, x in enumerate(queries.astype(np.float64)):
+        cosine = [(x @ b / np.linalg.norm(x) / np.linalg.norm(b), y)
+                  for b, y in zip(bank.astype(np.float64), labels) if y >= 0]  # fmt: skip
+        for c, y in sorted(cosine, reverse=True)[:k]:
+            votes[q, y] += np.exp(c / temperature)
+    return votes
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_knn__equals_brute_force(block):
+    rng = np.random.default_rng(0)
+    bank, queries = rng.normal(size=(150, 12)), rng.normal(size=(31, 12))
+    bank, queries = bank.astype(np.float16), queries.astype(np.float16)
+    labels = rng.integers(-1, 9, 150)
+    votes = probe.knn(bank, labels, queries, 9, 20, 0.07, block)
+    assert np.allclose(votes, naive_knn(bank, labels, queries, 9, 20, 0.07), rtol=1e-3)
+
+
+def test_knn__a_bank_smaller_than_k():
+    bank = np.eye(3, dtype=np.float32)
+    votes = probe.knn(bank, np.array([0, 1, 1]), bank[:1], 2, 20, 0.5)
+    assert votes[0].tolist() == pytest.approx([np.exp(2), 2])
+
+
+# ----------------------------------------------------------------------------------------- linear
+
+
+def test_lars__equals_its_formula():
+    torch.manual_seed(0)
+    w, b = torch.randn(4, 3), torch.randn(3)
+    params = [torch.nn.Parameter(x.clone()) for x in (w, b)]
+    optimizer = probe.LARS(params, lr=0.5, weight_decay=0.2, momentum=0.9)
+    mw, mb = torch.zeros(4, 3), torch.zeros(3)
+    for _ in range(3):
+        gw, gb = torch.randn(4, 3), torch.randn(3)
+        params[0].grad, params[1].grad = gw.clone(), gb.clone()
+        optimizer.step()
+        gw = gw + 0.2 * w
+        mw = 0.9 * mw + gw * 0.001 * w.norm() / gw.norm()
+        mb = 0.9 * mb + gb
+        w, b = w - 0.5 * mw, b - 0.5 * mb
+    assert torch.allclose(params[0], w, atol=1e-6) and torch.allclose(params[1], b, atol=1e-6)
+    zero = torch.nn.Parameter(torch.zeros(2, 2))
+    zero.grad = torch.ones(2, 2)
+    probe.LARS([zero], lr=1.0).step()
+    assert torch.equal(zero, -torch.ones(2, 2))  # no size yet: plain SGD
+
+
+def settings(**changes):
+    with short_epochs():
+        cfg = parse("--method", "cfmae", "--encoder", "tiny", "--protocol", "linear")
+    for name, value in ({"epochs": 5, "warmup_epochs": 0, "batch_size": 32} | changes).items():
+        setattr(cfg, name, value)
+    return cfg
+
+
+def toy(n=96, d=6, classes=4):
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, classes, n)
+    rows = 100 + 40 * rng.normal(size=(n, d)).astype(np.float32)
+    rows[np.arange(n), labels] += 120  # neither centred nor scaled
+    return rows, labels
+
+
+@pytest.mark.parametrize("kind", ["lars", "adamw"])
+def test_train_heads__together_equals_each_alone(kind):
+    rows, labels = toy()
+    rates = [0.01, 30.0] if kind == "lars" else [0.01, 0.3]
+    together = probe.train_heads(rows, labels, 4, rates, settings(probe=kind), CPU)
+    for i, rate in enumerate(rates):
+        alone = probe.train_heads(rows, labels, 4, [rate], settings(probe=kind), CPU)
+        assert torch.allclose(together.weights[i], alone.weights[0], atol=1e-5)
+        assert torch.allclose(together.biases[i], alone.biases[0], atol=1e-5)
+    assert not torch.allclose(together.weights[0], together.weights[1], atol=1e-3)
+
+
+def test_train_heads__first_step_by_hand():
+    rows, labels = toy(32)
+    cfg = settings(probe="lars", epochs=1)
+    heads = probe.train_heads(rows, labels, 4, [0.1], cfg, CPU)
+    torch.manual_seed(cfg.seed)
+    w = torch.nn.init.trunc_normal_(torch.empty(6, 4), std=0.01)
+    x = torch.from_numpy(rows)
+    x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+    p = (x @ w).softmax(1) - F.one_hot(torch.from_numpy(labels), 4)
+    g, lr = x.T @ p / 32, 0.1 * 32 / 256
+    assert torch.allclose(heads.weights[0], w - lr * g * 0.001 * w.norm() / g.norm(), atol=1e-7)
+    assert torch.allclose(heads.biases[0], -lr * p.mean(0), atol=1e-7)
+
+
+def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
+    rows, labels = toy(256)
+    cfg = settings(probe="adamw", epochs=40)
+    heads = probe.train_heads(rows, labels, 4, [0.1], cfg, CPU)
+    counts = probe.test_heads(heads, rows, labels, CPU)[0]
+    assert scores.shares(counts)["top1"] > 90  # a guess: 25
+    spoiled, hidden = rows.copy(), labels.copy()
+    spoiled[:64], hidden[:64] = np.nan, -1
+    heads = probe.train_heads(spoiled, hidden, 4, [0.1], cfg, CPU)
+    assert all(w.isfinite().all() for w in heads.parameters())
+    views = [rows, np.full_like(rows, np.nan)]  # the second epoch's would spoil it
+    for epochs in (1, 2):
+        cfg.epochs = epochs
+        weight = probe.train_heads(views, labels, 4, [0.1], cfg, CPU).weights[0]
+        assert weight.isfinite().all() == (epochs == 1)
+
+
+# --------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("method", ["cfmae", "semanticmim", "mcmae", "coma_dyvit"])
+def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
+    path = write_checkpoint(tmp_path, method)
+    encoder = classify.build(parse("--checkpoint", path)).encoder.eval()
+    torch.nn.init.normal_(encoder.norm.weight)
+    imgs, depth = torch.randn(3, 3, 32, 32), probe.num_layers(encoder)
+    assert depth == {"coma_dyvit": 4}.get(method, 2)
+    with torch.no_grad():
+        found = dict(probe.features(encoder, imgs, [str(depth), "1", "norm"]))
+        ((tokens, prefix),) = encoder.forward_features(imgs)
+        ((first, _),) = encoder.forward_features(imgs, [1])
+    assert torch.allclose(found["norm/patch"], tokens.mean(1), atol=1e-5)
+    assert torch.allclose(found["1/patch"], first.mean(1), atol=1e-5)
+    assert ("norm/prefix" in found) == bool(prefix.shape[1])
+    if prefix.shape[1]:
+        assert torch.allclose(found["norm/prefix"], prefix.mean(1), atol=1e-5)
+    where, width = probe.columns(encoder, 32, ["1", "norm"], None)
+    assert sum(s.stop - s.start for n, s in where.items() if "both" not in n) == width
+    if "1/both" in where:
+        assert where["1/both"] == slice(where["1/patch"].start, where["1/prefix"].stop)
+    else:
+        with pytest.raises(engine.UserError, match="patch alone"):
+            probe.columns(encoder, 32, ["1"], "both")
+
+
+def test_layers__defaults_and_bad_ones():
+    assert probe.choose_layers(None, "semanticmim", 12) == ["7"]  # SemanticMIM Sec. 4.2
+    assert probe.choose_layers(None, "cfmae", 12) == ["norm"]
+    assert probe.choose_layers("all", "cfmae", 2) == ["1", "2", "norm"]
+    for text in ("0", "3", "x", "1,,2"):
+        with pytest.raises(engine.UserError, match="--layers"):
+            probe.choose_layers(text, "cfmae", 2)
+    for text in ("", "0.1,-1", "nan", "a"):
+        with pytest.raises(engine.UserError, match="--rates"):
+            probe.choose_rates(text)
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
+    path, cache = write_checkpoint(tmp_path, "semanticmim"), tmp_path / "cache"
+    calls, extract = [], probe.extract
+    monkeypatch.setattr(probe, "extract", lambda *a: (calls.append(a[5].name), extract(*a)))
+    flags = ["--checkpoint", path, "--layers", "1,2", "--cache", cache, "--micro-batch", 16]
+    linear = ["--protocol", "linear", "--rates", "0.01,0.1", "--steps", 2, *flags]
+    assert run(*linear, "--output", tmp_path / "a") == 0
+    assert calls == ["train-0", "val"]
+    assert run("--protocol", "knn", *flags, "--output", tmp_path / "b") == 0
+    assert len(calls) == 2  # read again
+    a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
+    assert len(a["sweep"]) == 12 and len(b["sweep"]) == 6 and a["images"] == b["images"] == 40
+    assert a["top1"] == max(row["top1"] for row in a["sweep"]) and "optimistic" in a["note"]
+    assert a["first"]["features"] == "1/patch" and a["first"]["rate"] == 0.01
+    rows = np.load(cache / "val.npy")
+    dataset = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)
+    model = classify.build(parse("--checkpoint", path)).eval()
+    one = model.normalize(dataset[0, 39]["rgb"][None])
+    with torch.no_grad():
+        expected = torch.cat([x for _, x in probe.features(model.encoder, one, ["1", "2"])], 1)
+    assert np.allclose(rows[39], expected, atol=2e-3)  # float16
+    with pytest.raises(engine.UserError, match="another run .*random differ"):
+        run(*linear, "--random", "--output", tmp_path / "c")
+    with pytest.raises(engine.UserError, match="holds a run"):
+        run(*linear, "--output", tmp_path / "a")
+
+
+def test_run__views_are_different_crops(tmp_path):
+    path = write_checkpoint(tmp_path, "cfmae")
+    out = tmp_path / "a"
+    assert run("--checkpoint", path, "--protocol", "linear", "--views", 2, "--steps", 2, "--rates",
+               "0.1", "--output", out) == 0  # fmt: skip
+    first, second = (np.load(out / f"features/train-{v}.npy") for v in (0, 1))
+    assert first.shape == (40, 32) and (first != second).any(1).all()
+    assert "optimistic" in json.loads((out / "result.json").read_text())["note"]  # three features
+
+
+def test_bad_input__one_line(tmp_path):
+    with pytest.raises(engine.UserError, match="--rates"):
+        run("--method", "cfmae", "--encoder", "tiny", "--protocol", "linear", "--rates", "fast",
+            "--output", tmp_path / "a")  # fmt: skip
+    assert FLAGS[1] == "shapes"

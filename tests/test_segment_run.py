@@ -1,0 +1,168 @@
+"""Segmentation runs: resume, ranks, methods, bad input, preparation of data sets."""
+
+import json
+import os
+import sys
+from unittest import mock
+
+import data
+import numpy as np
+import pytest
+import tiny_run
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from data import UserError
+from downstream import pixels, segment
+from PIL import Image
+from test_segment import SMALL, folder
+from tiny_run import lines, same_result
+
+
+def train(out, *flags, source=()):
+    """Train on 40 scenes in this process, then evaluate on 40."""
+    torch.set_num_threads(1)
+    flags = [*SMALL, "--output", out, *flags]
+    if source:
+        at = flags.index("--method")
+        flags[at : at + 4] = source
+    with tiny_run.short_epochs():
+        assert segment.run([str(f) for f in flags]) == 0
+
+
+def run(out, *flags, source=()):
+    train(out, *flags, source=source)
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    at = tmp_path_factory.mktemp("pretrained")
+    tiny_run.train(at, "--steps", 4)
+    return at / "last.pt"
+
+
+@pytest.mark.parametrize("protocol", ["upernet", "linear"])
+def test_run__resumes_bit_for_bit_without_the_pretraining_file(pretrained, tmp_path, protocol):
+    copy, flags = tmp_path / "copy.pt", ("--protocol", protocol, "--save-epochs", 1)
+    copy.write_bytes(pretrained.read_bytes())
+    source = ("--checkpoint", copy)
+    whole = run(tmp_path / "whole", *flags, source=source)
+    run(tmp_path / "parts", *flags, "--steps", 8, source=source)
+    copy.unlink()
+    parts = run(tmp_path / "parts", *flags, "--resume", source=source)
+    assert same_result(tmp_path / "whole", tmp_path / "parts") and whole == parts
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    assert (tmp_path / "parts" / "preview-0000020.png").exists()
+    with tiny_run.short_epochs():
+        segment.run_evaluate([str(tmp_path / "parts"), "--workers", "0", "--device", "cpu"])
+    assert json.loads((tmp_path / "parts/evaluation/result.json").read_text()) == whole
+    trained, old = (tiny_run.checkpoint(p.parent)["model"] for p in
+                    (tmp_path / "whole" / "last.pt", pretrained))  # fmt: skip
+    same = torch.equal(trained["encoder.blocks.0.attn.qkv.weight"],
+                       old["encoder.blocks.0.attn.qkv.weight"])  # fmt: skip
+    assert same == (protocol == "linear")
+
+
+def test_run__random_weights_in_a_checkpoints_architecture(pretrained, tmp_path):
+    flags = ("--protocol", "linear", "--steps", 1, "--random")
+    run(tmp_path, *flags, source=("--checkpoint", pretrained))
+    new, old = (tiny_run.checkpoint(p)["model"] for p in (tmp_path, pretrained.parent))
+    key = "encoder.blocks.0.attn.qkv.weight"
+    assert new[key].shape == old[key].shape and not torch.equal(new[key], old[key])
+
+
+@pytest.mark.parametrize("method", ["semanticmim", "mcmae", "coma_dyvit"])
+def test_run__any_method_on_a_crop_that_is_not_square(tmp_path, method):
+    size = ("--image-size", 32, "--crop-width", 64, "--iterations", 3)
+    result = run(tmp_path, *size, source=("--method", method, "--encoder", "tiny"))
+    assert result["images"] == 40 and result["crop"] == [32, 64] and 0 < result["mIoU"] < 1
+
+
+def test_run__learns_labels_that_colours_tell(tmp_path):
+    folder(tmp_path, [(40, 40)] * 12, "train")
+    folder(tmp_path, [(40, 60), (60, 40), (40, 40)])
+    flags = ("--data", tmp_path, "--classes", 3, "--batch-size", 12, "--iterations", 30)
+    assert run(tmp_path / "out", *flags)["mIoU"] > 0.9
+
+
+def _rank(rank, store, out):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    train(out / "linear", "--protocol", "linear", "--iterations", 8)
+    train(out / "upernet", "--iterations", 4)
+    dist.destroy_process_group()
+
+
+def test_run__two_ranks(tmp_path):
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        mp.spawn(_rank, (str(tmp_path / "store"), tmp_path), nprocs=2)
+    one = run(tmp_path / "one", "--protocol", "linear", "--iterations", 8)
+    two = json.loads((tmp_path / "linear" / "result.json").read_text())
+    assert one["mIoU"] == pytest.approx(two["mIoU"], rel=1e-3) and two["images"] == 40
+    a, b = ([r["loss"] for r in lines(tmp_path / n)] for n in ("one", "linear"))
+    assert a == pytest.approx(b, rel=1e-5)
+    assert json.loads((tmp_path / "upernet" / "result.json").read_text())["images"] == 40
+
+
+# ---------------------------------------------------------------------------------- bad input, data
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--method cfmae --encoder huge", "--encoder huge: cfmae has tiny"),
+    ("--checkpoint none.pt --method cfmae", "one of --checkpoint, --init, --method"),
+    ("--image-size 36", "--image-size 36 .* stride, 8, .* nearest: 32 or 40"),
+    ("--crop-width 8", "--crop-width 8 .* nearest: 16"),
+    ("--protocol linear --layer 5", "--layer 5: this encoder has layers 1 to 4"),
+    ("--epochs 3", "--iterations and --epochs"),
+    ("--classes 10", r"--classes 10 is outside \[16, 255\]"),
+    ("--batch-size 1", "two samples at a time"),
+    ("--layer-decay 1.5", r"outside \[0, 1\]"),
+    ("--base-lr 1", "give --lr"),
+    ("--patch-size 16", "leave it at 4"),
+    ("--data nowhere", "there is no folder nowhere"),
+])  # fmt: skip
+def test_run__bad_input_is_one_message(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        segment.run([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
+
+
+def test_main__exits_with_2(capsys):
+    with mock.patch.object(sys, "argv", ["segment", "evaluate", "nowhere"]):
+        with pytest.raises(SystemExit) as end:
+            segment.main()
+    assert end.value.code == 2 and "no checkpoint at nowhere" in capsys.readouterr().err
+
+
+def test_prepare_ade__and_voc_give_our_layout(tmp_path):
+    ade, voc = tmp_path / "ade", tmp_path / "voc"
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (ade / kind / part).mkdir(parents=True)
+        Image.new("RGB", (3, 2)).save(ade / "images" / part / "a.jpg")
+        ids = np.array([[0, 1, 150], [2, 0, 3]], np.uint8)
+        Image.fromarray(ids).save(ade / "annotations" / part / "a.png")
+    (ade / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n")
+    for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / kind).mkdir(parents=True)
+    for split in ("train", "val"):
+        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(f"{split}_1\n")
+        Image.new("RGB", (3, 2)).save(voc / "JPEGImages" / f"{split}_1.jpg")
+        ids = Image.fromarray(np.array([[0, 1, 20], [2, 255, 3]], np.uint8), mode="P")
+        ids.putpalette(list(range(256)) * 3)
+        ids.save(voc / "SegmentationClass" / f"{split}_1.png")
+    jobs = ((pixels.prepare_ade, ade, 150), (pixels.prepare_voc, voc, 21))
+    for function, source, classes in jobs:
+        for _ in range(2):  # a second time changes nothing
+            assert function([str(source), str(tmp_path / "out" / source.name)]) == 0
+        for split in ("train", "val"):
+            dataset = data.open_dataset(
+                str(tmp_path / "out" / source.name), split, 32, 4, ("rgb", "semantic"), (1, 1),
+                False, 0, semantic_classes=classes)  # fmt: skip
+            _, maps = dataset.load(0)
+            first = [[255, 0, 149], [1, 255, 2]] if classes == 150 else [[0, 1, 20], [2, 255, 3]]
+            assert maps["semantic"].tolist() == first
+    names = (tmp_path / "out" / "ade" / "classes.txt").read_text()
+    assert names == "wall\nbuilding, edifice\n"
+    with pytest.raises(UserError, match="there is no folder"):
+        pixels.prepare_voc([str(ade), str(tmp_path / "no")])
