@@ -213,9 +213,10 @@ class Sparse:
             x = x.to(conv.weight.dtype)
         maps = x.new_zeros(B * size[0] * size[1], C).index_copy_(0, rows, x.reshape(-1, C))
         with torch.autocast("cpu", enabled=False):
-            # Sec. 2.2; channels last in memory
-            y = conv(maps.view(B, *size, C).permute(0, 3, 1, 2))
-        return y.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, rows).view_as(x)
+            # Sec. 2.2; channels last in memory. The bias waits until hidden rows are gone.
+            maps = maps.view(B, *size, C).permute(0, 3, 1, 2)
+            y = F.conv2d(maps, conv.weight, padding=conv.padding, groups=C)
+        return y.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, rows).view_as(x) + conv.bias
 
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens of stage 3, (B, V, C), from (B, V, 1, C)."""
