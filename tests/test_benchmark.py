@@ -96,3 +96,26 @@ def test_loader__times_all_parts(capsys):
         assert r["images_per_s"] > 0
     assert rgb["classic"] > 0 and rgb["bare_decode"] > 0
     assert "cores feed 100 images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("most", [5, 8, 37, 100])
+def test_memory__finds_the_largest_micro_batch(monkeypatch, most):
+    def child(args, batch_size, **_):
+        return {"peak": 100 + 10 * batch_size} if batch_size <= most else None
+
+    monkeypatch.setattr(benchmark, "child", child)
+    monkeypatch.setattr(benchmark, "available", lambda: 1e9)
+    (row, files) = benchmark.memory(options(rows="mae"))
+    assert most - max(1, most // 16) <= row["micro_batch"] <= most
+    assert files["files"] == 1_281_167 and 20 < files["bytes"] / files["files"] < 60
+
+
+def test_memory__on_a_cpu_stops_before_memory_runs_out(monkeypatch):
+    def child(args, batch_size, **_):
+        assert 100 + 10 * batch_size < 1000, "the system would have killed this"
+        return {"peak": 100 + 10 * batch_size}
+
+    monkeypatch.setattr(benchmark, "child", child)
+    monkeypatch.setattr(benchmark, "available", lambda: 1000.0)
+    (row, _) = benchmark.memory(options(rows="mae"))
+    assert 70 <= row["micro_batch"] <= 80  # 0.9 x 1000 MiB are 80 samples

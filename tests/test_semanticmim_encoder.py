@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import engine
 import semanticmim
 from data import UserError
@@ -238,3 +239,10 @@ def test_config__is_the_recipe_of_the_target_however_it_is_named():
     b.model = "base-beit"
     assert a == b and a.layer_scale == 0.1
     assert parse("--clip-grad", "0").clip_grad is None and parse("--base-lr", "1").base_lr == 1
+
+
+def test_encoder__positions_are_learned_and_start_as_maes():
+    encoder = semanticmim.Encoder(image_size=(32, 48), patch_size=8, embed_dim=32, depth=1,
+                                  num_heads=2)  # fmt: skip
+    assert encoder.pos_embed.requires_grad and "pos_embed" in dict(encoder.named_parameters())
+    assert torch.equal(encoder.pos_embed[0], common.sincos_2d(32, 4, 6))
