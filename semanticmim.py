@@ -569,7 +569,8 @@ PRESETS = {
     # Ours, for a laptop: 64 x 64 scenes, about two minutes on two cores; 4 proxies for 25 patches.
     "tiny": dict(
         image_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, proxies=4, epochs=2,
-        warmup_epochs=0.2, batch_size=64, base_lr=1.6e-2, clip_grad=1.0, data="shapes", val_epochs=1,
+        warmup_epochs=0.2, batch_size=64, base_lr=1.6e-2, clip_grad=1.0, data="shapes",
+        val_epochs=1,
     ),
     # ViT-S, not in the paper.
     "small": dict(embed_dim=384, num_heads=6, micro_batch=256),
