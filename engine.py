@@ -325,6 +325,9 @@ def load_encoder(path: str | Path, method: str, cls: type[Config]) -> tuple[Conf
     checkpoint, prefix = load(path, method), "encoder."
     weights = checkpoint["model"].items()
     state = {k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)}
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := [k for k in checkpoint["config"] if k not in known]:
+        raise UserError(f"{path}: its config has fields unknown here: {', '.join(unknown)}")
     return cls(**checkpoint["config"]), state
 
 

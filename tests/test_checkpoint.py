@@ -134,3 +134,13 @@ def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path):
     free = "--steps 5 --micro-batch 4 --log-every 1 --save-epochs 1 --val-samples 4".split()
     assert tiny_run.train(tmp_path, "--resume", *free) == 0
     assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["epoch-0001.pt", "last.pt"]
+
+
+def test_load_encoder__refuses_a_config_with_unknown_fields(tmp_path):
+    path = tmp_path / "last.pt"
+    engine.save(path, WHOLE | {"config": {"seed": 3, "colour": "blue"}})
+    with pytest.raises(UserError, match="unknown here: colour$"):
+        engine.load_encoder(path, "cfmae", engine.Config)
+    engine.save(path, WHOLE | {"config": {"seed": 3}, "model": {"encoder.x": torch.ones(1)}})
+    cfg, state = engine.load_encoder(path, "cfmae", engine.Config)
+    assert cfg.seed == 3 and list(state) == ["x"]
