@@ -252,7 +252,7 @@ def train_heads(
 
 
 @torch.no_grad()
-def test_heads(heads: Heads, rows: np.ndarray, labels: np.ndarray, device: torch.device) -> Tensor:
+def score_heads(heads: Heads, rows: np.ndarray, labels: np.ndarray, device: torch.device) -> Tensor:
     """Counts of every head, (n, C, 3)."""
     counts = 0.0
     for start in range(0, len(rows), 4096):
@@ -261,9 +261,6 @@ def test_heads(heads: Heads, rows: np.ndarray, labels: np.ndarray, device: torch
         y = torch.from_numpy(labels[start : start + 4096]).to(device)
         counts = counts + torch.stack([tally(x, y) for x in logits])
     return counts.cpu()
-
-
-test_heads.__test__ = False  # no test of pytest's
 
 
 # -------------------------------------------------------------------------------------------- knn
@@ -373,7 +370,7 @@ def run(cfg: engine.Config, world: engine.World) -> int:
         else:
             bank = [v[0] for v in views], views[0][1]
             heads = train_heads(*bank, len(classes), rates, cfg, world.device)
-            counts = test_heads(heads, rows, labels, world.device)
+            counts = score_heads(heads, rows, labels, world.device)
         for rate, each in zip(rates, counts):
             row = {"features": name} | ({"rate": rate} if rate else {}) | shares(each)
             table.append(row)

@@ -82,6 +82,13 @@ def test_step__refuses_unknown_rows():
         benchmark.step(options(rows="mae,nothing"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is nothing to refuse")
+def test_on_cuda__never_falls_back_in_silence():
+    assert not benchmark.on_cuda(options(device="auto"))
+    with pytest.raises(UserError, match="--device cpu works anywhere"):
+        benchmark.on_cuda(options(device="cuda"))
+
+
 def test_step__writes_a_table(capsys, tmp_path):
     results = benchmark.step(options(rows="mae"))
     assert "| mae |" in capsys.readouterr().out

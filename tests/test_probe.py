@@ -123,7 +123,7 @@ def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
     rows, labels = toy(256)
     cfg = settings(probe="adamw", epochs=40)
     heads = probe.train_heads(rows, labels, 4, [0.1], cfg, CPU)
-    counts = probe.test_heads(heads, rows, labels, CPU)[0]
+    counts = probe.score_heads(heads, rows, labels, CPU)[0]
     assert scores.shares(counts)["top1"] > 90  # a guess: 25
     spoiled, hidden = rows.copy(), labels.copy()
     spoiled[:64], hidden[:64] = np.nan, -1

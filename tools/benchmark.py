@@ -195,9 +195,17 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(times[2:])
 
 
+def on_cuda(args: argparse.Namespace) -> bool:
+    """Whether --device means CUDA here; UserError where it asks for a device that is not there."""
+    found = torch.cuda.is_available()
+    if args.device == "cuda" and not found:
+        raise UserError("--device cuda: torch sees no CUDA device; --device cpu works anywhere")
+    return found and args.device != "cpu"
+
+
 def one(args: argparse.Namespace) -> dict:
     """Time one row in this process."""
-    cuda = torch.cuda.is_available() and args.device != "cpu"
+    cuda = on_cuda(args)
     device = torch.device("cuda" if cuda else "cpu")
     bf16 = args.precision == "bf16"
     if not cuda:
@@ -210,8 +218,7 @@ def one(args: argparse.Namespace) -> dict:
     model = model.to(device)
     step_model = torch.compile(model) if args.compile else model
     batch = engine.to_device(scenes(cfg, args.batch_size), device)
-    groups = engine.parameter_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
+    optimizer = cfg.optimizer(engine.parameter_groups(model, cfg.weight_decay))
     progress = engine.ramp(0.5, device)
 
     def forward(model: nn.Module = step_model, batch: dict = batch) -> torch.Tensor:
@@ -300,7 +307,7 @@ def step(args: argparse.Namespace) -> list[dict]:
                 kept["times"] += result["times"]
             times = " ".join(f"{t:.3f}" for t in result["times"])
             print(f"round {turn + 1}, {result['row']}: {times} s", flush=True)
-    cuda = torch.cuda.is_available() and args.device != "cpu"
+    cuda = on_cuda(args)
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     how = f"{args.rounds} x {args.steps} steps" + (", compiled" if args.compile else "")
     where = f"{name}, torch {torch.__version__}, {args.precision}"
@@ -415,7 +422,7 @@ def loader_parts(root: str, names: tuple[str, ...], count: int, feed: float | No
 
 def memory(args: argparse.Namespace) -> list[dict]:
     """Find the largest micro-batch that fits, and what 1.28 million file names take."""
-    cuda = torch.cuda.is_available() and args.device != "cpu"
+    cuda = on_cuda(args)
     results = []
     rows = (args.rows or "mae,cfmae,mcmae,coma,semanticmim").split(",")
     for row in [""] if args.method else rows:

@@ -4,10 +4,13 @@ Each takes our batch and returns (loss, {}), so that the same loop times them. T
 `pip install transformers`, `pip install lightly timm`.
 """
 
+import engine  # noqa: F401 - before torch: it sets how threads wait
+
 import torch
 from torch import Tensor, nn
 
 from common import Normalize, patchify
+from engine import UserError
 
 
 class Transformers(nn.Module):
@@ -57,6 +60,9 @@ PEERS = {"peer-transformers": Transformers, "peer-lightly": Lightly}
 
 
 def build(name: str) -> nn.Module:
-    """One of PEERS; ImportError where its library is not installed."""
+    """One of PEERS; UserError where its library is not installed."""
     torch.manual_seed(0)
-    return PEERS[name]()
+    try:
+        return PEERS[name]()
+    except ImportError as e:
+        raise UserError(f"{name}: {e}; pip install transformers lightly timm") from None
