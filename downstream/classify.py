@@ -90,6 +90,7 @@ class Config(engine.Config):
     method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
     encoder: str | None = arg(None, "... and of this preset of it")
     random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
+    num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
     finetuned: str | None = arg(None, "for evaluate: last.pt of a fine-tuning run")
     description: str | None = arg(None, "the encoder in JSON; set by the run")
     classes: str | None = arg(None, "names of the classes in JSON; set by the run")
@@ -214,7 +215,8 @@ class Config(engine.Config):
 
     def describe(self) -> str:
         """The encoder's description as JSON, at the image size of this run."""
-        changes = {} if self.image_size is None else {"image_size": self.image_size}
+        changes = {"image_size": self.image_size, "num_heads": self.num_heads}
+        changes = {k: v for k, v in changes.items() if v is not None}
         sources = (self.checkpoint, self.init, self.method, self.encoder)
         description = encoders.describe(*sources, **changes)
         if description["method"] == "cfmae":  # without maps, no parameters for them

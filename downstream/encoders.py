@@ -57,6 +57,8 @@ def describe(
     """
     if sum(source is not None for source in (checkpoint, init, method)) != 1:
         raise UserError("where is the encoder from? give one of --checkpoint, --init, --method")
+    if "num_heads" in changes and init is None:
+        raise UserError("--num-heads is for --init: every other source knows its own")
     if init is not None:
         kind, state, _ = public.open_public(init)
         return public.describe(kind, state, init, **changes)

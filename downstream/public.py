@@ -249,7 +249,7 @@ def describe(kind: str, state: dict[str, Tensor], path: str | Path, **changes) -
     heads = changes.get("num_heads", heads if table or dim in HEADS or dim % 64 == 0 else 0)
     if heads < 1 or dim % heads:
         raise UserError(f"--init {path}: how many heads make a width of {dim} is not in the file; "
-                        "heads of 64 features do not divide it: set num_heads")  # fmt: skip
+                        "heads of 64 features do not divide it: --num-heads N")  # fmt: skip
     if kind == "mcmae":
         stems = [shape[f"patch_embed{i}.proj.weight"] for i in (1, 2, 3)]
         hidden = [shape[f"blocks{i}.0.mlp.fc1.weight"][0] for i in (1, 2, 3)]

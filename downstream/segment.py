@@ -79,6 +79,7 @@ class Config(engine.Config):
     method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
     encoder: str | None = arg(None, "... and of this preset of it")
     random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
+    num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
     description: str | None = arg(None, "the encoder in JSON; set by the run")
     classes: int | None = arg(None, "of the maps. UperNet: 150 (ADE20K); linear: 21 (VOC)")
     image_size: int | None = arg(
@@ -133,7 +134,9 @@ class Config(engine.Config):
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{kept} is not the configuration of such a run") from None
         elif self.description is None:
-            encoder = encoders.describe(self.checkpoint, self.init, self.method, self.encoder)
+            heads = {} if self.num_heads is None else {"num_heads": self.num_heads}
+            sources = (self.checkpoint, self.init, self.method, self.encoder)
+            encoder = encoders.describe(*sources, **heads)
             if encoder["method"] == "cfmae":  # images alone do not train the maps' embeddings
                 encoder["config"]["granularities"] = "R"
             self.description = json.dumps(encoder)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import common
+import engine
 import mcmae
-from downstream import public
+from downstream import classify, encoders, public, segment
 from downstream.encoders import UserError, open_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,3 +135,13 @@ def test_read__safetensors(tmp_path):
     head = json.dumps(header).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
     assert_close(public.read(tmp_path / "m.safetensors", "--init"), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("script", [classify, segment])
+def test_num_heads__from_the_command_line(script, tmp_path):
+    path = public_file(tmp_path, TIMM["vit"]["state_dict"])
+    flags = ["--data", "shapes", "--model", "tiny", "--image-size", "64", "--init", str(path)]
+    cfg = engine.parse(script.Config, script.PRESETS, "", [*flags, "--num-heads", "2"])
+    assert encoders.build(json.loads(cfg.description)).blocks[0].attn.num_heads == 2
+    with pytest.raises(engine.UserError, match="--num-heads N"):
+        engine.parse(script.Config, script.PRESETS, "", flags)
