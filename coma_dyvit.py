@@ -28,7 +28,6 @@ both branches learn. Where the paper is silent a `NOTE paper unclear` stands.
   MAE:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --method mae --backbone vit
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 import pictures
 from common import (
     MASK, Block, Mlp, Normalize, PatchEmbed, ViT, attend, drop_path, gather, init_weights,
-    patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
+    is_sincos, patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
 )  # fmt: skip
 from data import sample_seed
 from engine import UserError, arg
@@ -627,35 +626,17 @@ def load_init(model: Autoencoder, path: str | Path) -> str:
     Returns: a report of what was loaded, left out, and missing.
     Errors: UserError, and nothing is loaded.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = dict(state.get("model", state))
-        shapes = {k: v.shape for k, v in state.items()}
-    except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(f"--init {path} is no checkpoint that can be read safely: {why}") from None
-    for name in [k for k in ("pos_embed", "decoder_pos_embed") if k in state]:
-        side = math.isqrt(shapes[name][1] - 1)
-        fixed = sincos_2d(shapes[name][2], side, side)
-        if shapes[name][1] != side**2 + 1 or not state[name][0, 1:].allclose(fixed, atol=1e-4):
-            raise UserError(f"--init {path}: {name} was learned; here it is fixed, sine-cosine")
-    if not any(k.startswith("encoder.") for k in state):  # MAE has the encoder at the top
-        ours = ("decoder_", "mask_token")
-        state = {k if k.startswith(ours) else f"encoder.{k}": v for k, v in state.items()}
-    own = model.state_dict()
-    found = [k for k in own if k in state]
-    missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [f"missing {k}" for k in missing if k.startswith("encoder.")]
-    wrong += [f"{k} has shape {tuple(state[k].shape)}, the model {tuple(own[k].shape)}"
-              for k in found if state[k].shape != own[k].shape]  # fmt: skip
-    if wrong:
-        raise UserError(f"--init {path} does not fit the model, nothing was loaded: "
-                        + "; ".join(wrong[:8]) + f" ({len(wrong)} in all)")  # fmt: skip
-    model.load_state_dict({k: state[k] for k in found}, strict=False)
-    lines = [f"init        {path}: {len(found)} tensors loaded"]
-    lines += [f"  {what}: {', '.join(names)}" for what, names in
-              (("left out", left), ("missing, so random", missing)) if names]  # fmt: skip
-    return "\n".join(lines)
+    state = engine.read(path, "--init ")
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
+        raise UserError(f"--init {path} holds no state dict, neither itself nor under 'model'")
+    for k in ("pos_embed", "decoder_pos_embed"):
+        if k in state and not is_sincos(state[k]):
+            raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
+    decoder = ("decoder_", "mask_token")
+    return "init        " + engine.load_weights(
+        model, state, path, lambda k: k.startswith(decoder), may_stay=lambda k: True
+    )
 
 
 # ------------------------------------------------------------------------------- looking at a model

@@ -143,6 +143,15 @@ def sincos_2d(dim: int, h: int, w: int) -> Tensor:
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 
+def is_sincos(x: Tensor) -> bool:
+    """Whether x (1, L, D), or (1, 1 + L, D) with a class token, is that embedding of a square."""
+    side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
+    if x.ndim != 3 or x.shape[0] != 1 or x.shape[1] - side**2 not in (0, 1) or x.shape[2] % 4:
+        return False
+    fixed = sincos_2d(x.shape[2], side, side)
+    return torch.allclose(x[0, -(side**2) :].float(), fixed, atol=1e-3)
+
+
 # ----------------------------------------------------------------------------------------- blocks
 
 

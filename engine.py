@@ -3,7 +3,7 @@
     config       arg, Config, parse                 a dataclass is the command line
     world        World                              ranks, device, precision
     schedule     learning_rate, parameter_groups
-    checkpoint   save, load                         plain types, atomic, read with weights_only=True
+    checkpoint   save, read, load, load_weights     plain types, atomic, read with weights_only=True
     loop         main, train                        from the command line to the last checkpoint
 
 A step depends on nothing but the weights, its number and the seed: masks and augmentation come
@@ -12,6 +12,7 @@ micro-batches, and where a run was interrupted, change nothing but rounding.
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -299,18 +300,28 @@ def save(path: Path, checkpoint: dict) -> None:
     os.replace(temporary, path)
 
 
+def read(path: str | Path, option: str = "") -> object:
+    """Read a file's tensors and plain data; no code in it is run.
+
+    Errors: UserError, which begins with the option, e.g. "--init ".
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{option}{path}: no such file")
+    try:
+        # Public files keep their options beside the weights, as a Namespace; that is data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        raise UserError(f"{option}{path} cannot be read safely: {why}") from None
+
+
 def load(path: str | Path, method: str) -> dict:
-    """Read a checkpoint of `method` onto the CPU. No code in the file is run.
+    """Read a checkpoint of `method` onto the CPU.
 
     Errors: UserError where the file is none of ours, or of another method or format.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} is not a checkpoint that can be read safely: {why}") from None
+    checkpoint = read(path)
     keys = {"format", "method", "step", "config", "model", "optimizer", "window"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project")
@@ -331,20 +342,42 @@ def load_encoder(path: str | Path, method: str, cls: type[Config]) -> tuple[Conf
     return cls(**checkpoint["config"]), state
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all of a state dict or nothing; UserError listing the keys and shapes that differ."""
-    own = model.state_dict()
-    problems = [f"missing {k}" for k in own if k not in state]
-    problems += [f"unexpected {k}" for k in state if k not in own]
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path,
+    may_miss: Callable[[str], bool] = lambda name: False,
+    may_stay: Callable[[str], bool] = lambda name: False,
+) -> str:  # fmt: skip
+    """Load a state dict: all that must fit, or nothing.
+
+    Args:
+        state: names as the model's; both may put `encoder.` before an encoder's or leave it out.
+        path: of the file, for messages.
+        may_miss: whether a name of the model's, without `encoder.`, may be absent from the file.
+        may_stay: whether a name of the file's may be left there.
+    Returns: a report of what was loaded, left out, and missing and so fresh.
+    Errors: UserError listing the names and shapes that do not fit.
+    """
+    own = {k.removeprefix("encoder."): v for k, v in model.state_dict().items()}
+    state = {k.removeprefix("encoder."): v for k, v in state.items()}
+    missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
+    problems = [f"missing {k}" for k in missing if not may_miss(k)]
+    problems += [f"unexpected {k}" for k in left if not may_stay(k)]
     problems += [
-        f"{k} has shape {tuple(getattr(state[k], 'shape', ()))}, the model {tuple(own[k].shape)}"
-        for k in own
-        if k in state and getattr(state[k], "shape", None) != own[k].shape
-    ]
+        f"{k} has shape {tuple(getattr(state[k], 'shape', ()))}, the model {tuple(v.shape)}"
+        for k, v in own.items() if k in state and getattr(state[k], "shape", None) != v.shape
+    ]  # fmt: skip
     if problems:
         shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
         raise UserError(f"{path} does not fit the model, nothing was loaded: {shown}")
-    model.load_state_dict(state)
+    with torch.no_grad():
+        for k in own.keys() & state.keys():
+            own[k].copy_(state[k])  # state_dict() shares the model's memory
+    lists = []
+    for names in (left, missing):
+        counts = collections.Counter(k.split(".")[0] for k in names).items()
+        lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
+    loaded = f"{path}: {len(own) - len(missing)} tensors loaded"
+    return f"{loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}"
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path) -> None:

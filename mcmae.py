@@ -27,7 +27,6 @@ Where the paper is silent or contradicts itself a `NOTE paper unclear` stands; R
   GPU:  torchrun --nproc_per_node=8 mcmae.py --data data/imagenet
 """
 
-import argparse
 import collections
 import math
 import os
@@ -43,8 +42,8 @@ from torch import Tensor, nn
 
 import pictures
 from common import (
-    MASK, Block, Normalize, ViT, drop_path, gather, init_weights, patch_statistics, patchify,
-    random_mask, sincos_2d, split, uniform, unpatchify,
+    MASK, Block, Normalize, ViT, drop_path, gather, init_weights, is_sincos,
+    patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
 )  # fmt: skip
 from engine import UserError, arg
 
@@ -406,6 +405,15 @@ def make_encoder(cfg: Config, **overrides) -> Encoder:
     return Encoder(**{"image_size": (cfg.image_size,) * 2, **kwargs, **overrides})
 
 
+def init_hybrid(model: nn.Module) -> None:
+    """Initialise as MAE; convolutions that are linear layers start as those do."""
+    init_weights(model)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.groups == 1:
+            nn.init.xavier_uniform_(m.weight.flatten(1))
+            nn.init.zeros_(m.bias)
+
+
 class MCMAE(nn.Module):
     """Encoder, multi-scale decoder and loss; `model(batch, progress)` returns (loss, logs)."""
 
@@ -427,11 +435,7 @@ class MCMAE(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_pred = nn.Linear(D, 3 * cfg.patch_size**2)
-        init_weights(self)
-        for m in self.modules():  # convolutions that are linear layers start as those do
-            if isinstance(m, nn.Conv2d) and m.groups == 1:
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
+        init_hybrid(self)
 
     def make_mask(self, seed: Tensor) -> Tensor:
         """Mask from the samples' seeds: (B, L) bool over stage 3, or (B, 16L) over stage 1."""
@@ -545,48 +549,20 @@ def load_init(model: MCMAE, path: str | Path) -> str:
     Returns: a report of what was loaded, left out and missing.
     Errors: UserError listing what does not fit; then nothing was loaded.
     """
-    try:
-        # The public code saves its options too, as a Namespace; that is data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        why = str(e).strip().splitlines()[0][:200]
-        raise UserError(f"--init {path} cannot be read safely: {why}") from None
+    state = engine.read(path, "--init ")
     state = state.get("model", state) if isinstance(state, dict) else state
     if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
         raise UserError(f"--init {path} holds no state dict, neither itself nor under 'model'")
-    own = {k.removeprefix("encoder."): v for k, v in model.state_dict().items()}
-    missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
-    part = {k: k.split(".")[0] for k in (*own, *state)}
-    needed = {part[k] for k in own if k in state or k.startswith(("patch_embed", "blocks"))}
-    problems = [f"missing {k}" for k in missing if part[k] in needed]
-    problems += [f"unexpected {k}" for k in unused if part[k] in needed]
-    problems += [
-        f"{k} has shape {tuple(state[k].shape)}, the model {tuple(v.shape)}"
-        for k, v in own.items() if k in state and state[k].shape != v.shape
-    ]  # fmt: skip
-    problems += [
-        f"{k} is not the fixed sine-cosine embedding"
-        for k in ("pos_embed", "decoder_pos_embed") if k in state and not _is_sincos(state[k])
-    ]  # fmt: skip
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise UserError(f"--init {path} does not fit the model, nothing was loaded: {shown}")
-    for k in own.keys() & state.keys():
-        own[k].copy_(state[k])  # state_dict() shares the parameters' memory
-    lists = []
-    for names in (unused, missing):
-        counts = collections.Counter(part[k] for k in names).items()
-        lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
-    loaded = f"{len(own) - len(missing)} tensors loaded"
-    return f"init        {path}: {loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}"
-
-
-def _is_sincos(x: Tensor) -> bool:
-    """Whether x is (1, L, D), MAE's position embedding of a square grid of any size."""
-    side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
-    fits = x.shape == (1, side**2, x.shape[-1]) and x.shape[-1] % 4 == 0
-    return fits and torch.allclose(x[0].float(), sincos_2d(x.shape[-1], side, side), atol=1e-3)
+    for k in ("pos_embed", "decoder_pos_embed"):
+        if k in state and not is_sincos(state[k]):
+            raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
+    stages = {f"{part}{i}" for part in ("patch_embed", "blocks") for i in (1, 2, 3)}
+    whole = stages | {k.split(".")[0] for k in state}  # a part is there in full, or not at all
+    own = {k.removeprefix("encoder.").split(".")[0] for k in model.state_dict()}
+    return "init        " + engine.load_weights(
+        model, state, path, may_miss=lambda k: k.split(".")[0] not in whole,
+        may_stay=lambda k: k.split(".")[0] not in own,
+    )  # fmt: skip
 
 
 def build(cfg: Config) -> MCMAE:

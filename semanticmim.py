@@ -250,12 +250,12 @@ def lanczos(n_in: int, n_out: int) -> Tensor:
 
 
 def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
-    """Read the state dict of a DALL-E encoder, of any width; no code in the file is run.
+    """Read the state dict of a DALL-E encoder, of any width.
 
     Errors: UserError where the file is none, or does not hold exactly an encoder's tensors.
     """
+    state = engine.read(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         tokenizer = Tokenizer(state, image_size, grid)
         tokenizer.logits(torch.zeros(1, 3, 8, 8))  # fails where a tensor is missing or misshapen
@@ -263,9 +263,7 @@ def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
             raise ValueError(f"it has {len(state)} tensors, an encoder of its depth {wanted}")
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(
-            f"{path} is not a DALL-E encoder's state dict that can be read safely: {why}"
-        ) from None
+        raise UserError(f"{path} is not a DALL-E encoder's state dict: {why}") from None
     return tokenizer
 
 

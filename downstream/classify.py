@@ -72,7 +72,7 @@ PROBES = {
     ),  # fmt: skip
 }
 TINY = {  # --model tiny, ours: 20,000 images of 64 x 64, minutes on two cores
-    "finetune": dict(epochs=10, warmup_epochs=1.0, batch_size=64, base_lr=2e-3, layer_decay=0.75,
+    "finetune": dict(epochs=10, warmup_epochs=1.0, batch_size=64, base_lr=8e-3, layer_decay=0.75,
                      drop_path=0.0, mixup=0.0, cutmix=0.0),
     "linear": dict(epochs=30, warmup_epochs=3.0, batch_size=512),
 }  # fmt: skip

@@ -12,7 +12,6 @@ Config, as JSON, and its model has the encoder as `encoder`; then its checkpoint
 Every encoder keeps the contract of `common.ViT`. `public.py` knows the public state dicts.
 """
 
-import collections
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -21,14 +20,13 @@ from types import ModuleType
 
 import engine  # before torch: it sets how threads wait
 
-import torch
 from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
 import mcmae
 import semanticmim
-from common import init_weights
+from common import init_weights, is_sincos
 from downstream import public
 from engine import UserError
 
@@ -133,12 +131,7 @@ def build(
         encoder = METHODS[method].make_encoder(_config(METHODS[method], config), **kwargs)
     else:
         encoder = public.PublicViT(**{**config, **kwargs})
-    init_weights(encoder)
-    if method == "mcmae":  # as in mcmae.MCMAE: convolutions that are linear layers start as those
-        for m in encoder.modules():
-            if isinstance(m, nn.Conv2d) and m.groups == 1:
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
+    (mcmae.init_hybrid if method == "mcmae" else init_weights)(encoder)
     return encoder
 
 
@@ -165,7 +158,7 @@ def load(
         source = public.describe(kind, state, init, num_heads=heads)["config"]
         if not source.get("relative"):
             notes.append(f"{heads} heads, which the file does not tell")
-        if kind == "mcmae" and "pos_embed" in state and not mcmae._is_sincos(state["pos_embed"]):
+        if kind == "mcmae" and "pos_embed" in state and not is_sincos(state["pos_embed"]):
             raise UserError(f"--init {init}: pos_embed was learned, and MCMAE computes a fixed one")
         if kind == "mcmae" and state.pop("pos_embed", None) is not None:
             notes.append("pos_embed is the fixed one, which is computed")
@@ -184,31 +177,18 @@ def load(
     if resized:
         state |= resized
         notes.append("positions resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
-    part = {k: k.split(".")[0] for k in (*own, *state, *other)}
-    missing, unused = [k for k in own if k not in state], [k for k in state if k not in own]
-    if init is not None:  # heads and decoders are left out, and nothing that an encoder computes
-        may_miss, refused = ("norm", "pos_embed"), {*FOREIGN, *(part[k] for k in own)}
+    names = {k.split(".")[0] for k in own}
+    if init is not None:  # heads and decoders stay there, and nothing that an encoder computes
+        may_miss, own_parts = ("norm", "pos_embed"), {*FOREIGN, *names}
     else:
         may_miss = () if has_norm else ("norm",)
-        refused = {part[k] for k in state} - {"instance_embed", "semantic_embed"}
-    problems = [f"missing {k}" for k in missing if part[k] not in may_miss]
-    problems += [f"unexpected {k}" for k in unused if part[k] in refused]
-    problems += [
-        f"{k} has shape {tuple(state[k].shape)}, the encoder {tuple(v.shape)}"
-        for k, v in own.items() if k in state and state[k].shape != v.shape
-    ]  # fmt: skip
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise UserError(f"{path} does not fit the encoder, nothing was loaded: {shown}")
-    with torch.no_grad():
-        for k in own.keys() & state.keys():
-            own[k].copy_(state[k])  # state_dict() shares the parameters' memory
-    lists = []
-    for names in (unused + other, missing):
-        counts = collections.Counter(part[k] for k in names).items()
-        lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
-    loaded = f"encoder     {path}: {len(own) - len(missing)} tensors loaded"
-    return "; ".join([f"{loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}", *notes])
+        own_parts = {k.split(".")[0] for k in state} - {"instance_embed", "semantic_embed"}
+    report = engine.load_weights(
+        encoder, state | dict.fromkeys(other), path,
+        may_miss=lambda k: k.split(".")[0] in may_miss,
+        may_stay=lambda k: k in other or k.split(".")[0] not in own_parts,
+    )  # fmt: skip
+    return "; ".join([f"encoder     {report}", *notes])
 
 
 def open_encoder(

@@ -9,7 +9,6 @@ Kinds are told apart by their keys. Wrappers around a state dict ("model", "stat
 "module.base_encoder.", ...) are taken off. Heads, decoders and mask tokens are not of an encoder.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -141,15 +140,11 @@ class PublicViT(ViT):
 
 
 def read(path: str | Path, option: str) -> object:
-    """Read a file's tensors and plain data; nothing in it is run. UserError naming the option."""
-    if not Path(path).is_file():
-        raise UserError(f"{option} {path}: no such file")
+    """Read a file's tensors and plain data, `.safetensors` too; UserError naming the option."""
+    if not str(path).endswith(".safetensors") or not Path(path).is_file():
+        return engine.read(path, f"{option} ")
     try:
-        if str(path).endswith(".safetensors"):
-            return read_safetensors(path)
-        # Public files keep their options beside the weights, as a Namespace; that is data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return read_safetensors(path)
     except Exception as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         raise UserError(f"{option} {path} cannot be read safely: {why}") from None

@@ -68,9 +68,9 @@ def whole_bytes():
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "not a checkpoint"),
-        (np.random.default_rng(0).bytes(4096), "not a checkpoint"),
-        (whole_bytes()[:-700], "not a checkpoint"),
+        (b"", "cannot be read safely"),
+        (np.random.default_rng(0).bytes(4096), "cannot be read safely"),
+        (whole_bytes()[:-700], "cannot be read safely"),
         ([1, 2], "not a checkpoint of this project"),
         ({"model": {}}, "not a checkpoint of this project"),
         (WHOLE | {"method": "mcmae"}, re.escape("('mcmae', 1); wanted ('cfmae', 1)")),
@@ -82,7 +82,7 @@ def test_load__refuses_what_is_not_ours(tmp_path, content, message):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=message):
         engine.load(path, "cfmae")
-    with pytest.raises(UserError, match="no checkpoint at"):
+    with pytest.raises(UserError, match="no such file"):
         engine.load(tmp_path / "other.pt", "cfmae")
 
 
@@ -100,6 +100,22 @@ def test_load_weights__all_or_nothing():
     assert tiny_run.same_bits(dict(model.state_dict()), before)
     engine.load_weights(model, {k: v + 1 for k, v in before.items()}, "x.pt")
     assert all((v == before[k] + 1).all() for k, v in model.state_dict().items())
+
+
+def test_load_weights__reports_what_stays_and_what_is_fresh():
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {"weight": torch.ones(2, 3), "encoder.bias": torch.ones(2), "fc.x": None, "fc.y": 0}
+    with pytest.raises(UserError, match="missing head.weight; missing head.bias; unexpected fc.x"):
+        engine.load_weights(model, state, "x.pt")
+    heads = dict(may_miss=lambda k: k.startswith("head"), may_stay=lambda k: k.startswith("fc"))
+    report = engine.load_weights(model, state, "x.pt", **heads)
+    wanted = "x.pt: 2 tensors loaded; left out: fc (2); missing, so fresh: head (2)"
+    assert report == wanted and model["encoder"].weight.eq(1).all()
+    assert model["encoder"].bias.eq(1).all()
+    assert tiny_run.same_bits(dict(model["head"].state_dict()), {
+        k.removeprefix("head."): v for k, v in before.items() if k.startswith("head.")
+    })  # fmt: skip
 
 
 def test_load_optimizer__refuses_the_state_of_other_parameters():

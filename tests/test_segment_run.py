@@ -131,7 +131,7 @@ def test_main__exits_with_2(capsys):
     with mock.patch.object(sys, "argv", ["segment", "evaluate", "nowhere"]):
         with pytest.raises(SystemExit) as end:
             segment.main()
-    assert end.value.code == 2 and "no checkpoint at nowhere" in capsys.readouterr().err
+    assert end.value.code == 2 and "no such file" in capsys.readouterr().err
 
 
 def test_prepare_ade__and_voc_give_our_layout(tmp_path):

@@ -131,8 +131,8 @@ def test_bad_input__one_line(tmp_path, checkpoints):
     (tmp_path / "log.jsonl").write_text("{}\n")
     sem = checkpoints["semanticmim"]
     for words, match in (
-        (("reconstruct", "--checkpoint", tmp_path / "none.pt"), "no checkpoint"),
-        (("reconstruct", "--checkpoint", tmp_path / "noise.pt"), "cannot|not a checkpoint"),
+        (("reconstruct", "--checkpoint", tmp_path / "none.pt"), "no such file"),
+        (("reconstruct", "--checkpoint", tmp_path / "noise.pt"), "cannot be read safely"),
         (("reconstruct", "--checkpoint", sem, "--only", "semantic"), "this model has rgb"),
         (("reconstruct", "--checkpoint", sem, "--mask-ratio", "1.5"), "mask-ratio"),
         (("reconstruct", "--checkpoint", sem, "--patches", "a-b"), "numbers and ranges"),
@@ -140,7 +140,7 @@ def test_bad_input__one_line(tmp_path, checkpoints):
         (("attention",), "--checkpoint"),
         (("attention", "--checkpoint", sem, "--layer", "9"), "outside 1 to 3"),
         (("attention", "--checkpoint", sem, "--image-size", "33"), "not divisible"),
-        (("features", "--checkpoint", tmp_path / "none.pt"), "no such file|no checkpoint"),
+        (("features", "--checkpoint", tmp_path / "none.pt"), "no such file"),
         (("masks", "--method", "cfmae", "--mask-ratio", "0.1"), "mask-ratio"),
         (("masks", "--data", tmp_path / "nowhere"), "no folder"),
         (("masks", "--over-training", "--granularities", "R"), "over-training"),
