@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import engine  # noqa: F401  (first: it sets how threads wait)
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import UserError
-from tools import benchmark
+from tools import benchmark, peers
 
 STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
             device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
@@ -72,8 +73,102 @@ def test_random_tokenizer__is_one_that_the_script_takes(tmp_path):
     assert semanticmim.load_tokenizer(tmp_path / "t.pth", 224, 14).num_codes == 8192
 
 
+def block(tokens, dim, out=0, queries=0):
+    """Forward FLOPs of a transformer block; some of Hiera's widen and pool their queries."""
+    out, queries = out or dim, queries or tokens
+    qkv, widen = 6 * tokens * dim * out, 2 * tokens * dim * out * (out != dim)
+    return qkv + widen + 4 * queries * tokens * out + (2 + 16) * queries * out**2
+
+
+def by_hand(kind):
+    """Forward FLOPs that the published model's matrix products and convolutions ask of an image."""
+    patches, n = 2 * 196 * 768**2, 196 if kind == "Hiera" else 197  # which has no class token
+    decoder = 8 * block(n, 512) + 2 * n * 512 * 768
+    if kind == "MAE":
+        return patches + 12 * block(50, 768) + 2 * 50 * 768 * 512 + decoder
+    if kind == "Hiera":  # 19 of 49 units are visible; of 64 tokens first, of 4 at last
+        unit = 2 * block(64, 96) + block(64, 96, 192, 16) + 2 * block(16, 192)
+        unit += block(16, 192, 384, 4) + 2 * 4 * (16 * 96 + 4 * 192) * 768  # fusion heads
+        late = 15 * block(76, 384) + block(76, 384, 768) + 2 * block(76, 768)
+        return 2 * 56**2 * 147 * 96 + 19 * unit + late + 2 * 76 * 768 * 512 + decoder
+    vit = patches + 12 * block(197, 768)
+    if kind == "MaskFeat":
+        return vit + 2 * 197 * 768 * 108
+    tokenizer, width = 2 * 112**2 * 147 * 256 + 2 * 14**2 * 2048 * 8192, 256
+    for side, out in ((112, 256), (56, 512), (28, 1024), (14, 2048)):
+        for i in (width, out):  # the inputs of two blocks; the first may widen
+            weights = 9 * (i + out // 2) * out // 4 + out // 4 * out + i * out * (i != out)
+            tokenizer += 2 * side**2 * weights
+        width = out
+    return vit + 2 * 75 * 768 * 8192 + tokenizer
+
+
+KINDS = {"peer-hiera": "Hiera", "peer-mmpretrain-maskfeat": "MaskFeat",
+         "peer-mmpretrain-beit": "BEiT"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers__are_the_published_models(name):
+    if what := peers.missing(name):
+        pytest.skip(what)
+    model = peers.build(name)
+    rgb = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    losses = []
+
+    def run():
+        losses.append(model({"rgb": rgb}, torch.tensor(0.5))[0])
+        return losses[0]
+
+    flops = benchmark.count_flops(run)[0] / 2
+    assert losses[0].isfinite() and losses[0].shape == ()
+    assert flops == pytest.approx(by_hand(KINDS.get(name, "MAE")), rel=0.02)
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    dead = {n for n, g in trained.items() if g is None or not (g.isfinite().all() and g.any())}
+    unused = {"mask_token", "vit.head.weight", "vit.head.bias"} if name == "peer-lightly" else ()
+    assert dead == {f"encoder.{n}" for n in unused}  # lightly's encoder keeps them for other uses
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run().isfinite()
+
+
+@pytest.mark.parametrize("name, module, pip", [
+    ("peer-transformers", "transformers", "transformers"),
+    ("peer-vit-pytorch", "vit_pytorch", "vit-pytorch"),
+    ("peer-mmpretrain-beit", "mmpretrain", "mmpretrain mmcv-lite"),
+])  # fmt: skip
+def test_build__says_what_a_peer_lacks(monkeypatch, name, module, pip):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    with pytest.raises(UserError, match=f"{name}: .*; pip install {pip}$"):
+        peers.build(name)
+
+
+def stand_in(args, rows, **_):
+    """What `child` returns, without a process."""
+    times = [2.0 if rows == "mae" else 1.0]
+    return {"row": rows, "times": times, "peak": 1, "parameters": 1, "flops": 1, "flops_step": 1,
+            "parts": {"optimizer": 0.1}, "matrix_peak": 1}  # fmt: skip
+
+
+def test_step__leaves_out_peers_that_are_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "child", stand_in)
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    results = benchmark.step(options(rows="mae", peers=True))
+    assert [r["row"] for r in results] == ["mae"]
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out peer-")]
+    assert len(lines) == len(peers.PEERS) and all("; pip install " in x for x in lines)
+    with pytest.raises(UserError, match="^peer-hiera: no module hiera; pip install hiera-tr"):
+        benchmark.step(options(rows="mae,peer-hiera"))
+
+
+def test_step__times_the_peers_that_are_installed(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "child", stand_in)
+    monkeypatch.setattr(peers, "find_spec", lambda module: module != "hiera" or None)
+    results = benchmark.step(options(rows="mae", peers=True))
+    assert [r["row"] for r in results] == ["mae", *(p for p in peers.PEERS if p != "peer-hiera")]
+    assert "MAE / mmpretrain's MAE: 2.000 of its time" in capsys.readouterr().out
+
+
 def test_ratios__name_rows_that_exist():
-    known = {*benchmark.ROWS, *benchmark.peers.PEERS}
+    known = {*benchmark.ROWS, *peers.PEERS}
     assert {r for _, a, b, _ in benchmark.RATIOS for r in (a, b)} <= known
 
 

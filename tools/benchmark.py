@@ -3,7 +3,7 @@
     python -m tools.benchmark step                                # every row below, batch 32
     python -m tools.benchmark step --rows mae,cfmae --precision bf16 --rounds 3 --json out.json
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
-    python -m tools.benchmark step --rows mae --peers             # beside installed libraries' MAE
+    python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
     python -m tools.benchmark loader --data data/imagenet --feed 1500
     python -m tools.benchmark memory --rows mae,cfmae
 
@@ -38,19 +38,15 @@ import engine  # before torch: it sets how threads wait
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
-from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode
 
 import data
-from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
 from tools import peers
+from tools.loader import loader
 
 ROWS = {  # name: (script, its flags)
     "mae": ("coma_dyvit", "--method mae --backbone vit"),
@@ -78,6 +74,13 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
     ("SemanticMIM / plain, dVAE", "beit", "beit-plain", 1.05),
     ("MAE / transformers' MAE", "mae", "peer-transformers", None),
     ("MAE / lightly's MAE", "mae", "peer-lightly", None),
+    ("MAE / vit-pytorch's MAE", "mae", "peer-vit-pytorch", None),
+    ("MAE / mmpretrain's MAE", "mae", "peer-mmpretrain-mae", None),
+    ("CoMA frozen / Hiera's MAE", "coma", "peer-hiera", None),
+    ("CoMA none / Hiera's MAE", "coma-none", "peer-hiera", None),
+    ("CoMA shared / Hiera's MAE", "coma-shared", "peer-hiera", None),
+    ("plain, HOG / mmpretrain's MaskFeat", "semanticmim-plain", "peer-mmpretrain-maskfeat", None),
+    ("plain, dVAE / mmpretrain's BEiT", "beit-plain", "peer-mmpretrain-beit", None),
 )
 
 
@@ -295,7 +298,13 @@ def step(args: argparse.Namespace) -> list[dict]:
     known = (*ROWS, *peers.PEERS)
     if unknown := [r for r in rows if r and r not in known]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
-    rows += [p for p in peers.PEERS if args.peers and p not in rows]
+    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p))}
+    for row in lacking:
+        if row in rows:
+            raise UserError(lacking[row])
+        if args.peers:
+            print(f"left out {lacking[row]}", flush=True)
+    rows += [p for p in peers.PEERS if args.peers and p not in rows and p not in lacking]
     found: dict[str, dict] = {}
     for turn in range(args.rounds):
         for row in rows:
@@ -334,87 +343,6 @@ def step(args: argparse.Namespace) -> list[dict]:
             wanted = f", wanted at most {bound:.2f}" if bound else ""
             print(f"{what}: {found[a]['median'] / found[b]['median']:.3f} of its time{wanted}")
     return list(found.values())
-
-
-# ----------------------------------------------------------------------------------------- loader
-
-
-def photographs(root: Path, count: int) -> None:
-    """Write scenes as 496 x 368 JPEG of photographs' size, about 43 kB, with both maps as PNG."""
-    scenes = data.ShapeScenes("train", (368, 496), 4)
-    for i in range(count):
-        sample = scenes[0, i]
-        for name in data.GRANULARITIES:
-            path = root / "train" / name / f"{i}.{'jpg' if name == 'rgb' else 'png'}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if name == "rgb":
-                Image.fromarray(sample[name].permute(1, 2, 0).numpy()).save(path, quality=80)
-            else:
-                Image.fromarray(sample[name].numpy()).save(path)
-
-
-def rate(run: Callable[[int], object], count: int) -> float:
-    """Calls a second, the best of three passes over `count` samples, in this thread."""
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        for i in range(count):
-            run(i)
-        best = min(best, time.perf_counter() - began)
-    return count / best
-
-
-def loader(args: argparse.Namespace) -> list[dict]:
-    """Time the loader in one thread, for RGB alone and, where there are maps, with them."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = args.data or folder
-        if args.data is None:
-            photographs(Path(root), args.count)
-        maps = set(data.GRANULARITIES) <= set(data.layout(root, "train"))
-        chosen = [("rgb",)] + [data.GRANULARITIES] * maps
-        return [loader_parts(root, names, args.count, args.feed) for names in chosen]
-
-
-def loader_parts(root: str, names: tuple[str, ...], count: int, feed: float | None) -> dict:
-    """Time reading, decoding, cropping and collating; for RGB beside the usual PIL pipeline."""
-    dataset = data.FolderDataset(root, "train", None, 224, 16, names)
-    n = min(count, len(dataset))
-    stems = [dataset.files.name(i) for i in range(n)]
-    decode, paths = {}, {}
-    for g, folder in dataset.folders.items():
-        decode[g] = data.decode_image if g == "rgb" else data.decode_map
-        paths[g] = [f"{folder}/{s if g == 'rgb' else s.rpartition('.')[0] + '.png'}" for s in stems]
-    raw = {g: [data._read(p) for p in paths[g]] for g in paths}
-    decoded = [dataset.load(i) for i in range(min(n, 64))]
-    samples = [dataset[0, i] for i in range(min(n, 64))]
-    parts = {
-        "read": 1 / rate(lambda i: [data._read(paths[g][i]) for g in paths], n),
-        "decode": 1 / rate(lambda i: [decode[g](raw[g][i]) for g in paths], n),
-        "crop": 1 / rate(lambda i: dataset.augment(*decoded[i], i), len(decoded)),
-        "collate": 1 / rate(lambda i: data.collate(samples), 4) / len(samples),
-    }
-    ours = rate(lambda i: dataset[0, i], n)
-    shares = {k: v / sum(parts.values()) for k, v in parts.items()}
-    result = {"granularities": names, "images_per_s": ours, "parts": shares}
-    shown = ", ".join(f"{k} {v:.0%}" for k, v in shares.items())
-    print(f"{', '.join(names)}: {ours:.0f} images/s a core; {shown}")
-    if feed:
-        print(f"  {feed / ours:.1f} cores feed {feed:.0f} images/s")
-    if names == ("rgb",):
-        usual = transforms.Compose([
-            transforms.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ])  # fmt: skip
-        whole = [torch.from_numpy(x) for x in raw["rgb"]]
-        classic = rate(lambda i: usual(Image.open(paths["rgb"][i]).convert("RGB")), n)
-        bare = rate(lambda i: decode_jpeg(whole[i], mode=ImageReadMode.RGB), n)
-        result |= {"classic": classic, "bare_decode": bare}
-        print(f"  {n} images of {sum(map(len, whole)) / n / 1000:.0f} kB; PIL and torchvision's "
-              f"transforms {classic:.0f} (ours {ours / classic:.2f}x), bare decode_jpeg "
-              f"{bare:.0f} (ours {ours / bare:.0%})")  # fmt: skip
-    return result
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -491,9 +419,9 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--compile", action="store_true")
         p.add_argument("--batch-size", type=int, default=32)
         p.add_argument("--steps", type=int, default=3, help="timed steps a round")
-        p.add_argument("--warmup", type=int, default=1, help="steps before them")
+        p.add_argument("--warmup", type=int, default=2, help="steps before them")
         p.add_argument("--rounds", type=int, default=2)
-        p.add_argument("--peers", action="store_true", help="also time other libraries' MAE")
+        p.add_argument("--peers", action="store_true", help="also other libraries' models")
     p = commands.add_parser("loader")
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
