@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -313,6 +314,8 @@ def read(path: str | Path, option: str = "") -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+        if isinstance(e, pickle.UnpicklingError):  # torch's words advise to read it unsafely
+            why = "it is damaged, or holds more than tensors and plain data"
         raise UserError(f"{option}{path} cannot be read safely: {why}") from None
 
 
@@ -336,10 +339,15 @@ def load_encoder(path: str | Path, method: str, cls: type[Config]) -> tuple[Conf
     checkpoint, prefix = load(path, method), "encoder."
     weights = checkpoint["model"].items()
     state = {k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)}
+    return load_config(path, cls, checkpoint["config"]), state
+
+
+def load_config(path: str | Path, cls: type[Config], fields: dict) -> Config:
+    """The Config of a checkpoint's fields; UserError naming those that this version has not."""
     known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := [k for k in checkpoint["config"] if k not in known]:
+    if unknown := [k for k in fields if k not in known]:
         raise UserError(f"{path}: its config has fields unknown here: {', '.join(unknown)}")
-    return cls(**checkpoint["config"]), state
+    return cls(**fields)
 
 
 def load_weights(
@@ -739,11 +747,14 @@ def train(
         # Two passes whose gradients are thrown away give a fresh and a resumed run the same order.
         batch = data.collate([train_set[pair] for pair in sampler.indices(0)[:micro]])
         batch = to_device(raise_error(batch, world), device)
+        buffers = [b.clone() for b in model.buffers()]  # BatchNorm's must not count them
         for _ in range(2):
             with world.autocast():
                 loss, _ = step_model(batch, ramp(0, device))
             loss.backward()
             optimizer.zero_grad(set_to_none=True)
+        for b, kept in zip(model.buffers(), buffers):
+            b.copy_(kept)
     if checkpoint:
         load_weights(model, checkpoint["model"], out / "last.pt")
         load_optimizer(optimizer, checkpoint["optimizer"], out / "last.pt")
@@ -874,7 +885,9 @@ def main(
 
 
 def command(name: str, run: Callable[[], int]) -> typing.NoReturn:
-    """Run and exit with the status returned; a UserError is one message and exit status 2."""
+    """Run and exit with the status returned; an error of the user's or of the file system is one
+    message and exit status 2.
+    """
     rank = int(os.environ.get("RANK", 0))
     try:
         status = run()
@@ -884,8 +897,12 @@ def command(name: str, run: Callable[[], int]) -> typing.NoReturn:
         else:
             time.sleep(5)  # torchrun ends every rank once one has left: let rank 0 speak first
         status = 2
+    except OSError as e:  # a full disk, say, which other ranks may not see
+        print(f"{name}: error: {e}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         status = 130
     if dist.is_initialized() and status == 0:
+        dist.barrier()  # torch 2.6 can hang in the next line while an all-reduce is being freed
         dist.destroy_process_group()
     sys.exit(status)

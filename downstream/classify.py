@@ -181,15 +181,13 @@ class Config(engine.Config):
             kept = engine.load(self.finetuned, "classify")["config"]
             own = ("protocol", "data", "finetuned", "precision", *self.FREE)
             for f in (f for f in dataclasses.fields(self) if f.name not in own):
-                if getattr(self, f.name) not in (f.default, kept[f.name]):
+                value = kept.get(f.name, f.default)  # the field may be newer than the run
+                if getattr(self, f.name) not in (f.default, value):
                     flag = engine.flag(f.name)
-                    raise UserError(f"{flag} is {kept[f.name]} in {self.finetuned}: leave it out")
-                setattr(self, f.name, kept[f.name])
-        kept = Path(self.output or "", "config.json")
-        if self.description is None and self.resume and self.output and kept.exists():
-            self.description = json.loads(kept.read_text())["description"]
+                    raise UserError(f"{flag} is {value} in {self.finetuned}: leave it out")
+                setattr(self, f.name, value)
         if self.description is None:
-            self.description = self.describe()
+            self.description = encoders.kept_description(self) or self.describe()
         description = json.loads(self.description)
         for name, value in self.defaults(description).items():
             if getattr(self, name) is None:
@@ -279,7 +277,7 @@ class Classifier(nn.Module):
     def __init__(self, cfg: Config, encoder: nn.Module):
         super().__init__()
         self.cfg, self.encoder, self.normalize = cfg, encoder, Normalize()
-        self.layer, classes = probe.num_layers(encoder), len(json.loads(cfg.classes))
+        self.layer, classes = encoders.num_layers(encoder), len(json.loads(cfg.classes))
         dim = encoder.norm.normalized_shape[0]
         encoder.norm.requires_grad_(False)
         self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, classes)

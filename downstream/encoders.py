@@ -55,6 +55,8 @@ def describe(
     """
     if sum(source is not None for source in (checkpoint, init, method)) != 1:
         raise UserError("where is the encoder from? give one of --checkpoint, --init, --method")
+    if model is not None and method is None:
+        raise UserError(f"--encoder {model} is a preset of --method, which is not given")
     if "num_heads" in changes and init is None:
         raise UserError("--num-heads is for --init: every other source knows its own")
     if init is not None:
@@ -106,6 +108,20 @@ def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
     return json.loads(json.dumps(description)), state, has_norm
 
 
+def kept_description(cfg: engine.Config) -> str | None:
+    """The `description` of a run that goes on without the file its encoder came from, or None.
+
+    Errors: UserError where the folder's run has none.
+    """
+    path = Path(cfg.output or "", "config.json")
+    if not (cfg.resume and cfg.output and path.exists()):
+        return None
+    try:
+        return json.loads(path.read_text())["description"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the configuration of such a run") from None
+
+
 # ------------------------------------------------------------------------------- build and load
 
 
@@ -137,6 +153,11 @@ def build(
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def num_layers(encoder: nn.Module) -> int:
+    """How many layers `forward_features` counts; DyViT counts over its stages."""
+    return sum(encoder.depths) if hasattr(encoder, "depths") else len(encoder.blocks)
 
 
 def load(

@@ -129,7 +129,8 @@ class Whole(data.Dataset):
         except UserError as e:
             return {"error": str(e)}
         size = cover(rgb.shape[1:], self.crop) if self.slide else self.crop
-        return {"rgb": scaled(rgb, size), "semantic": torch.from_numpy(maps["semantic"].copy())}
+        labels = torch.from_numpy(maps["semantic"].astype(np.uint8))  # a copy; ids are below 256
+        return {"rgb": scaled(rgb, size), "semantic": labels}
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -191,7 +192,9 @@ def scores(matrix: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
 
 
 def link(source: Path, target: Path) -> None:
-    if not target.exists():
+    if not source.is_file():
+        raise UserError(f"{source} is missing")
+    if not target.is_symlink():
         os.symlink(source.resolve(), target)
 
 
@@ -232,13 +235,21 @@ VOC = (
 
 
 def prepare_voc(argv: list[str]) -> int:
-    """Lay out VOCdevkit/VOC2012 by links: its palette maps, with 255 as border, fit as they are."""
+    """Lay out VOCdevkit/VOC2012 by links: its palette maps, with 255 as border, fit as they are.
+
+    The usual larger training set, 10,582 images, is taken where its list, trainaug.txt, and its
+    maps, SegmentationClassAug, have been put beside VOC's own.
+    """
+    # NOTE paper unclear: SemanticMIM does not say which of the two its Table 6 is trained on.
     src, dst = _source(argv, "prepare-voc", prepare_voc.__doc__, "ImageSets/Segmentation")
     for split, (rgb, semantic) in folders(dst).items():
-        names = (src / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        lists, maps = src / "ImageSets" / "Segmentation", "SegmentationClass"
+        if split == "train" and (lists / "trainaug.txt").is_file():
+            split, maps = "trainaug", "SegmentationClassAug"
+        names = (lists / f"{split}.txt").read_text().split()
         for name in names:
             link(src / "JPEGImages" / f"{name}.jpg", rgb / f"{name}.jpg")
-            link(src / "SegmentationClass" / f"{name}.png", semantic / f"{name}.png")
+            link(src / maps / f"{name}.png", semantic / f"{name}.png")
         print(f"{split}: {len(names)} images")
     (dst / "classes.txt").write_text("\n".join(VOC) + "\n")
     return 0

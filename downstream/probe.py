@@ -46,13 +46,6 @@ IN_MEMORY = 8 * 2**30  # bytes of features that are read into memory; more stay 
 # --------------------------------------------------------------------------------------- features
 
 
-def num_layers(encoder: nn.Module) -> int:
-    """How many layers `forward_features` counts."""
-    if hasattr(encoder, "depths"):  # DyViT counts over its stages
-        return sum(encoder.depths)
-    return len(encoder.blocks3 if hasattr(encoder, "blocks3") else encoder.blocks)
-
-
 def choose_layers(text: str | None, method: str, depth: int) -> list[str]:
     """Layers of `--layers`: numbers, `norm`, or `all`; UserError on others."""
     if text is None:  # SemanticMIM Sec. 4.2: layer 7 of 12; its final norm was never trained
@@ -78,7 +71,7 @@ def choose_rates(text: str) -> list[float]:
 @torch.no_grad()
 def features(encoder: nn.Module, imgs: Tensor, layers: list[str]) -> list[tuple[str, Tensor]]:
     """Averaged tokens of some layers, one pass: [(name, (B, D)), ...], patch before prefix."""
-    depth, found = num_layers(encoder), []
+    depth, found = encoders.num_layers(encoder), []
     outputs = encoder.forward_features(imgs, [depth if n == "norm" else int(n) for n in layers])
     for name, (tokens, prefix) in zip(layers, outputs):
         for kind, x in (("patch", tokens), ("prefix", prefix)):
@@ -312,7 +305,7 @@ def cached(
     stat = os.stat(source) if source and os.path.exists(source) else None
     fields = "data description random seed image_size crop_scale_min crop_pct views cache_dtype"
     key = {name: getattr(cfg, name) for name in fields.split()} | {"layers": layers, "width": width}
-    key |= {"source": source, "file": stat and [stat.st_size, stat.st_mtime]}
+    key |= {"bf16": world.bf16, "source": source, "file": stat and [stat.st_size, stat.st_mtime]}
     train_set, val_set = (engine.open_data(cfg, world, out, s) for s in ("train", "val"))
     if val_set is None:
         raise UserError(f"{cfg.data} has no folder val, which a probe is tested on")
@@ -349,7 +342,7 @@ def run(cfg: engine.Config, world: engine.World) -> int:
     if not (cfg.random or cfg.method):
         report = encoders.load(encoder, description, cfg.checkpoint, cfg.init)
     encoder = encoder.to(world.device).eval().requires_grad_(False)
-    layers = choose_layers(cfg.layers, description["method"], num_layers(encoder))
+    layers = choose_layers(cfg.layers, description["method"], encoders.num_layers(encoder))
     where, width = columns(encoder, cfg.image_size, layers, cfg.features)
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))

@@ -187,7 +187,8 @@ def open_public(path: str | Path) -> tuple[str, dict[str, Tensor], list[str]]:
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if {STEM1, "blocks1.0.conv1.weight", "blocks3.0.attn.qkv.weight"} <= own.keys():
         return "mcmae", own, other
-    if not {STEM, "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"} <= own.keys():
+    block = {f"blocks.0.{k}.weight" for k in ("norm1", "attn.qkv", "mlp.fc1")}
+    if not {STEM, *block} <= own.keys():
         first = ", ".join(list(state)[:6])
         raise UserError(f"--init {path} is of no known kind: {KINDS}; its first keys: {first}")
     beit = any(k.endswith((".q_bias", ".gamma_1", TABLE)) for k in own)

@@ -7,9 +7,10 @@
 Any subset of the four will do; the score needs all. Folders are as published:
 
     -A, -R     DIR/<class>/NAME: some of the model's classes; logits of the others are left out
-    -Sketch    DIR/<class>/NAME: all of them; nothing is left out
-    -C         DIR/<corruption>/<severity>/<class>/NAME; the distribution's groups (noise, blur,
-               weather, digital) between DIR and <corruption> may be there or not
+    -Sketch    DIR/<class>/NAME: all of them
+    -C         DIR/<corruption>/<severity>/<class>/NAME, all classes; the distribution's groups
+               (noise, blur, weather, digital) between DIR and <corruption> may be there or not.
+               Its files are centre crops already and are taken whole
 
 Class folders have the names the model was fine-tuned with. mCE (arXiv 1903.12261) is the mean over
 corruptions of the model's error over a baseline's, errors averaged over the five severities. The
@@ -82,12 +83,12 @@ def read_baseline(path: str | None) -> dict[str, float]:
 
 
 class Folder(data.FolderDataset):
-    """DIR/<class>/NAME as a test set, prepared as the val split of `cfg`."""
+    """DIR/<class>/NAME as a test set, prepared as a val split with this share of the centre."""
 
-    def __init__(self, path: Path, files: data.FileList, cfg: classify.Config):
+    def __init__(self, path: Path, files: data.FileList, cfg: classify.Config, crop_pct: float):
         super().__init__(
             str(path.parent), path.name, files, cfg.image_size, cfg.patch_size, train=False,
-            crop_pct=cfg.crop_pct,
+            crop_pct=crop_pct,
         )  # fmt: skip
 
     @staticmethod
@@ -102,14 +103,24 @@ class Folder(data.FolderDataset):
 
 
 def test_folder(
-    model: nn.Module, path: Path, cfg: classify.Config, world: engine.World, restrict: bool
-) -> dict:
-    """Top-1 and top-5 over a folder, with how many of the model's classes it has."""
-    dataset = Folder(path, world.from_rank_0(lambda: Folder.scan(path)), cfg)
+    model: nn.Module, path: Path, cfg: classify.Config, world: engine.World, restrict: bool,
+    crop_pct: float,
+) -> dict:  # fmt: skip
+    """Top-1 and top-5 over a folder, with how many of the model's classes it has.
+
+    Args:
+        restrict: whether it may lack classes, whose logits are then left out.
+        crop_pct: the side of the centre crop over the image's.
+    """
+    dataset = Folder(path, world.from_rank_0(lambda: Folder.scan(path)), cfg, crop_pct)
     classes = json.loads(cfg.classes)
     # a folder beside train/ and val/ would count their classes too: keep those that have images
     used = sorted(set(dataset.files.labels.tolist()))
     found = match_classes([dataset.classes[i] for i in used], classes, str(path))
+    if not restrict and len(used) < len(classes):
+        here = {dataset.classes[i] for i in used}
+        lacking = ", ".join([name for name in classes if name not in here][:5])
+        raise UserError(f"{path} has {len(used)} of {len(classes)} classes; lacking {lacking}, ...")
     numbers = found.new_zeros(len(dataset.classes)).index_copy(0, found.new_tensor(used), found)
     counts, unreadable = count_hits(
         model, dataset, cfg, world, numbers, found if restrict else None
@@ -166,22 +177,25 @@ def main(argv: list[str] | None = None) -> int:
     if len(cfg.names) > 1:
         raise UserError(f"{args.finetuned} reads label maps, which these data sets have not")
     world = engine.World(cfg)
-    found = {k: corruptions(p) for k, p in given.items() if k == "imagenet_c"}.get("imagenet_c", {})
+    found = corruptions(given["imagenet_c"]) if "imagenet_c" in given else {}
     if found and (lacking := [name for name in baseline if name not in found]):
         raise UserError(f"mCE needs every corruption of the baseline; lacking {', '.join(lacking)}")
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
     model = classify.load_finetuned(cfg, world)
     rows = {}
 
-    def test(name: str, path: Path, restrict: bool) -> float:
-        rows[name] = test_folder(model, path, cfg, world, restrict)
+    def test(name: str, path: Path, restrict: bool, crop_pct: float) -> float:
+        rows[name] = test_folder(model, path, cfg, world, restrict, crop_pct)
         if world.rank == 0:
             print("  ".join([f"{name:<28}", *(f"{k} {v:.5g}" for k, v in rows[name].items())]),
                   flush=True)  # fmt: skip
         return rows[name]["top1"]
 
-    result = {name: test(name, given[name], SETS[name]) for name in SETS if name in given}
+    chosen = [name for name in SETS if name in given]
+    result = {name: test(name, given[name], SETS[name], cfg.crop_pct) for name in chosen}
     errors = {
-        name: sum(100 - test(f"{name}/{s}", path / s, False) for s in SEVERITIES) / 500
+        name: sum(100 - test(f"{name}/{s}", path / s, False, 1.0) for s in SEVERITIES) / 500
         for name, path in found.items()
     }
     if errors:
@@ -189,10 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(result) == 4:
         result["score"] = score(**result)
     if world.rank == 0:
-        out = Path(args.output)
-        out.mkdir(parents=True, exist_ok=True)
         facts = {"finetuned": args.finetuned, "baseline": args.baseline or "AlexNet"}
-        facts |= {"result": result, "corruption_errors": errors}
+        facts |= {"result": result, "corruption_errors": errors, "sets": rows}
         (out / "robustness.json").write_text(json.dumps(facts, indent=1) + "\n")
         with open(out / "robustness.csv", "w", newline="") as f:
             table = csv.DictWriter(f, ["set", *next(iter(rows.values()))])

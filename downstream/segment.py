@@ -90,9 +90,11 @@ class Config(engine.Config):
     iterations: int | None = arg(None, "length. UperNet: 160,000 (CFMAE Table 10, SemanticMIM "
                                        "Table 4; MCMAE's text says 16,000)")  # fmt: skip
     epochs: int | None = arg(None, "length in another unit. Linear: 25, SemanticMIM Table 6")
-    warmup_steps: int = arg(1500, "all papers; at most a tenth of the run. Linear: none")
+    warmup_steps: int = arg(1500, "CFMAE Table 10, SemanticMIM Table 4; at most a tenth of the "
+                                  "run. Linear: none")  # fmt: skip
     warmup_epochs: float = arg(0.0, "not used here: --warmup-steps")
-    batch_size: int | None = arg(None, "16: all papers; linear: 120, SemanticMIM Table 6")
+    batch_size: int | None = arg(None, "16: CFMAE Table 10, SemanticMIM Table 4; linear: 120, "
+                                       "SemanticMIM Table 6")  # fmt: skip
     micro_batch: int = arg(16, "most samples that one device takes at a time")
     lr: float | None = arg(
         None, "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table "
@@ -101,7 +103,8 @@ class Config(engine.Config):
     layer_decay: float | None = arg(
         None, "rate of a layer / of the next. 0.65: CFMAE Table 10, MAE; 0.75: MCMAE Sec. 3.3; "
         "0.9: SemanticMIM, not given")  # fmt: skip
-    weight_decay: float | None = arg(None, "0.05: all papers; linear: 0, SemanticMIM Table 6")
+    weight_decay: float | None = arg(None, "0.05: CFMAE Table 10, SemanticMIM Table 4; linear: 0, "
+                                           "SemanticMIM Table 6")  # fmt: skip
     beta2: float = arg(0.999, "CFMAE Table 10, SemanticMIM Table 4")
     momentum: float = arg(0.9, "of SGD, linear; not given")
     drop_path: float | None = arg(None, "0.1: CFMAE Table 10, SemanticMIM Table 4; linear: 0")
@@ -127,13 +130,8 @@ class Config(engine.Config):
 
         Errors: UserError naming the field and values that work.
         """
-        kept = Path(self.output or "", "config.json")
-        if self.description is None and self.resume and self.output and kept.exists():
-            try:  # a run goes on without the file that its encoder came from
-                self.description = json.loads(kept.read_text())["description"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{kept} is not the configuration of such a run") from None
-        elif self.description is None:
+        self.description = self.description or encoders.kept_description(self)
+        if self.description is None:
             heads = {} if self.num_heads is None else {"num_heads": self.num_heads}
             sources = (self.checkpoint, self.init, self.method, self.encoder)
             encoder = encoders.describe(*sources, **heads)
@@ -166,6 +164,8 @@ class Config(engine.Config):
         low = ShapeScenes.SEMANTIC_CLASSES if shapes else 1
         if not low <= self.classes <= UNLABELLED:
             raise UserError(f"--classes {self.classes} is outside [{low}, {UNLABELLED}]")
+        if self.loss_size < 1:
+            raise UserError(f"--loss-size {self.loss_size} must be 1 or more")
         if not 0 < self.scale_min <= self.scale_max:
             raise UserError("0 < --scale-min <= --scale-max, e.g. 0.5 and 2")
         for name in ("layer_decay", "drop_path", "dropout", "momentum"):
@@ -189,10 +189,12 @@ class Config(engine.Config):
                     f"stride, {stride}, and divisible by it; nearest: {' or '.join(map(str, near))}"
                 )
         if self.protocol == "linear":
-            depth = len(encoder.blocks) if hasattr(encoder, "blocks") else sum(encoder.depths)
+            depth = encoders.num_layers(encoder)
             self.layer = round(depth / 2) if self.layer is None else self.layer
             if not 1 <= self.layer <= depth:
                 raise UserError(f"--layer {self.layer}: this encoder has layers 1 to {depth}")
+        elif self.layer is not None:
+            raise UserError("--layer is the linear probe's; UperNet reads four levels")
 
     @property
     def described(self) -> dict:
@@ -272,13 +274,16 @@ def evaluate(cfg: Config, world: engine.World, model: Segmenter, dataset: data.D
     return matrix[:-1].view(C, C).long(), int(matrix[-1])
 
 
-def finish(cfg: Config, world: engine.World, model: Segmenter, out: Path) -> None:
-    """Evaluate on the whole val split and write result.json and classes.csv."""
+def finish(cfg: Config, world: engine.World, model: Segmenter, out: Path) -> bool:
+    """Evaluate on the whole val split, if there is one; write result.json and classes.csv."""
+    names = ShapeScenes.SEMANTIC_NAMES if cfg.data == "shapes" else ()
+    if (path := Path(cfg.data, "classes.txt")).is_file():
+        names = path.read_text(errors="replace").splitlines()
     dataset = engine.open_data(cfg, world, out, "val")
     if dataset is None:
         if world.rank == 0:
             print(f"{cfg.data} has no val split: nothing is evaluated")
-        return
+        return False
     if world.size > 1:  # the running means of BatchNorm are those of rank 0's checkpoint
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -286,11 +291,8 @@ def finish(cfg: Config, world: engine.World, model: Segmenter, out: Path) -> Non
     if not matrix.sum():
         raise UserError(f"{cfg.data} val has no labelled pixel in {images} images that can be read")
     if world.rank:
-        return
+        return True
     means, iou, accuracy = scores(matrix)
-    names = ShapeScenes.SEMANTIC_NAMES if cfg.data == "shapes" else ()
-    if (path := Path(cfg.data, "classes.txt")).is_file():
-        names = path.read_text().splitlines()
     with open(out / "classes.csv", "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(("id", "name", "IoU", "accuracy", "labelled_pixels", "predicted_pixels"))
@@ -307,6 +309,7 @@ def finish(cfg: Config, world: engine.World, model: Segmenter, out: Path) -> Non
     (out / "result.json").write_text(json.dumps(result, indent=1))
     print(f"result      mIoU {means['mIoU']:.4f}, pixel accuracy {means['pixel_accuracy']:.4f}, "
           f"mean accuracy {means['mean_accuracy']:.4f} on {images} images: {out}/result.json")
+    return True
 
 
 @torch.no_grad()
@@ -365,12 +368,19 @@ def run_evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     checkpoint = engine.load(Path(args.run, "last.pt"), "segment")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("run", "output")}
-    cfg = Config(**checkpoint["config"] | given | {"resume": True, "output": args.run})
+    given |= {"resume": True, "output": args.run}
+    cfg = engine.load_config(args.run, Config, checkpoint["config"] | given)
+    if cfg.data == "shapes" and cfg.classes < ShapeScenes.SEMANTIC_CLASSES:
+        raise UserError(f"ShapeScenes has {ShapeScenes.SEMANTIC_CLASSES} classes, the run "
+                        f"{cfg.classes}: give --data")  # fmt: skip
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers {args.workers} must be 0 or more")
     world, out = engine.World(cfg), Path(args.output or Path(args.run, "evaluation"))
     out.mkdir(parents=True, exist_ok=True)
     model = build(cfg, world).to(world.device)
     engine.load_weights(model, checkpoint["model"], Path(args.run, "last.pt"))
-    finish(cfg, world, model, out)
+    if not finish(cfg, world, model, out):
+        raise UserError(f"{cfg.data} has no val split")
     return 0
 
 

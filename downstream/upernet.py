@@ -162,6 +162,8 @@ def init_head(head: nn.Module) -> None:
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in fp32, mean over a sample's labelled pixels, then over samples.
 
+    Written out: torch's kernel for maps has no deterministic form on CUDA.
+
     Args:
         logits: (B, C, h, w), resized to the labels.
         labels: (B, H, W) uint8, 255 = unlabelled.

@@ -157,6 +157,8 @@ def test_finetune__resumes_bit_for_bit_and_is_evaluated_without_the_source(tmp_p
     assert all(torch.equal(v, y["model"][k]) for k, v in x["model"].items())
     assert any((v != torch.load(tmp_path / "gone.pt", weights_only=True)["model"][k]).any()
                for k, v in x["model"].items() if k.startswith("encoder."))  # fmt: skip
+    del x["config"]["num_heads"]  # as a run from before that field
+    engine.save(a / "last.pt", x)
     assert run("--protocol", "evaluate", "--finetuned", a / "last.pt", "--output", c) == 0
     first, again = (json.loads((d / "result.json").read_text()) for d in (a, c))
     assert first["images"] == 40 and {k: first[k] for k in ("top1", "top5")} == {
@@ -210,6 +212,7 @@ def test_bad_input__one_line(tmp_path):
     (tmp_path / "none/train").mkdir(parents=True)
     cases = {
         "one of --checkpoint, --init, --method": [],
+        "--encoder huge is a preset of --method": ["--checkpoint", path, "--encoder", "huge"],
         "no class folders": ["--checkpoint", path, "--data", tmp_path / "none"],
         "one class alone, cat,": ["--checkpoint", path, "--data", tmp_path / "one"],
         "there is no folder .*nowhere": ["--checkpoint", path, "--data", tmp_path / "nowhere"],
@@ -228,6 +231,10 @@ def test_bad_input__one_line(tmp_path):
     for message, flags in cases.items():
         with pytest.raises(engine.UserError, match=message):
             run(*flags, "--output", tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")
+    with pytest.raises(engine.UserError, match="is not the configuration of such a run"):
+        run("--resume", "--output", tmp_path / "other")
     with pytest.raises(engine.UserError, match="--pool prefix"):
         run("--method", "mcmae", "--encoder", "tiny", "--pool", "prefix", "--batch-size", 8,
             "--output", tmp_path / "o")  # fmt: skip

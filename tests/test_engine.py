@@ -77,6 +77,13 @@ def test_parse__refuses_and_names_the_field(argv, message):
         parse(argv)
 
 
+def test_command__errors_of_the_file_system_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        engine.command("x", (tmp_path / "no" / "file").read_text)
+    line = f"x: error: [Errno 2] No such file or directory: '{tmp_path}/no/file'\n"
+    assert end.value.code == 2 and capsys.readouterr().err == line
+
+
 def test_split_batch__fewest_equal_micro_batches():
     def split(batch, micro, ranks):
         cfg = SimpleNamespace(batch_size=batch, micro_batch=micro)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_classify import FLAGS, parse, run, write_checkpoint
+from test_classify import parse, run, write_checkpoint
 from tiny_run import short_epochs
 
 import data
 import engine
-from downstream import classify, probe, scores
+from downstream import classify, encoders, probe, scores
 
 CPU = torch.device("cpu")
 
@@ -119,6 +119,15 @@ def test_train_heads__first_step_by_hand():
     assert torch.allclose(heads.biases[0], -lr * p.mean(0), atol=1e-7)
 
 
+def test_Heads__running_statistics_are_the_means_over_all_batches():
+    torch.manual_seed(0)
+    heads, batches = probe.Heads(1, 3, 2).train(), 5 + 2 * torch.randn(6, 8, 3)
+    for x in batches:
+        heads(x)
+    assert torch.allclose(heads.norm.running_mean, batches.mean((0, 1)), atol=1e-5)
+    assert torch.allclose(heads.norm.running_var, batches.var(1).mean(0), atol=1e-5)
+
+
 def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
     rows, labels = toy(256)
     cfg = settings(probe="adamw", epochs=40)
@@ -144,7 +153,7 @@ def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
     path = write_checkpoint(tmp_path, method)
     encoder = classify.build(parse("--checkpoint", path)).encoder.eval()
     torch.nn.init.normal_(encoder.norm.weight)
-    imgs, depth = torch.randn(3, 3, 32, 32), probe.num_layers(encoder)
+    imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
     assert depth == {"coma_dyvit": 4}.get(method, 2)
     with torch.no_grad():
         found = dict(probe.features(encoder, imgs, [str(depth), "1", "norm"]))
@@ -200,8 +209,18 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = torch.cat([x for _, x in probe.features(model.encoder, one, ["1", "2"])], 1)
     assert np.allclose(rows[39], expected, atol=2e-3)  # float16
+    where, _ = probe.columns(model.encoder, 32, ["1", "2"], None)
+    for row in b["sweep"]:
+        (bank, names), (queries, labels) = (
+            probe.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
+        )
+        votes = probe.knn(bank, names, queries, len(data.SHAPES), 20, 0.07)
+        found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
+        assert {k: row[k] for k in found} == found and found["top1"] != found["top5"]
+    with pytest.raises(engine.UserError, match="another run .*bf16.* differ"):
+        run(*linear, "--precision", "bf16", "--output", tmp_path / "c")
     with pytest.raises(engine.UserError, match="another run .*random differ"):
-        run(*linear, "--random", "--output", tmp_path / "c")
+        run(*linear, "--random", "--output", tmp_path / "d")
     with pytest.raises(engine.UserError, match="holds a run"):
         run(*linear, "--output", tmp_path / "a")
 
@@ -220,4 +239,3 @@ def test_bad_input__one_line(tmp_path):
     with pytest.raises(engine.UserError, match="--rates"):
         run("--method", "cfmae", "--encoder", "tiny", "--protocol", "linear", "--rates", "fast",
             "--output", tmp_path / "a")  # fmt: skip
-    assert FLAGS[1] == "shapes"

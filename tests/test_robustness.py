@@ -45,10 +45,11 @@ def test_baseline__json_csv_and_bad_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def finetuned(tmp_path_factory) -> Path:
-    """A fine-tuned model of ShapeScenes, with random logits."""
+    """A fine-tuned model of ShapeScenes, with random logits; val is the middle of an image."""
     folder = tmp_path_factory.mktemp("model")
     path = write_checkpoint(folder, "cfmae")
-    run("--checkpoint", path, "--batch-size", 8, "--steps", 1, "--output", folder / "run")
+    run("--checkpoint", path, "--batch-size", 8, "--steps", 1, "--crop-pct", 0.75,
+        "--output", folder / "run")  # fmt: skip
     checkpoint = torch.load(folder / "run/last.pt", weights_only=True)
     torch.manual_seed(0)
     checkpoint["model"]["head.weight"].normal_()
@@ -74,7 +75,7 @@ def test_main__all_four_sets(finetuned, tmp_path):
     for group, corruption in (("noise", "shot"), ("blur", "zoom")):
         for severity in range(1, 6):
             folder = tmp_path / "c" / group / corruption / str(severity)
-            write_images(folder, ["star", "disc"], severity)
+            write_images(folder, list(data.SHAPES), 1 + (severity == 5))
     (tmp_path / "b.json").write_text('{"shot": 0.5, "zoom": 0.8}')
     sets = {"a": "a", "r": "a", "sketch": "s", "c": "c"}
     flags = [x for k, v in sets.items() for x in (f"--imagenet-{k}", str(tmp_path / v))]
@@ -87,11 +88,12 @@ def test_main__all_four_sets(finetuned, tmp_path):
     cfg.resolve()
     model = classify.load_finetuned(cfg, engine.World(cfg))
 
-    def top1(folder: Path, among: list[str]) -> float:
-        """One image at a time, the best of `among`."""
+    def top1(folder: Path, among: list[str], edge: int) -> float:
+        """One image at a time, without the `edge` of its 48 pixels, the best of `among`."""
         hits = []
         for path in sorted(folder.glob("*/*.png")):
-            rgb = data.decode_image(data._read(str(path)))[None]
+            rgb = data.decode_image(data._read(str(path)))[None, :, edge : 48 - edge]
+            rgb = rgb[..., edge : 48 - edge]
             rgb = torch.nn.functional.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
             with torch.no_grad():
                 row = model.classify(model.inputs({"rgb": rgb}))[0]
@@ -100,17 +102,22 @@ def test_main__all_four_sets(finetuned, tmp_path):
         return 100 * sum(hits) / len(hits)
 
     result = found["result"]
-    assert result["imagenet_a"] == result["imagenet_r"] == top1(tmp_path / "a", ["ring", "bar"])
-    assert result["imagenet_sketch"] == top1(tmp_path / "s", list(data.SHAPES))
+    assert result["imagenet_a"] == result["imagenet_r"] == top1(tmp_path / "a", ["ring", "bar"], 6)
+    assert result["imagenet_sketch"] == top1(tmp_path / "s", list(data.SHAPES), 6)
     errors = {}
     for name, group in (("shot", "noise"), ("zoom", "blur")):
         folders = [tmp_path / "c" / group / name / str(s) for s in range(1, 6)]
-        errors[name] = sum(100 - top1(f, list(data.SHAPES)) for f in folders) / 500
+        errors[name] = sum(100 - top1(f, list(data.SHAPES), 0) for f in folders) / 500
     assert found["corruption_errors"] == pytest.approx(errors)
     mce = 50 * (errors["shot"] / 0.5 + errors["zoom"] / 0.8)
     assert result["mce"] == pytest.approx(mce)
     expected = (result["imagenet_a"] * 2 + result["imagenet_sketch"] + 100 - mce) / 4
     assert result["score"] == pytest.approx(expected)
+    images = {name: row["images"] for name, row in found["sets"].items()}
+    expected = {"imagenet_a": 6, "imagenet_r": 6, "imagenet_sketch": 10}
+    for name in errors:
+        expected |= {f"{name}/{s}": 20 if s == 5 else 10 for s in range(1, 6)}
+    assert images == expected
     assert len((tmp_path / "out/robustness.csv").read_text().splitlines()) == 1 + 3 + 10
     with pytest.raises(engine.UserError, match="lacking gaussian_noise"):
         robustness.main([*common, str(tmp_path / "o"), "--imagenet-c", str(tmp_path / "c")])
@@ -119,18 +126,45 @@ def test_main__all_four_sets(finetuned, tmp_path):
 def test_bad_input__one_line(finetuned, tmp_path):
     write_images(tmp_path / "x", ["ring", "zebra"], 1)
     write_images(tmp_path / "c/fog/1", ["ring"], 1)
+    fewer = [name for name in data.SHAPES if name != "heart"]
+    for place in ("fewer/s", *(f"d/fog/{severity}" for severity in range(1, 6))):
+        write_images(tmp_path / place, fewer, 1)
+    (tmp_path / "b.csv").write_text("fog,0.5")
     (tmp_path / "empty").mkdir()
     model = ["--finetuned", str(finetuned), "--workers", "0", "--device", "cpu"]
+    fog = [*model, "--baseline", str(tmp_path / "b.csv"), "--imagenet-c"]
     cases = {
         "nothing to test": model,
         "folders zebra": [*model, "--imagenet-a", str(tmp_path / "x")],
         "no images": [*model, "--imagenet-a", str(tmp_path / "empty")],
         "there is no folder": [*model, "--imagenet-r", str(tmp_path / "nowhere")],
+        "fewer/s .*lack.* heart": [*model, "--imagenet-sketch", str(tmp_path / "fewer/s")],
+        "d/fog/1 .*lack.* heart": [*fog, str(tmp_path / "d")],
         "lacks severity 2, 3, 4, 5": [*model, "--imagenet-c", str(tmp_path / "c")],
         "no <corruption>": [*model, "--imagenet-c", str(tmp_path / "x")],
-        "no checkpoint": ["--finetuned", "none.pt", "--imagenet-a", str(tmp_path / "x")],
+        "none.pt: no such file": ["--finetuned", "none.pt", "--imagenet-a", str(tmp_path / "x")],
         "required": ["--imagenet-a", str(tmp_path / "x")],
     }
     for message, flags in cases.items():
         with pytest.raises(engine.UserError, match=message):
             robustness.main([*flags, "--output", str(tmp_path / "out")])
+    assert robustness.main([*model, "--imagenet-a", str(tmp_path / "fewer/s"), "--output",
+                            str(tmp_path / "out")]) == 0  # fmt: skip
+
+
+def test_main__makes_its_output_before_the_first_test(finetuned, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "a", ["ring"], 1)
+    (tmp_path / "file").touch()
+    seen = []
+
+    def test(*args):
+        seen.append((tmp_path / "out").is_dir())
+        raise engine.UserError("tested")
+
+    monkeypatch.setattr(robustness, "test_folder", test)
+    flags = ["--finetuned", str(finetuned), "--device", "cpu", "--imagenet-a", str(tmp_path / "a")]
+    for out, message in ((tmp_path / "file/out", "file/out"), (tmp_path / "out", "tested")):
+        with pytest.raises(SystemExit) as end:
+            engine.command("x", lambda out=out: robustness.main([*flags, "--output", str(out)]))
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    assert seen == [True]

@@ -2,6 +2,7 @@
 
 import json
 
+import data
 import engine
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_Config__has_the_papers_upernet(method, size, lr, decay):
     cfg = engine.parse(segment.Config, segment.PRESETS, "", argv)
     assert (cfg.crop, cfg.batch_size, cfg.weight_decay) == ((size, size), 16, 0.05)
     assert (cfg.total_steps(1263), cfg.beta1, cfg.beta2) == (160_000, 0.9, 0.999)
-    assert cfg.drop_path == 0.1
+    assert cfg.drop_path == 0.1 and cfg.photometric and cfg.evaluation == "slide"
     assert lr in (None, cfg.lr) and decay in (None, cfg.layer_decay) and cfg.classes == 150
     warm = cfg.learning_rate(1499, 1263)  # 1,500 steps up, then a line to 0
     assert warm == pytest.approx(cfg.lr, rel=0.01)
@@ -49,7 +50,11 @@ def test_Config__has_semanticmims_linear_probe():
     found = cfg.crop, cfg.batch_size, cfg.total_steps(12), cfg.lr, cfg.weight_decay, cfg.layer
     assert found == ((448, 448), 120, 25 * 12, 0.01, 0, 6)  # Table 6
     assert (cfg.loss_size, cfg.classes, cfg.learning_rate(0, 12)) == (100, 21, 0.01)
-    assert isinstance(cfg.optimizer([{"params": [torch.zeros(1)]}]), torch.optim.SGD)
+    optimizer = cfg.optimizer([{"params": [torch.zeros(1)]}])
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
+    rates = [cfg.learning_rate(step, 12) for step in (239, 240, 299)]  # a tenth after 80 %
+    assert rates == pytest.approx([0.01, 0.001, 0.001])
+    assert not cfg.photometric and cfg.evaluation == "whole"
 
 
 # ------------------------------------------------------------------------------------------- crops
@@ -82,6 +87,14 @@ def test_Augment__image_and_labels_stay_together(crop):
         padded += bool(pad.any())
         assert (view["semantic"][pad] == 255).all()
     assert 5 < flipped < 35 and padded > 5
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_Augment__takes_the_label_in_the_middle_of_each_cell(k):
+    labels = np.random.default_rng(0).integers(0, 16, (32 * k, 32 * k)).astype(np.uint8)
+    rgb = torch.zeros(3, *labels.shape, dtype=torch.uint8)
+    view = pixels.Augment(config(), False)(rgb, {"semantic": labels}, 0)
+    assert np.array_equal(view["semantic"], labels[k // 2 :: k, k // 2 :: k])
 
 
 def test_Augment__avoids_crops_that_one_class_fills():
@@ -172,21 +185,32 @@ class ReadsColour(torch.nn.Module):
         return -(rgb[:, :1].float() - 100 * torch.arange(3).view(1, 3, 1, 1)).abs()
 
 
-def folder(root, sizes, split="val", classes=3):
+def folder(root, sizes, split="val", classes=3, dtype=np.uint8):
     """Images of one colour each, with labels of that class and an unlabelled edge."""
     for i, (h, w) in enumerate(sizes):
         for name in ("rgb", "semantic"):
             (root / split / name).mkdir(parents=True, exist_ok=True)
-        labels = np.full((h, w), i % classes, np.uint8)
+        labels = np.full((h, w), i % classes, dtype)
         labels[:3] = 255
         Image.fromarray(np.full((h, w, 3), 100 * (i % classes), np.uint8)).save(
             root / split / "rgb" / f"{i}.png")  # fmt: skip
         Image.fromarray(labels).save(root / split / "semantic" / f"{i}.png")
 
 
-@pytest.mark.parametrize("evaluation", ["slide", "whole"])
-def test_finish__reads_all_images_at_their_own_size(tmp_path, evaluation):
-    folder(tmp_path, [(30, 70), (90, 41), (32, 32), (400, 20), (30, 70), (7, 5)])
+def test_Whole__labels_are_uint8_where_the_file_has_16_bits(tmp_path):
+    """Torch 2.6 indexes with no other unsigned type."""
+    folder(tmp_path, [(30, 70)] * 2, dtype=np.uint16)
+    args = (str(tmp_path), "val", 32, 4, ("rgb", "semantic"), (1, 1), False, 0)
+    dataset = data.open_dataset(*args, semantic_classes=3)
+    assert dataset.load(1)[1]["semantic"].dtype != np.uint8
+    labels = pixels.Whole(config("--data", tmp_path, "--classes", 3), dataset)[1]["semantic"]
+    assert labels.dtype == torch.uint8 and labels.shape == (30, 70)
+    assert (labels[:3] == 255).all() and (labels[3:] == 1).all()
+
+
+@pytest.mark.parametrize("evaluation, dtype", [("slide", np.uint8), ("whole", np.uint16)])
+def test_finish__reads_all_images_at_their_own_size(tmp_path, evaluation, dtype):
+    folder(tmp_path, [(30, 70), (90, 41), (32, 32), (400, 20), (30, 70), (7, 5)], dtype=dtype)
     (tmp_path / "val" / "rgb" / "x.png").write_bytes(b"broken")
     (tmp_path / "val" / "semantic" / "x.png").write_bytes(b"never read")
     (tmp_path / "classes.txt").write_text("black\ngrey\nlight\n")
@@ -198,5 +222,3 @@ def test_finish__reads_all_images_at_their_own_size(tmp_path, evaluation):
     rows = (tmp_path / "classes.csv").read_text().splitlines()
     pixels = 27 * 70 + 397 * 20  # images 0 and 3
     assert len(rows) == 4 and rows[1] == f"0,black,1.0000,1.0000,{pixels},{pixels}"
-
-

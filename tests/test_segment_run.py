@@ -6,6 +6,7 @@ import sys
 from unittest import mock
 
 import data
+import engine
 import numpy as np
 import pytest
 import tiny_run
@@ -35,6 +36,12 @@ def run(out, *flags, source=()):
     return json.loads((out / "result.json").read_text())
 
 
+def evaluate(out):
+    with tiny_run.short_epochs():
+        assert segment.run_evaluate([str(out), "--workers", "0", "--device", "cpu"]) == 0
+    return json.loads((out / "evaluation/result.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     at = tmp_path_factory.mktemp("pretrained")
@@ -54,9 +61,7 @@ def test_run__resumes_bit_for_bit_without_the_pretraining_file(pretrained, tmp_p
     assert same_result(tmp_path / "whole", tmp_path / "parts") and whole == parts
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
     assert (tmp_path / "parts" / "preview-0000020.png").exists()
-    with tiny_run.short_epochs():
-        segment.run_evaluate([str(tmp_path / "parts"), "--workers", "0", "--device", "cpu"])
-    assert json.loads((tmp_path / "parts/evaluation/result.json").read_text()) == whole
+    assert evaluate(tmp_path / "parts") == whole
     trained, old = (tiny_run.checkpoint(p.parent)["model"] for p in
                     (tmp_path / "whole" / "last.pt", pretrained))  # fmt: skip
     same = torch.equal(trained["encoder.blocks.0.attn.qkv.weight"],
@@ -91,6 +96,7 @@ def _rank(rank, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     train(out / "linear", "--protocol", "linear", "--iterations", 8)
     train(out / "upernet", "--iterations", 4)
+    dist.barrier()  # see engine.command
     dist.destroy_process_group()
 
 
@@ -102,7 +108,15 @@ def test_run__two_ranks(tmp_path):
     assert one["mIoU"] == pytest.approx(two["mIoU"], rel=1e-3) and two["images"] == 40
     a, b = ([r["loss"] for r in lines(tmp_path / n)] for n in ("one", "linear"))
     assert a == pytest.approx(b, rel=1e-5)
-    assert json.loads((tmp_path / "upernet" / "result.json").read_text())["images"] == 40
+    counts = [v for k, v in tiny_run.checkpoint(tmp_path / "upernet")["model"].items()
+              if k.endswith("num_batches_tracked")]  # fmt: skip
+    assert counts and all(n == 4 for n in counts)  # DDP's passes before the first step left no mark
+    # each rank has its own means in BatchNorm; those that are saved, rank 0's, are what is scored
+    two = json.loads((tmp_path / "upernet" / "result.json").read_text())
+    saved = evaluate(tmp_path / "upernet")
+    assert two["images"] == saved["images"] == 40
+    for name in ("mIoU", "pixel_accuracy", "mean_accuracy"):
+        assert two[name] == pytest.approx(saved[name], rel=1e-3), name
 
 
 # ---------------------------------------------------------------------------------- bad input, data
@@ -127,11 +141,26 @@ def test_run__bad_input_is_one_message(tmp_path, flags, words):
         segment.run([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
 
 
-def test_main__exits_with_2(capsys):
-    with mock.patch.object(sys, "argv", ["segment", "evaluate", "nowhere"]):
-        with pytest.raises(SystemExit) as end:
-            segment.main()
-    assert end.value.code == 2 and "no such file" in capsys.readouterr().err
+def test_evaluate__bad_input_exits_with_2(tmp_path, capsys):
+    root, run, odd = (tmp_path / name for name in ("root", "run", "odd"))
+    folder(root, [(40, 40)] * 4, "train")
+    train(run, "--data", root, "--classes", 3, "--batch-size", 4, "--iterations", 1)
+    checkpoint = tiny_run.checkpoint(run)
+    odd.mkdir()
+    engine.save(odd / "last.pt", checkpoint | {"config": checkpoint["config"] | {"colour": 1}})
+    for argv, words in (
+        ([tmp_path / "nowhere"], "no such file"),
+        ([run], f"{root} has no val split"),
+        ([run, "--data", root], f"{root} has no val split"),
+        ([run, "--data", "shapes"], "classes"),
+        ([run, "--workers", "-1"], "--workers -1 must be 0 or"),
+        ([odd], "unknown here: colour"),
+    ):
+        with mock.patch.object(sys, "argv", ["segment", "evaluate", *map(str, argv)]):
+            with pytest.raises(SystemExit) as end:
+                segment.main()
+        assert end.value.code == 2 and words in capsys.readouterr().err, argv
+        assert not list(tmp_path.glob("*/evaluation/result.json")), argv
 
 
 def test_prepare_ade__and_voc_give_our_layout(tmp_path):

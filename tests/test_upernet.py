@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from downstream import encoders
-from downstream.upernet import POOL_SCALES, Neck, Segmenter, UperNet, pixel_loss, pool
+from downstream.upernet import POOL_SCALES, Neck, Probe, Segmenter, UperNet, pixel_loss, pool
 from torch import nn
 
 METHODS = ("cfmae", "semanticmim", "mcmae", "coma_dyvit")
@@ -80,6 +80,16 @@ def test_UperNet__is_pyramid_pooling_and_a_feature_pyramid():
     (actual,) = head.eval()(maps)
     assert actual.shape == (2, 5, 24, 26)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_init_head__classifiers_are_small_and_convolutions_he_normal():
+    torch.manual_seed(0)
+    head, probe = UperNet((60,) * 4, True, 90, 50, 40), Probe(500, 40)
+    for layer in (head.classifier, head.aux_classifier, probe.classifier):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert not layer.bias.any()
+    for (layer, *_), dim in ((head.fuse, 50), (head.aux_conv, 40)):  # 3 x 3; ReLU halves
+        assert layer.weight.std().item() == pytest.approx((2 / (9 * dim)) ** 0.5, rel=0.05)
 
 
 def test_Neck__gives_a_plain_vit_four_strides():

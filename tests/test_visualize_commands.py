@@ -18,10 +18,12 @@ def checkpoints(tmp_path_factory):
 
 
 def run(tmp_path, *words):
-    """Run a command and return its picture's size."""
+    """Run a command and return its picture's size; below the caption it is not one colour."""
     visualize.main([*map(str, words), "--output", str(tmp_path / "sub" / "x.png")])
     with Image.open(tmp_path / "sub" / "x.png") as image:
         assert image.format == "PNG"
+        low, high = image.convert("L").crop((0, image.height // 2, *image.size)).getextrema()
+        assert low < high
         return image.size
 
 
@@ -45,7 +47,8 @@ def test_attention__sizes(tmp_path, checkpoints):
     assert run(tmp_path, *flags, "--checkpoint", sem, more, "--depth")[1] > 2 * 54
     assert run(tmp_path, *flags, "--checkpoint", sem, "--proxy-mean", "--depth")[1] > 3 * 54
     assert run(tmp_path, *flags, "--checkpoint", sem, more, "--distance")[0] == 640
-    assert run(tmp_path, *flags, "--method", "cfmae", "--encoder", "tiny", "--image-size", "32")
+    fresh = ("--method", "cfmae", "--encoder", "tiny", "--image-size", "32")
+    assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
     with pytest.raises(UserError, match="hierarchical"):
         run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])
 
@@ -101,7 +104,7 @@ def test_principal_components__svd():
     torch.testing.assert_close(shares, (S**2 / (S**2).sum())[:3])
 
 
-def test_log__two_runs(tmp_path):
+def test_log__two_runs(tmp_path, monkeypatch):
     for n, name in enumerate("ab"):
         (tmp_path / name).mkdir()
         lines = [{"step": 0, "val": {"loss": 3.0}}, {"step": 20, "loss": 2.0 - n, "lr": 1e-3},
@@ -110,6 +113,13 @@ def test_log__two_runs(tmp_path):
         (tmp_path / name / "log.jsonl").write_text(text)
     assert run(tmp_path, "log", tmp_path / "a", tmp_path / "b" / "log.jsonl")[0] == 2 * 360
     assert run(tmp_path, "log", tmp_path / "a", "--keys", "lr")[0] == 360
+    shown, name = {}, tmp_path / "a" / "log.jsonl"
+    keep = lambda *args: shown.update({title: series for title, _, series in args[2]})  # noqa: E731
+    monkeypatch.setattr(visualize, "chart", keep)
+    visualize.main(["log", str(name), "--output", "x.png"])
+    assert {s.dots: (list(s.x), list(s.y)) for s in shown["loss"]} == {
+        True: ([0], [3.0]), False: ([20, 40], [2.0, 1.0])}  # fmt: skip
+    assert [s.dots for s in shown["lr"]] == [False]
 
 
 def test_folder_of_bare_images(tmp_path, checkpoints):
@@ -118,8 +128,9 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
     for i in range(2):
         Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(tmp_path / "photos" / f"{i}.jpg")
     flags = ("--data", tmp_path / "photos", "--images", "0-1")
-    assert run(tmp_path, "attention", "--checkpoint", checkpoints["cfmae"], *flags)
-    assert run(tmp_path, "reconstruct", "--checkpoint", checkpoints["mcmae"], *flags)
+    for words in (("attention", checkpoints["cfmae"]), ("reconstruct", checkpoints["mcmae"])):
+        height = run(tmp_path, words[0], "--checkpoint", words[1], *flags)[1]
+        assert 2 * 132 < height < 2 * 132 + 120, words  # two rows of cells
     with pytest.raises(UserError, match="no maps"):
         run(tmp_path, "dataset", *flags)
     with pytest.raises(UserError, match="no instance"):
@@ -172,6 +183,17 @@ def test_ticks__round_numbers():
     assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert figures.ticks(-3, 12) == pytest.approx([-2.5, 0, 2.5, 5, 7.5, 10])
     assert figures.ticks(1e-5, 9e-5) == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5])
+
+
+def test_chart__dots_are_not_joined(tmp_path):
+    shares = []
+    for dots in (False, True):
+        panel = ("loss", "step", [figures.Series("", [0, 1], [0.0, 1.0], dots=dots)])
+        figures.chart(tmp_path / "x.png", "", [panel])
+        with Image.open(tmp_path / "x.png") as image:
+            colours = dict((c, n) for n, c in image.getcolors(2**20))
+        shares.append(colours[tuple(bytes.fromhex(figures.COLOURS[0][1:]))])
+    assert 0 < shares[1] < shares[0] / 10
 
 
 def test_numbers__ranges():

@@ -104,6 +104,7 @@ def _rank(rank, ranks, store, runs):
             assert train(out, *flags, build=build) == end
         except engine.UserError as error:
             assert str(end) in str(error), error
+    dist.barrier()  # see engine.command
     dist.destroy_process_group()
 
 

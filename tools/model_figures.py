@@ -61,7 +61,7 @@ def load_model(path: str) -> tuple[str, nn.Module, int]:
     """
     method, checkpoint = read(path)
     script, build = MODELS[method]
-    cfg = script.Config(**checkpoint["config"])
+    cfg = engine.load_config(path, script.Config, checkpoint["config"])
     if hasattr(cfg, "init"):  # what the run started from is not needed again
         cfg.init = None
     model = build(cfg).eval()
@@ -72,7 +72,8 @@ def load_model(path: str) -> tuple[str, nn.Module, int]:
 def open_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The encoders that --checkpoint, --init (any number) and --method name, by their captions."""
     sources = [{"checkpoint": path} for path in args.checkpoint or ()]
-    sources += [{"init": path} for path in args.init or ()]
+    heads = {} if args.num_heads is None else {"num_heads": args.num_heads}
+    sources += [{"init": path, **heads} for path in args.init or ()]
     sources += [{"method": args.method, "model": args.encoder}] if args.method else []
     if not sources:
         raise UserError("name a --checkpoint, an --init or a --method to look at")

@@ -46,7 +46,7 @@ def configure(args: argparse.Namespace, method: str, *flags: str) -> engine.Conf
     """A method's configuration: that of --checkpoint, or its preset with the flags left over."""
     if getattr(args, "checkpoint", None):
         method, checkpoint = read(args.checkpoint)
-        return MODELS[method][0].Config(**checkpoint["config"])
+        return engine.load_config(args.checkpoint, MODELS[method][0].Config, checkpoint["config"])
     script, given = MODELS[method][0], ["--data", args.data, *args.rest, *flags]
     return engine.parse(script.Config, script.PRESETS, script.__doc__, given)
 
@@ -263,6 +263,7 @@ def parser() -> argparse.ArgumentParser:
         if "encoders" in groups:
             sub.add_argument("--checkpoint", nargs="+", help="of this project, one or several")
             sub.add_argument("--init", nargs="+", help="public weights: MAE, BEiT, ConvMAE")
+            sub.add_argument("--num-heads", type=int, help="of --init, where widths do not tell")
             sub.add_argument("--method", choices=list(MODELS), help="fresh weights")
             sub.add_argument("--encoder", default="base", help="preset for --method")
             sub.add_argument("--random", action="store_true", help="fresh weights in their place")
@@ -314,10 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         top.error("--over-training takes shares of training, 0 to 1")
     if getattr(args, "frequency", None) is not None and args.frequency < 1:
         top.error("--frequency must be above 0")
-    try:
-        args.run(args)
-    except OSError as e:
-        raise UserError(str(e)) from None
+    args.run(args)
     print(args.output)
     return 0
 
