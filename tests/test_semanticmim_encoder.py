@@ -186,7 +186,7 @@ def test_run__leaves_numbers_and_a_picture(run):
 
 
 def test_load_encoder__refuses_other_files(run, tmp_path):
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no such file"):
         semanticmim.load_encoder(tmp_path / "nothing.pt")
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     engine.save(tmp_path / "other.pt", checkpoint | {"method": "cfmae"})
