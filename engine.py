@@ -319,6 +319,15 @@ def read(path: str | Path, option: str = "") -> object:
         raise UserError(f"{option}{path} cannot be read safely: {why}") from None
 
 
+def read_state(path: str | Path, option: str) -> dict[str, Tensor]:
+    """Read a state dict, by itself or under 'model'; UserError where the file holds none."""
+    state = read(path, option)
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
+        raise UserError(f"{option}{path} holds no state dict, neither itself nor under 'model'")
+    return state
+
+
 def load(path: str | Path, method: str) -> dict:
     """Read a checkpoint of `method` onto the CPU.
 

@@ -549,10 +549,7 @@ def load_init(model: MCMAE, path: str | Path) -> str:
     Returns: a report of what was loaded, left out and missing.
     Errors: UserError listing what does not fit; then nothing was loaded.
     """
-    state = engine.read(path, "--init ")
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not (isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())):
-        raise UserError(f"--init {path} holds no state dict, neither itself nor under 'model'")
+    state = engine.read_state(path, "--init ")
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
