@@ -554,8 +554,9 @@ def load_init(model: MCMAE, path: str | Path) -> str:
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
     stages = {f"{part}{i}" for part in ("patch_embed", "blocks") for i in (1, 2, 3)}
-    whole = stages | {k.split(".")[0] for k in state}  # a part is there in full, or not at all
-    own = {k.removeprefix("encoder.").split(".")[0] for k in model.state_dict()}
+    own, found = ({k.removeprefix("encoder.").split(".")[0] for k in names}
+                  for names in (model.state_dict(), state))  # fmt: skip
+    whole = stages | found  # a part is there in full, or not at all
     return "init        " + engine.load_weights(
         model, state, path, may_miss=lambda k: k.split(".")[0] not in whole,
         may_stay=lambda k: k.split(".")[0] not in own,

@@ -187,6 +187,8 @@ class Attack:
     (lambda s: s.pop("blocks2.0.attn.weight"), "missing blocks2.0.attn.weight"),
     (lambda s: s.pop("decoder_blocks.1.norm1.bias"), "missing decoder_blocks.1.norm1.bias"),
     (lambda s: s.update({"blocks3.2.norm1.bias": s["norm.bias"]}), "unexpected blocks3.2"),
+    (lambda s: (s.pop("norm.bias"), s.update({"encoder.norm.weight": s.pop("norm.weight")})),
+     "missing norm.bias"),
     (lambda s: s.update({"norm.bias": torch.zeros(7)}), "norm.bias has shape (7,), the model (32"),
     (lambda s: s.update(pos_embed=s["pos_embed"] + 0.1), "pos_embed was learned"),
     (lambda s: (s.clear(), s.update(x=torch.zeros(3)))[0], "missing patch_embed1.proj.weight"),
