@@ -639,8 +639,8 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
     Errors: UserError where the file is no such checkpoint.
     """
     cfg, state = engine.load_encoder(path, "cfmae", Config)
-    side = {"image_size": (cfg.image_size,) * 2}
-    encoder = make_encoder(cfg, **{**side, **overrides})
+    size = (cfg.image_size,) * 2  # positions of another size refer to it
+    encoder = make_encoder(cfg, **{"image_size": size, "trained_size": size, **overrides})
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -285,6 +285,7 @@ class DyViT(nn.Module):
 
     Args:
         image_size: (H, W) the position embedding is kept for; any other size works.
+        trained_size: (H, W) that pre-training saw, as `common.ViT`; None: `image_size`.
         patch_size: side of what is hidden as one; the stem's stride is an eighth of it.
         dims, depths, num_heads: of the four stages.
         windows: the set of k; stages 1 and 2 take those up to their side.
@@ -299,12 +300,14 @@ class DyViT(nn.Module):
         dims: Sequence[int] = (112, 224, 448, 896), depths: Sequence[int] = (2, 3, 16, 3),
         num_heads: Sequence[int] = (2, 4, 8, 16), windows: Sequence[int] = (8, 4, 2),
         stem_mask: str = "before", drop_path: float = 0.0,
+        trained_size: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.patch_size, self.stem_mask, self.drop_path = patch_size, stem_mask, drop_path
         self.dims, self.depths, self.embed_dim = tuple(dims), tuple(depths), dims[-1]
         self.strides = tuple(patch_size // side for side in SIDES)  # 4, 8, 16, 32
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.trained_grid = tuple(n // patch_size for n in trained_size or image_size)
         s = self.strides[0]
         self.stem = nn.Conv2d(3, dims[0], 2 * s - 1, stride=s, padding=s - 1)  # 7 x 7, stride 4
         self.register_buffer("pos_embed", self.sincos(*self.grid), persistent=False)
@@ -322,8 +325,10 @@ class DyViT(nn.Module):
 
     def sincos(self, h: int, w: int) -> Tensor:
         """Fixed position embedding of the stem's grid, by patch: (h*w, 64 * C)."""
-        # NOTE paper unclear: the embedding, "reinserted" for other sizes. Fixed, computed anew.
-        x = sincos_2d(self.dims[0], h * SIDES[0], w * SIDES[0]).T
+        # NOTE paper unclear: the embedding, "reinserted" for other sizes. Fixed; other sizes take
+        # their coordinates from the grid that was trained.
+        trained = [n * SIDES[0] for n in self.trained_grid]
+        x = sincos_2d(self.dims[0], h * SIDES[0], w * SIDES[0], trained).T
         return patchify(x.unflatten(1, (h * SIDES[0], w * SIDES[0]))[None], SIDES[0])[0]
 
     def position(self, h: int, w: int) -> Tensor:
@@ -626,7 +631,7 @@ def load_init(model: Autoencoder, path: str | Path) -> str:
     Returns: a report of what was loaded, left out, and missing.
     Errors: UserError, and nothing is loaded.
     """
-    state = engine.read_state(path, "--init ")
+    state, _ = engine.read_state(path, "--init")
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
@@ -697,7 +702,8 @@ def load_encoder(path: str | Path, **overrides) -> nn.Module:
     Errors: UserError where the file is no such checkpoint.
     """
     cfg, state = engine.load_encoder(path, "coma_dyvit", Config)
-    encoder = make_encoder(cfg, **{"image_size": (cfg.image_size,) * 2, **overrides})
+    size = (cfg.image_size,) * 2  # positions of another size refer to it
+    encoder = make_encoder(cfg, **{"image_size": size, "trained_size": size, **overrides})
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -271,11 +271,11 @@ class ConvBlock(nn.Module):
         self.mlp = nn.Sequential(collections.OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x: Tensor, form: Dense | Sparse, drop: Tensor | None = None) -> Tensor:
-        """x (B, ., ., C) in its form; `drop` (B, 1, 1, 1) scales both branches, None = 1."""
+        """x (B, ., ., C) in its form; `drop` (2, B, 1, 1, 1) scales the branches, None = 1."""
         y = self.conv2(form.depthwise(self.attn, self.conv1(self.norm1(x))))
-        x = x + (y if drop is None else drop * y)
+        x = x + (y if drop is None else drop[0] * y)
         y = self.mlp(self.norm2(x))
-        return x + (y if drop is None else drop * y)
+        return x + (y if drop is None else drop[1] * y)
 
 
 class Encoder(nn.Module):
@@ -284,6 +284,7 @@ class Encoder(nn.Module):
     Args:
         image_size: (H, W) the position embedding is kept for; any other size works and costs
             computing it anew.
+        trained_size: (H, W) that pre-training saw, as `common.ViT`; None: `image_size`.
         drop_path: the last block's rate, used when `seed` is given (fine-tuning).
     """
 
@@ -294,20 +295,22 @@ class Encoder(nn.Module):
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 16,
         embed_dims: Sequence[int] = (256, 384, 768), depths: Sequence[int] = (2, 2, 11),
         mlp_ratios: Sequence[int] = (4, 4, 4), num_heads: int = 12, kernel_size: int = 5,
-        drop_path: float = 0.0,
+        drop_path: float = 0.0, trained_size: Sequence[int] | None = None,
     ):  # fmt: skip
         super().__init__()
         (C1, C2, C3), (P1, P2, P3), (L1, L2, L3) = embed_dims, mlp_ratios, depths
         self.patch_size, self.embed_dim, self.drop_path = patch_size, C3, drop_path
         self.strides = (patch_size // 4, patch_size // 2, patch_size, patch_size * 2)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.trained_grid = tuple(n // patch_size for n in trained_size or image_size)
         self.patch_embed1 = Stem(patch_size // 4, 3, C1)
         self.patch_embed2, self.patch_embed3 = Stem(2, C1, C2), Stem(2, C2, C3)
         self.patch_embed4 = nn.Linear(C3, C3)
         self.blocks1 = nn.ModuleList(ConvBlock(C1, P1, kernel_size) for _ in range(L1))
         self.blocks2 = nn.ModuleList(ConvBlock(C2, P2, kernel_size) for _ in range(L2))
         self.blocks3 = nn.ModuleList(Block(C3, num_heads, P3) for _ in range(L3))
-        self.register_buffer("pos_embed", sincos_2d(C3, *self.grid), persistent=False)
+        position = sincos_2d(C3, *self.grid, self.trained_grid)
+        self.register_buffer("pos_embed", position, persistent=False)
         self.norm = nn.LayerNorm(C3, eps=1e-6)
 
     @property
@@ -323,7 +326,7 @@ class Encoder(nn.Module):
         Args:
             imgs: (B, 3, H, W) float, normalised; H and W multiples of the patch size.
             cells: (B, 4h, 4w, 1), 1 visible, 0 hidden before stage 1 (token masking, dense).
-            drop: (B, 1, 1, 1) for each block; empty: nothing is dropped.
+            drop: (2, B, 1, 1, 1) for each block; empty: nothing is dropped.
         Returns: E1, E2 in their form; tokens of stage 3 (B, V, C3), with position.
         """
         position = self.position(*self.grid_of(imgs))
@@ -350,7 +353,7 @@ class Encoder(nn.Module):
         """Fine-tuning: E1, E2 and the outputs of stage 3's blocks, everything visible."""
         convs, drop = len(self.blocks1) + len(self.blocks2), []
         if seed is not None and self.drop_path > 0:
-            drop = list(drop_path(seed, convs + len(self.blocks3), self.drop_path))  # (B, 1, 1)
+            drop = list(drop_path(seed, convs + len(self.blocks3), self.drop_path))  # (2, B, 1, 1)
         E1, E2, x = self.stages(imgs, Dense(), drop=[d[..., None] for d in drop[:convs]])
         return E1, E2, self.run(x, drop[convs:])
 
@@ -549,7 +552,7 @@ def load_init(model: MCMAE, path: str | Path) -> str:
     Returns: a report of what was loaded, left out and missing.
     Errors: UserError listing what does not fit; then nothing was loaded.
     """
-    state = engine.read_state(path, "--init ")
+    state, _ = engine.read_state(path, "--init")
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
@@ -582,7 +585,8 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
     Errors: UserError where the file is no such checkpoint.
     """
     cfg, state = engine.load_encoder(path, "mcmae", Config)
-    encoder = make_encoder(cfg, **overrides)
+    size = (cfg.image_size,) * 2  # positions of another size refer to it
+    encoder = make_encoder(cfg, **{"image_size": size, "trained_size": size, **overrides})
     engine.load_weights(encoder, state, path)
     return encoder
 

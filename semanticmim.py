@@ -345,14 +345,14 @@ def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> T
 
     Args: block and drop as common.Block; x (B, L, D). Returns: (B, n, D).
     """
-    attn, drop, y = block.attn, 1.0 if drop is None else drop, block.norm1(x)
+    attn, drop, y = block.attn, (1.0, 1.0) if drop is None else drop, block.norm1(x)
     (B, L, D), heads = x.shape, (attn.num_heads, x.shape[2] // attn.num_heads)
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(y[:, :n], weight[:D], bias[:D]).reshape(B, n, *heads).transpose(1, 2)
     k, v = F.linear(y, weight[D:], bias[D:]).reshape(B, L, 2, *heads).permute(2, 0, 3, 1, 4)
     y = attend(q, k, v).transpose(1, 2).flatten(2)
-    x = x[:, :n] + drop * block.ls1(attn.proj(y))
-    return x + drop * block.ls2(block.mlp(block.norm2(x)))
+    x = x[:, :n] + drop[0] * block.ls1(attn.proj(y))
+    return x + drop[1] * block.ls2(block.mlp(block.norm2(x)))
 
 
 class ReconstructionBlock(nn.Module):
@@ -371,9 +371,9 @@ class ReconstructionBlock(nn.Module):
         """[MASK] tokens x (B, M, D) and this layer's [PROXY^{i+1}] (B, P, D) give (B, M, D)."""
         context = self.norm1(torch.cat([proxies, x], dim=1))  # (B, P + M, D)
         y = self.ls1(self.attn(context[:, proxies.shape[1] :], context))
-        x = x + (y if drop is None else drop * y)
+        x = x + (y if drop is None else drop[0] * y)
         y = self.ls2(self.mlp(self.norm2(x)))
-        return x + (y if drop is None else drop * y)
+        return x + (y if drop is None else drop[1] * y)
 
 
 class SemanticMIM(nn.Module):

@@ -86,7 +86,7 @@ def _config(script: ModuleType, values: dict) -> engine.Config:
 
 def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
     """A checkpoint of ours: description, the encoder's state dict, whether it has a final norm."""
-    content = public.read(path, "--checkpoint")
+    content = engine.read(path, "--checkpoint")
     keys = {"format", "method", "config", "model"}
     if not (isinstance(content, dict) and keys <= content.keys()
             and all(isinstance(content[k], dict) for k in ("config", "model"))):  # fmt: skip

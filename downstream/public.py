@@ -1,6 +1,5 @@
 """Public encoders: what their state dicts hold, and a ViT that computes the same.
 
-    read            a file, safely: torch's or safetensors'
     open_public     kind and tensors of a state dict, under our names
     describe        the architecture, read off the shapes
     PublicViT       MAE's and timm's ViT, BEiT; ConvMAE is `mcmae.Encoder`, with the same names
@@ -11,7 +10,6 @@ Kinds are told apart by their keys. Wrappers around a state dict ("model", "stat
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -29,7 +27,6 @@ from semanticmim import resize_position
 
 UserError = engine.UserError
 
-WRAPPERS = ("model", "state_dict", "module", "teacher")
 STEM, STEM1 = "patch_embed.proj.weight", "patch_embed1.proj.weight"
 KINDS = (
     f"ViT as timm and MAE name it ({STEM}, blocks.0.attn.qkv.weight, ...), BEiT (the same, with "
@@ -38,8 +35,6 @@ KINDS = (
 TABLE = "relative_position_bias_table"
 # Public ViTs have heads of 64 features, but for these widths (so400m, ViT-H, ViT-g, ViT-G).
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -139,31 +134,6 @@ class PublicViT(ViT):
 # ------------------------------------------------------------------------------------------ files
 
 
-def read(path: str | Path, option: str) -> object:
-    """Read a file's tensors and plain data, `.safetensors` too; UserError naming the option."""
-    if not str(path).endswith(".safetensors") or not Path(path).is_file():
-        return engine.read(path, f"{option} ")
-    try:
-        return read_safetensors(path)
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        raise UserError(f"{option} {path} cannot be read safely: {why}") from None
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read timm's file format: length of a JSON header, the header, the tensors' bytes."""
-    raw = Path(path).read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
-    header.pop("__metadata__", None)
-    out = {}
-    for name, t in header.items():
-        begin, end = t["data_offsets"]
-        x = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[t["dtype"]])
-        out[name] = x.reshape(t["shape"])
-    return out
-
-
 def open_public(path: str | Path) -> tuple[str, dict[str, Tensor], list[str]]:
     """Read a public state dict.
 
@@ -171,16 +141,10 @@ def open_public(path: str | Path) -> tuple[str, dict[str, Tensor], list[str]]:
         networks in the file.
     Errors: UserError where it is of no known kind.
     """
-    state = read(path, "--init")
-    if isinstance(state, dict) and {"format", "method", "config", "model"} <= state.keys():
+    content = engine.read(path, "--init")
+    if isinstance(content, dict) and {"format", "method", "config", "model"} <= content.keys():
         raise UserError(f"--init {path} is a checkpoint of this project: --checkpoint {path}")
-    for _ in range(3):
-        if isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
-            state = next((state[k] for k in WRAPPERS if k in state), None)
-    if not isinstance(state, dict):
-        under = ", ".join(map(repr, WRAPPERS))
-        raise UserError(f"--init {path} holds no state dict, neither itself nor under {under}")
-    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    state, _ = engine.unwrap(content, f"--init {path}")
     stems = [(k, s) for k in state for s in (STEM, STEM1) if k.endswith(s)]
     prefix = stems[0][0].removesuffix(stems[0][1]) if stems else ""
     other = [k for k in state if not k.startswith(prefix)]  # e.g. MoCo's momentum encoder

@@ -155,18 +155,21 @@ def test_cross_attention__equals_naive_softmax():
     assert_close(attn(x, context), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_drop_path__rates_scale_and_one_column_a_block():
+def test_drop_path__rates_scale_and_a_draw_for_each_branch():
     scale = drop_path(torch.arange(20000), 5, 0.4)
-    assert scale.shape == (5, 20000, 1, 1)
+    assert scale.shape == (5, 2, 20000, 1, 1)
     for i, p in enumerate([0, 0.1, 0.2, 0.3, 0.4]):
-        column = scale[i].flatten()
-        assert abs((column == 0).double().mean() - p) <= 5 * math.sqrt(p * (1 - p) / 20000)
-        assert_close(column[column > 0], torch.full_like(column[column > 0], 1 / (1 - p)))
-    both = ((scale[3] == 0) & (scale[4] == 0)).double().mean()
-    assert abs(both - 0.12) < 5 * math.sqrt(0.12 * 0.88 / 20000)  # blocks drop independently
-    block, x, drop = Block(8, 2), torch.randn(2, 3, 8), torch.tensor([0.0, 1.25])[:, None, None]
-    y = x + drop * block.attn(block.norm1(x))
-    assert_close(block(x, drop), y + drop * block.mlp(block.norm2(y)))
+        for column in scale[i].flatten(1):
+            assert abs((column == 0).double().mean() - p) <= 5 * math.sqrt(p * (1 - p) / 20000)
+            assert_close(column[column > 0], torch.full_like(column[column > 0], 1 / (1 - p)))
+    zero = (scale == 0).flatten(2)
+    for a, b, p in ((zero[3, 0], zero[4, 0], 0.12), (zero[4, 0], zero[4, 1], 0.16)):
+        both = (a & b).double().mean()  # blocks, and branches, drop independently
+        assert abs(both - p) < 5 * math.sqrt(p * (1 - p) / 20000)
+    block, x = Block(8, 2), torch.randn(2, 3, 8)
+    drop = torch.tensor([[0.0, 1.25], [0.0, 0.5]])[..., None, None]
+    y = x + drop[0] * block.attn(block.norm1(x))
+    assert_close(block(x, drop), y + drop[1] * block.mlp(block.norm2(y)))
     assert torch.equal(block(x, drop)[0], x[0])
 
 

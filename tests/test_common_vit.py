@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
@@ -99,7 +100,8 @@ def timm_names() -> set[str]:
 
 def small_vit(**kwargs):
     torch.manual_seed(0)
-    model = ViT((32, 32), 8, 24, kwargs.pop("depth", 4), 3, **kwargs).eval()
+    size = kwargs.pop("image_size", (32, 32))
+    model = ViT(size, 8, 24, kwargs.pop("depth", 4), 3, **kwargs).eval()
     init_weights(model)
     return model
 
@@ -108,7 +110,7 @@ def small_vit(**kwargs):
 def test_vit__forward_features_equals_blocks_by_hand(size):
     model, imgs = small_vit(reg_tokens=2), torch.randn(2, 3, *size)
     h, w = size[0] // 8, size[1] // 8
-    x = model.patch_embed.proj(imgs).flatten(2).transpose(1, 2) + sincos_2d(24, h, w)
+    x = model.patch_embed.proj(imgs).flatten(2).transpose(1, 2) + sincos_2d(24, h, w, (4, 4))
     x = torch.cat([model.cls_token.expand(2, -1, -1), model.reg_token.expand(2, -1, -1), x], 1)
     outputs = []
     for block in model.blocks:
@@ -188,3 +190,25 @@ def test_vit__loads_strictly_into_timm():
         tokens, prefix_tokens = ours.forward_features(imgs)[0]
         expected = theirs.eval().forward_features(imgs)
         assert_close(torch.cat([prefix_tokens, tokens], 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sincos_2d__other_grids_are_laid_over_the_trained_one():
+    for old, new in (((14, 14), (32, 32)), ((8, 8), (16, 24)), ((14, 14), (7, 10))):
+        fixed = sincos_2d(64, *old).T.reshape(1, 64, *old)
+        wanted = F.interpolate(fixed, new, mode="bicubic")[0].flatten(1).T
+        got = sincos_2d(64, *new, old)
+        inner = torch.zeros(new, dtype=torch.bool)  # bicubic flattens towards the border
+        inner[2:-2, 2:-2] = True
+        if new > old:
+            error = (got - wanted)[inner.flatten()].norm() / wanted[inner.flatten()].norm()
+            assert error < 0.02
+        rows = ((torch.arange(new[0]) + 0.5) * old[0] / new[0] - 0.5)[:, None]
+        assert_close(got[:: new[1], 32], rows[:, 0].sin(), atol=1e-5, rtol=0)  # row, frequency 1
+    assert torch.equal(sincos_2d(64, 5, 7, (5, 7)), sincos_2d(64, 5, 7))  # exact at the same size
+
+
+def test_vit__positions_refer_to_the_grid_that_was_trained():
+    trained, built = small_vit(), small_vit(image_size=(64, 96), trained_size=(32, 32))
+    assert torch.equal(built.pos_embed, sincos_2d(24, 8, 12, (4, 4)))
+    assert torch.equal(trained.position(8, 12), built.pos_embed)
+    assert torch.equal(built.position(4, 4), trained.pos_embed)

@@ -134,7 +134,7 @@ def test_read__safetensors(tmp_path):
         body += raw
     head = json.dumps(header).encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + body)
-    assert_close(public.read(tmp_path / "m.safetensors", "--init"), dict(state), rtol=0, atol=0)
+    assert_close(engine.read(tmp_path / "m.safetensors", "--init"), dict(state), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("script", [classify, segment])
