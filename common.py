@@ -96,11 +96,13 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
 
 
 class Normalize(nn.Module):
-    """Map (B, 3, H, W) uint8 to float32 with ImageNet's mean and standard deviation."""
+    """Map (B, 3, H, W) uint8 to float32 by a mean and standard deviation of [0, 1] pixels."""
 
-    def __init__(self):
+    def __init__(
+        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ):
         super().__init__()
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        mean, std = torch.tensor(mean), torch.tensor(std)
         self.register_buffer("mean", mean[:, None, None], persistent=False)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
