@@ -92,6 +92,13 @@ def gather(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def fill(x: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
+    """Put a mask token where a patch is hidden: (B, V, D) to (B, L, D) in raster order."""
+    B, L = ids_restore.shape
+    hidden = mask_token.to(x.dtype).expand(B, L - x.shape[1], -1)
+    return gather(torch.cat([x, hidden], dim=1), ids_restore)
+
+
 # ---------------------------------------------------------------------------------------- patches
 
 
@@ -108,6 +115,10 @@ class Normalize(nn.Module):
 
     def forward(self, rgb: Tensor) -> Tensor:
         return (rgb / 255 - self.mean) / self.std
+
+    def undo(self, imgs: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to uint8."""
+        return ((imgs.float() * self.std + self.mean) * 255).round().clamp(0, 255).byte()
 
 
 def patchify(imgs: Tensor, patch_size: int) -> Tensor:
@@ -131,6 +142,27 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     The variance is the unbiased one and 1e-6 is added to it before the root.
     """
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def pixel_target(imgs: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """What MAE predicts: patches (B, L, p*p*3), each by itself normalised with `norm_pix_loss`."""
+    target = patchify(imgs, patch_size)
+    if norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    return target
+
+
+def pixel_picture(pred: Tensor, imgs: Tensor, patch_size: int, norm_pix_loss: bool) -> Tensor:
+    """Predicted patches (B, L, p*p*3) as normalised images (B, 3, H, W), see `Normalize.undo`.
+
+    With `norm_pix_loss` a prediction has no mean and deviation; they are the true patch's.
+    """
+    pred, (h, w) = pred.float(), (n // patch_size for n in imgs.shape[-2:])
+    if norm_pix_loss:
+        mean, std = patch_statistics(patchify(imgs, patch_size))
+        pred = pred * std + mean
+    return unpatchify(pred, patch_size, (h, w))
 
 
 def sincos_2d(dim: int, h: int, w: int, trained: Sequence[int] | None = None) -> Tensor:

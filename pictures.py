@@ -50,3 +50,24 @@ def _resized(images: Tensor, side: int) -> list[Image.Image]:
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     size = (round(side * arrays.shape[2] / arrays.shape[1]), side)
     return [Image.fromarray(a).resize(size, Image.Resampling.NEAREST) for a in arrays]
+
+
+def columns(reconstruction: dict[str, tuple]) -> dict[str, Tensor]:
+    """The columns of a contact sheet: truth, what is visible of it, and the prediction of the rest.
+
+    Args:
+        reconstruction: name -> (truth, hidden, prediction). Truth and prediction are images
+            (B, 3, H, W) uint8 or label maps (B, H, W); hidden (B, h, w) bool, True = hidden, on any
+            grid that divides the image; None shows the prediction whole.
+    """
+    found = {}
+    for name, (truth, hidden, pred) in reconstruction.items():
+        truth, pred = (colorize(x) if x.ndim == 3 else x for x in (truth, pred))
+        found[name] = truth
+        if hidden is not None:
+            scale = [n // m for n, m in zip(truth.shape[-2:], hidden.shape[-2:])]
+            hidden = hidden.repeat_interleave(scale[0], 1).repeat_interleave(scale[1], 2)[:, None]
+            found[f"{name}: visible"] = truth.masked_fill(hidden, 255)
+            pred = pred.where(hidden, truth)
+        found[f"{name}: prediction"] = pred
+    return found

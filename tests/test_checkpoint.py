@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 from array import array
 from types import SimpleNamespace
 
@@ -177,7 +178,7 @@ def test_warn_of_space__where_a_checkpoint_does_not_fit(tmp_path, monkeypatch, c
                                (13, True, False)):  # fmt: skip
         (tmp_path / "last.pt").touch() if kept else (tmp_path / "last.pt").unlink(missing_ok=True)
         usage = SimpleNamespace(free=free * 2**20)
-        monkeypatch.setattr(engine.shutil, "disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
         engine.warn_of_space(model, tmp_path)
         assert ("warning" in capsys.readouterr().out) == warned
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 import torch
 from cfmae import CFMAE
-from engine import UserError, arg
+from engine import Run, UserError, World, arg
 from PIL import Image
 from torch import nn
 
@@ -88,8 +88,7 @@ def test_command__errors_of_the_file_system_are_one_line(tmp_path, capsys):
 
 def test_split_batch__fewest_equal_micro_batches():
     def split(batch, micro, ranks):
-        cfg = SimpleNamespace(batch_size=batch, micro_batch=micro)
-        return engine.split_batch(cfg, SimpleNamespace(size=ranks))
+        return World.split_batch(SimpleNamespace(size=ranks), batch, micro)
 
     assert split(2048, 128, 8) == (2, 128)  # the equation that a run prints
     assert split(2048, 128, 1) == (16, 128)
@@ -105,9 +104,13 @@ def test_split_batch__fewest_equal_micro_batches():
 # --------------------------------------------------------------------------------------- schedule
 
 
-def test_learning_rate__corners():
+def cosine(cfg, step):
+    return engine.cosine(cfg, SimpleNamespace(number=step, per_epoch=10))
+
+
+def test_cosine__corners():
     cfg = Config(base_lr=1e-3, batch_size=512, warmup_epochs=2, epochs=10, min_lr=1e-5)
-    lr = [engine.learning_rate(cfg, step, 10) for step in range(101)]
+    lr = [cosine(cfg, step) for step in range(101)]
     assert lr[0] == pytest.approx(2e-3 / 20)  # 2e-3 = 1e-3 x 512 / 256, twenty steps of warm-up
     assert lr[9] == pytest.approx(1e-3)
     assert lr[19] == lr[20] == pytest.approx(2e-3)
@@ -119,16 +122,16 @@ def test_learning_rate__corners():
 
 
 @pytest.mark.parametrize("warmup, expected", [(0, [1, 1]), (0.25, [1 / 3, 2 / 3, 1])])
-def test_learning_rate__warm_up_of_no_or_part_of_a_step(warmup, expected):
+def test_cosine__warm_up_of_no_or_part_of_a_step(warmup, expected):
     cfg = Config(base_lr=1.0, batch_size=256, warmup_epochs=warmup, epochs=10_000)
-    lr = [engine.learning_rate(cfg, step, 10) for step in range(len(expected))]
+    lr = [cosine(cfg, step) for step in range(len(expected))]
     assert lr == pytest.approx(expected, abs=1e-6)
 
 
-def test_parameter_groups__no_decay_on_biases_norms_tokens_embeddings():
+def test_decay_groups__no_decay_on_biases_norms_tokens_embeddings():
     model = CFMAE(tiny_run.config("unused"))
     frozen = model.encoder.blocks[0].mlp.fc1.weight.requires_grad_(False)
-    decay, plain = engine.parameter_groups(model, 0.05)
+    decay, plain = engine.decay_groups(model, 0.05)
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     names = {p: n for n, p in model.named_parameters() if p is not frozen}
     assert len(decay["params"]) + len(plain["params"]) == len(names)
@@ -162,7 +165,7 @@ def test_open_folder__a_new_one_each_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("save_minutes", [0, 60])
 def test_nonfinite_loss__is_named_and_not_saved(tmp_path, save_minutes):
-    sampler = engine.data.BatchSampler(tiny_run.SCENES, 8, 0)
+    sampler = data.BatchSampler(tiny_run.SCENES, 8, 0)
     samples = str([index for _, index in sampler.indices(14)])  # of step 15; a line comes at 16
     with pytest.raises(UserError) as error:
         tiny_run.train(tmp_path, "--save-minutes", save_minutes, build=tiny_run.Diverging)
@@ -218,7 +221,7 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
 # -------------------------------------------------------------------------------------- validation
 
 
-def test_validation__evenly_spaced_over_the_split_and_the_ranks(monkeypatch):
+def test_validation__evenly_spaced_over_the_split_and_the_ranks():
     seen = []
 
     class Counting(torch.utils.data.Dataset):
@@ -232,14 +235,18 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks(monkeypatch):
     def mean_label(model, batch):
         return {"label": batch["label"].float().mean()}
 
-    cfg = Config(val_samples=20, workers=0)
     for rank in (0, 1):
         world = SimpleNamespace(
-            rank=rank, size=2, device=torch.device("cpu"), autocast=contextlib.nullcontext,
-            local_size=1, mean=lambda x: x,
+            rank=rank, size=2, mean=lambda x: x, raise_error=lambda x: x, to_device=lambda x: x,
+            workers=lambda wanted: 0, maximum=lambda x: [x],
         )  # fmt: skip
-        monkeypatch.setattr(engine, "raise_error", lambda batch, world: batch)
-        engine.validation(cfg, world, None, Counting(), 4, mean_label)
+        run = object.__new__(Run)
+        vars(run).update(
+            cfg=Config(val_samples=20), world=world, val_set=Counting(), model=torch.nn.Identity(),
+            micro=4, lead=False, number=0, per_epoch=1, autocast=contextlib.nullcontext,
+            meter=SimpleNamespace(write=lambda record: None),
+        )  # fmt: skip
+        run.validate(mean_label)
     assert seen == [(0, i * 103 // 20) for i in range(20)]
     assert seen[-1][1] > 90  # not the first folders alone
 

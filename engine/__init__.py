@@ -1,0 +1,41 @@
+"""What surrounds a training loop, so that the loop itself can stand in the script.
+
+    config       arg, Config, parse                 a dataclass is the command line
+    ranks        World, command                     device, precision, agreement between ranks
+    schedule     decay_groups, layer_decay_groups   and the shape of a rate
+    checkpoint   save, read, load, load_weights     plain types, atomic, weights_only=True
+    folder       a run's folder, its frozen list of files, its first screen
+    log          Meter                              log.jsonl, a loss that is not finite
+    run          Run, Step, cosine                  the loop's surroundings
+
+Arrows go one way: scripts -> engine -> data.
+"""
+
+import os
+
+# OpenMP's threads otherwise wait for one another in a busy loop: on a CPU with anything else to do,
+# loader processes included, a step then takes many times as long. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from data import UserError
+from engine.checkpoint import (
+    FORMAT,
+    load,
+    load_config,
+    load_encoder,
+    load_optimizer,
+    load_weights,
+    read,
+    read_state,
+    save,
+    unwrap,
+    warn_of_space,
+    writing,
+)
+from engine.config import Parser, arg, divides, flag, nearest, parse, require
+from engine.folder import open_data, open_folder, refuse_changes
+from engine.legacy import Config, World, main, train
+from engine.log import Meter
+from engine.ranks import command, has_bf16, keep_freed_memory
+from engine.run import Run, Step, cosine, evenly
+from engine.schedule import decay_groups, layer_decay_groups, warmup_cosine

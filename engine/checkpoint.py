@@ -1,0 +1,233 @@
+"""Checkpoints: plain types only, written whole or not at all, read with weights_only=True."""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data import UserError
+from engine.config import Config, flag
+
+FORMAT = 1
+WRAPPERS = ("model", "state_dict", "module", "teacher")  # what public code wraps weights in
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+
+
+def save(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint so that `path` is at any moment the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(checkpoint, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except (OSError, RuntimeError) as e:  # torch's zip writer hides the first behind the second
+            temporary.unlink(missing_ok=True)
+            raise e if isinstance(e, OSError) else OSError(None, "the disk is full?") from None
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Say in one line what could not be written, a full disk being the usual reason."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror or e}. What was there before is whole; once there "
+            "is room, --resume with --output goes on from the last checkpoint"
+        ) from None
+
+
+def warn_of_space(model: nn.Module, out: Path) -> None:
+    """Say so when checkpoints (weights and AdamW's two moments) will not fit onto the disk."""
+    size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
+    needed = size * (1 if (out / "last.pt").exists() else 2)  # the old one stays meanwhile
+    if (free := shutil.disk_usage(out).free) < needed:
+        print(f"warning     checkpoints take {size / 2**30:.2f} GiB, twice that while one is "
+              f"written; {out} has {free / 2**30:.2f} GiB free", flush=True)  # fmt: skip
+
+
+def read(path: str | Path, option: str = "") -> object:
+    """Read a file's tensors and plain data, `.safetensors` too; no code in it is run.
+
+    Errors: UserError, which begins with the option, e.g. "--init".
+    """
+    name = f"{option} {path}".strip()
+    if not Path(path).is_file():
+        what = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+        raise UserError(f"{name}: {what}")
+    try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        # Public files keep their options beside the weights, as a Namespace; that is data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch's words advise to read it unsafely, or are "101"
+        kind = ".safetensors" if str(path).endswith(".safetensors") else "a file of torch.save"
+        if isinstance(e, PermissionError):
+            raise UserError(f"{name}: {e.strerror}") from None
+        raise UserError(
+            f"{name} cannot be read safely: it is damaged, cut short, not {kind}, or holds more "
+            "than tensors and plain data"
+        ) from None
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read Hugging Face's file format: length of a JSON header, the header, the tensors' bytes."""
+    raw = Path(path).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
+    header.pop("__metadata__", None)
+    out = {}
+    for name, t in header.items():
+        begin, end = t["data_offsets"]
+        x = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[t["dtype"]])
+        out[name] = x.reshape(t["shape"])
+    return out
+
+
+def read_state(path: str | Path, option: str, key: str | None = None) -> tuple[dict, str]:
+    """Read a state dict of any origin: by itself, or in what public code wraps around it.
+
+    Args:
+        path: a file of torch.save, or `.safetensors`; a checkpoint of ours, too.
+        option: for messages, e.g. "--init".
+        key: where the state dict is, e.g. "model_ema" (--init-key); None: the first of WRAPPERS.
+    Returns: names and tensors; what a report says of the choice, "" where there was none.
+    Errors: UserError.
+    """
+    return unwrap(read(path, option), f"{option} {path}", key)
+
+
+def unwrap(content: object, name: str, key: str | None = None) -> tuple[dict, str]:
+    """Find the state dict in what a file holds; as `read_state`, `name` begins its messages."""
+    state, taken, others = content, [], []
+    for _ in range(3):
+        if not isinstance(state, dict) or any(isinstance(v, Tensor) for v in state.values()):
+            break
+        wanted = [key] if key in state and key not in taken else [k for k in WRAPPERS if k in state]
+        if not wanted:
+            break
+        inner = {k: v.values() for k, v in state.items() if k != wanted[0] and isinstance(v, dict)}
+        others += [k for k, v in inner.items() if any(isinstance(x, Tensor) for x in v)]
+        taken, state = [*taken, wanted[0]], state[wanted[0]]
+    if key is not None and key not in taken:
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else "no names at all"
+        raise UserError(f"{name} has no {key!r}, but {found[:300]}")
+    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+        under = ", ".join(map(repr, WRAPPERS))
+        raise UserError(f"{name} holds no state dict, neither itself nor under {under}")
+    report = f"{'.'.join(taken)} taken, not {', '.join(others)}" if others else ""
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}, report
+
+
+def load(path: str | Path, method: str) -> dict:
+    """Read a checkpoint of `method` onto the CPU.
+
+    Errors: UserError where the file is none of ours, or of another method or format.
+    """
+    checkpoint = read(path)
+    keys = {"format", "method", "step", "config", "model", "optimizer", "window"}
+    if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
+        raise UserError(f"{path} is not a checkpoint of this project")
+    found = (checkpoint["method"], checkpoint["format"])
+    if found != (method, FORMAT):
+        raise UserError(f"{path} is of method and format {found}; wanted {(method, FORMAT)}")
+    return checkpoint
+
+
+def load_encoder(path: str | Path, method: str, cls: type[Config]) -> tuple[Config, dict]:
+    """Read a checkpoint's Config and its encoder's state dict; UserError as `load`."""
+    checkpoint, prefix = load(path, method), "encoder."
+    weights = checkpoint["model"].items()
+    state = {k.removeprefix(prefix): v for k, v in weights if k.startswith(prefix)}
+    return load_config(path, cls, checkpoint["config"]), state
+
+
+def load_config(path: str | Path, cls: type[Config], fields: dict) -> Config:
+    """The Config of a checkpoint's fields; UserError naming those that this version has not."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := [k for k in fields if k not in known]:
+        raise UserError(f"{path}: its config has fields unknown here: {', '.join(unknown)}")
+    return cls(**fields)
+
+
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path,
+    may_miss: Callable[[str], bool] = lambda name: False,
+    may_stay: Callable[[str], bool] = lambda name: False,
+) -> str:  # fmt: skip
+    """Load a state dict: all that must fit, or nothing.
+
+    Args:
+        state: names as the model's; both may put `encoder.` before an encoder's or leave it out.
+        path: of the file, for messages.
+        may_miss: whether a name of the model's, without `encoder.`, may be absent from the file.
+        may_stay: whether a name of the file's may be left there.
+    Returns: a report of what was loaded, left out, and missing and so fresh.
+    Errors: UserError listing the names and shapes that do not fit.
+    """
+    own = {k.removeprefix("encoder."): v for k, v in model.state_dict().items()}
+    state = {k.removeprefix("encoder."): v for k, v in state.items()}
+    missing, left = [k for k in own if k not in state], [k for k in state if k not in own]
+    problems = [f"missing {k}" for k in missing if not may_miss(k)]
+    problems += [f"unexpected {k}" for k in left if not may_stay(k)]
+    problems += [
+        f"{k} has shape {tuple(getattr(state[k], 'shape', ()))}, the model {tuple(v.shape)}"
+        for k, v in own.items() if k in state and getattr(state[k], "shape", None) != v.shape
+    ]  # fmt: skip
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
+        raise UserError(f"{path} does not fit the model, nothing was loaded: {shown}")
+    with torch.no_grad():
+        for k in own.keys() & state.keys():
+            own[k].copy_(state[k])  # state_dict() shares the model's memory
+    lists = []
+    for names in (left, missing):
+        counts = collections.Counter(k.split(".")[0] for k in names).items()
+        lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
+    loaded = f"{path}: {len(own) - len(missing)} tensors loaded"
+    return f"{loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}"
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path) -> None:
+    """Load an optimizer's state; UserError where it belongs to other parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    try:
+        fits = own == [group["params"] for group in state["param_groups"]] and all(
+            value is None or value.shape in ((), params[i].shape)
+            for i, values in state["state"].items() for value in values.values()
+        )  # fmt: skip
+    except (AttributeError, IndexError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the optimizer state in {path} does not fit the model's parameters")
+    optimizer.load_state_dict(state)
+
+
+def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
+    """UserError naming the fields in which a resumed run would differ from its checkpoint."""
+    new = dataclasses.asdict(cfg)
+    changed = [k for k in {**old, **new} if k not in cfg.FREE and old.get(k) != new.get(k)]
+    if changed:
+        shown = "; ".join(f"{flag(k)} was {old.get(k)}, is {new.get(k)}" for k in changed)
+        raise UserError(f"{path} is a run with other settings: {shown}")

@@ -1,0 +1,207 @@
+"""A dataclass is the command line: each field has a default, a source, choices or a range."""
+
+import argparse
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+
+from data import UserError
+
+GROUPS = ("data", "model", "masking", "optimisation", "run")  # of --help, in this order
+
+
+def arg(
+    default: object,
+    source: str,
+    choices: list | None = None,
+    within: str = "",
+    group: str = "",
+) -> typing.Any:
+    """A configuration field.
+
+    Args:
+        default: None where another field decides.
+        source: the table or section it comes from, or who set it; shown by --help.
+        choices: what it may be.
+        within: what range, e.g. "[0, 1)" or "(0, inf)".
+        group: of --help; of a field that `Config` has, its own, of others "model".
+    """
+    metadata = {"help": source, "choices": choices, "within": within, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _data(*args, **kwargs):
+    return arg(*args, group="data", **kwargs)
+
+
+def _optim(*args, **kwargs):
+    return arg(*args, group="optimisation", **kwargs)
+
+
+def _run(*args, **kwargs):
+    return arg(*args, group="run", **kwargs)
+
+
+@dataclass
+class Config:
+    """What every run needs. A method's own Config restates each value that its paper sets."""
+
+    data: str = _data("data/imagenet", "folder of images and maps, or shapes, the embedded data")
+    output: str | None = _run(None, "folder of the run; default: a new one under runs/")
+    model: str = arg("base", "preset")
+    epochs: int = _optim(400, "length of the schedule", within="(0, inf)")
+    steps: int | None = _run(
+        None, "stop after this many steps; the schedule keeps its length", within="(0, inf)"
+    )
+    warmup_epochs: float = _optim(40, "linear warm-up", within="[0, inf)")
+    batch_size: int = _optim(
+        2048, "global batch, over all ranks and micro-batches", within="(0, inf)"
+    )
+    micro_batch: int = _run(
+        128, "most samples that one device takes at a time; set by the preset", within="(0, inf)"
+    )
+    base_lr: float = _optim(1.5e-4, "lr = base_lr * batch_size / 256", within="(0, inf)")
+    min_lr: float = _optim(0.0, "where the cosine ends", within="[0, inf)")
+    weight_decay: float = _optim(
+        0.05, "not on biases, norms, tokens, embeddings", within="[0, inf)"
+    )
+    beta1: float = _optim(0.9, "AdamW", within="[0, 1)")
+    beta2: float = _optim(0.95, "AdamW", within="[0, 1)")
+    clip_grad: float | None = _optim(None, "largest gradient norm", within="(0, inf)")
+    image_size: int = _data(224, "pixels")
+    patch_size: int = arg(16, "pixels")
+    crop_scale_min: float = _data(0.2, "smallest area of the random resized crop", within="(0, 1]")
+    seed: int = _run(0, "of weights, order, crops, masks", within="[0, 9223372036854775807]")
+    workers: int | None = _run(
+        None, "loader processes a rank; default: its cores, at most 16", within="[0, inf)"
+    )
+    device: str = _run("auto", "auto, cpu or cuda", ["auto", "cpu", "cuda"])
+    precision: str = _run("auto", "auto: bf16 where units for it are", ["auto", "fp32", "bf16"])
+    compile: bool = _run(False, "torch.compile the model")
+    deterministic: bool = _run(False, "deterministic CUDA kernels")
+    resume: bool = _run(False, "continue the run in --output")
+    log_every: int = _run(20, "steps between lines of log.jsonl", within="(0, inf)")
+    save_minutes: float = _run(20.0, "minutes between saves of last.pt", within="[0, inf)")
+    save_epochs: int = _run(
+        0, "epochs between snapshots that are kept; 0 = none", within="[0, inf)"
+    )
+    val_epochs: int = _run(
+        0, "epochs between evaluations; 0 = at the start and the end alone", within="[0, inf)"
+    )
+    val_samples: int = _run(
+        512, "most samples of the val split that an evaluation reads", within="(0, inf)"
+    )
+    preview_epochs: int = _run(
+        0, "epochs between preview pictures; 0 = at the end alone", within="[0, inf)"
+    )
+
+    # What may differ when a run is resumed; everything else is part of its result.
+    FREE: typing.ClassVar = tuple(
+        "output steps micro_batch workers device compile resume log_every save_minutes save_epochs "
+        "val_epochs val_samples preview_epochs".split()
+    )
+
+    def resolve(self) -> None:
+        """Fill in defaults that depend on other fields; UserError on values that cannot work."""
+        divides(self, "image_size", "patch_size")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag(f.name)} {value} is not a finite number")
+            if value is not None and not inside(value, within := range_of(type(self), f)):
+                raise UserError(f"{flag(f.name)} {value} {refusal(within)}")
+        require((not self.resume or self.output, "resume", "needs --output, the run to continue"))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def inherited(cls: type[Config], name: str, key: str) -> str:
+    """What the nearest class that says anything says of a field: its `group` or `within`."""
+    for base in cls.__mro__:
+        field = getattr(base, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata.get(key):
+            return field.metadata[key]
+    return ""
+
+
+def range_of(cls: type[Config], field: dataclasses.Field) -> str:
+    return inherited(cls, field.name, "within")
+
+
+def inside(value: float, within: str) -> bool:
+    """Whether a number lies in a range such as "[0, 1)"; in "" all do."""
+    if not within:
+        return True
+    low, high = map(float, within[1:-1].split(","))
+    return (low < value if within[0] == "(" else low <= value) and (
+        value < high if within[-1] == ")" else value <= high
+    )
+
+
+def refusal(within: str) -> str:
+    if within.endswith("inf)"):
+        return "must be above 0" if within[0] == "(" else "must be 0 or above"
+    return f"is outside {within}"
+
+
+def require(*checks: tuple[object, str, str]) -> None:
+    """UserError of the first (holds, field, words) that does not hold."""
+    for holds, name, words in checks:
+        if not holds:
+            raise UserError(f"{flag(name)} {words}")
+
+
+def nearest(n: int, k: int) -> str:
+    """The multiples of k around n, in words; none is below k."""
+    return " or ".join(map(str, sorted({max(n // k, 1) * k, (n // k + 1) * k})))
+
+
+def divides(cfg: Config, whole: str, part: str) -> None:
+    """UserError naming the nearest values that work unless `part` divides `whole`."""
+    n, k = getattr(cfg, whole), getattr(cfg, part)
+    if k <= 0 or n <= 0:
+        raise UserError(f"{flag(whole)} {n} and {flag(part)} {k} must be above 0")
+    words = f"{n} is not divisible by {flag(part)} {k}; nearest that work: {nearest(n, k)}"
+    require((n % k == 0, whole, words))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse(
+    cls: type[Config], presets: dict[str, dict], doc: str, argv: list[str] | None = None
+) -> Config:
+    """Build a Config: command line before preset before class default."""
+    parser = Parser(
+        description=doc,
+        usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
+        choices = list(presets) if f.name == "model" else f.metadata["choices"]
+        shown = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+        if kind is bool:
+            extra = {"action": argparse.BooleanOptionalAction}
+        else:
+            extra = {"type": kind, "choices": choices}
+            extra |= {} if choices else {"metavar": kind.__name__}
+        group = groups[inherited(cls, f.name, "group") or "model"]
+        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
+    parser.epilog = "presets (--model), which change these defaults:\n" + "\n".join(
+        f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
+        for name, values in presets.items()
+    )
+    given = vars(parser.parse_args(argv))
+    preset = presets[given.get("model", cls.model)]
+    cfg = cls(**{**preset, **given})
+    cfg.resolve()
+    return cfg

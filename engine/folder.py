@@ -1,0 +1,102 @@
+"""A run's folder: made once, entered again to resume; its list of files, frozen; its screen."""
+
+import dataclasses
+import itertools
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+from data import UserError
+from engine.checkpoint import writing
+from engine.config import Config, flag
+from engine.ranks import World
+
+
+def open_folder(cfg: Config, method: str) -> tuple[str, bool]:
+    """Create the folder of a run, or enter one to resume; (path, whether it holds a checkpoint)."""
+    out = Path(cfg.output or f"runs/{method}-{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    number = itertools.count(2)
+    while not cfg.output and out.exists():
+        out = out.with_name(f"{out.name.partition('_')[0]}_{next(number)}")
+    if not cfg.resume and any((out / n).exists() for n in ("config.json", "log.jsonl", "last.pt")):
+        raise UserError(f"{out} holds a run: continue it with --resume, or choose another --output")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot create the output folder {out}: {e}") from None
+    return str(out), (out / "last.pt").exists()
+
+
+def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
+    """UserError naming the fields in which a resumed run would differ from its checkpoint."""
+    new = dataclasses.asdict(cfg)
+    changed = [k for k in {**old, **new} if k not in cfg.FREE and old.get(k) != new.get(k)]
+    if changed:
+        shown = "; ".join(f"{flag(k)} was {old.get(k)}, is {new.get(k)}" for k in changed)
+        raise UserError(f"{path} is a run with other settings: {shown}")
+
+
+def open_data(
+    cfg: Config, world: World, out: Path, split: str, **options
+) -> torch.utils.data.Dataset | None:
+    """Open one split on every rank; None where a folder has no val split.
+
+    Rank 0 lists the files once, and the list is frozen in the run's folder, which all nodes share:
+    a run that continues from a checkpoint, and every worker, maps it from there.
+    """
+    keys = {"image_size": cfg.image_size, "patch_size": cfg.patch_size, "granularities": ("rgb",)}
+    keys |= {"scale": (cfg.crop_scale_min, 1.0), "train": split == "train", "seed": cfg.seed}
+    keys |= options
+    if cfg.data == "shapes":
+        return data.open_dataset(cfg.data, split, **keys)
+    folder = out / f"files-{split}"
+
+    def listing() -> bool:
+        if split != "train" and not (Path(cfg.data) / split).is_dir():
+            return False
+        if not ((out / "last.pt").exists() and (folder / "files.npy").exists()):
+            files = data.scan(cfg.data, split, keys["granularities"])
+            data.check(data.open_dataset(cfg.data, split, files=files, **keys))
+            with writing(folder):
+                files.save(folder)
+        return True
+
+    if not world.from_rank_0(listing):
+        return None
+    for _ in range(60):  # a network file system shows a new folder late
+        if (folder / "files.npy").exists():
+            break
+        time.sleep(0.5)
+    else:
+        raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
+    return data.open_dataset(cfg.data, split, files=data.FileList.open(folder), **keys)
+
+
+def screen(run: object, model: nn.Module) -> str:
+    """What a run begins with: model, data, batch, rate, length, device, folder."""
+    cfg, world = run.cfg, run.world
+    million = {
+        n: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6
+        for n, m in (("all", model), ("encoder", model.encoder))
+    }
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    threads = "" if device != "CPU" else f", {torch.get_num_threads()} threads a rank"
+    val = f"{len(run.val_set)} images" if run.val_set else "none, so nothing is evaluated"
+    lines = {
+        "method": f"{run.method}, preset {cfg.model}, {cfg.image_size} pixels",
+        "parameters": f"{million['all']:.2f} M, of which the encoder {million['encoder']:.2f} M",
+        "data": f"{cfg.data}: train {len(run.train_set)} images, val {val}; "
+        f"{len(run.train_set.classes)} classes; {', '.join(run.train_set.granularities)}",
+        "batch": f"{cfg.batch_size} = {world.size} ranks x {run.accum} steps x {run.micro}",
+        "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
+        "length": f"{run.total} steps, {run.total / run.per_epoch:g} epochs of {run.per_epoch}"
+        + (f", stopping after {cfg.steps} steps" if cfg.steps else ""),
+        "device": f"{device}{threads}, {'bf16' if world.bf16 else 'fp32'}, "
+        f"{world.workers(cfg.workers)} loader processes a rank",
+        "output": str(run.out),
+    }
+    return "\n".join(f"{k:<11} {v}" for k, v in lines.items())

@@ -1,0 +1,145 @@
+"""What a run says while it trains: log.jsonl, the bar's text, a loss that is not finite."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data import BatchSampler, UserError
+from engine.checkpoint import writing
+from engine.ranks import World
+
+
+class Meter:
+    """Loss terms, times and unreadable files of a run; nothing here waits for the device until a
+    line is written or a checkpoint is due.
+
+    A term that only some steps have (CoMA's second branch) is the mean over these.
+    """
+
+    def __init__(self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None):
+        self.out, self.world, self.train_set, self.bad, self.count = out, world, train_set, 0, 0
+        self.names, self.counts = [], []  # of the window: terms, and the steps that had each
+        self.sum = self.part = torch.zeros(0, device=world.device)
+        self.finite_until = None  # on the device: the first step with a bad loss, and its terms
+        if checkpoint and checkpoint["window"]["count"]:
+            self.names, values, self.count = (checkpoint["window"][k] for k in FIELDS)
+            self.sum = torch.tensor(values, device=world.device)
+            self.counts = checkpoint["window"].get("counts", [self.count] * len(self.names))
+        if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
+            path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            temporary = path.with_name(path.name + ".tmp")
+            with writing(path):
+                temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
+                os.replace(temporary, path)
+
+    @staticmethod
+    def is_whole(line: str, at: int) -> bool:
+        """Whether a line of the log belongs to a step up to `at` and was not torn by a crash."""
+        try:
+            return line.endswith("\n") and json.loads(line)["step"] <= at
+        except ValueError:
+            return False
+
+    def restart(self) -> None:
+        """Start the clock, after anything that is not training."""
+        self.began, self.waited, self.first = time.monotonic(), 0.0, self.count
+
+    def add(self, step: int, loss: Tensor, logs: dict[str, Tensor], bad: Tensor) -> None:
+        """Take in one micro-batch; `bad` (B,), on the CPU, is -1 or an unreadable file."""
+        terms = {"loss": loss.detach(), **logs}
+        new = [k for k in terms if k not in self.names]
+        self.names, self.counts = self.names + new, self.counts + [0] * len(new)
+        none = torch.zeros((), device=loss.device)
+        values = torch.stack([terms.get(k, none).float() for k in self.names])
+        self.now = [k in terms for k in self.names]
+        self.sum, self.part = (self.widen(x, values) for x in (self.sum, self.part))
+        self.part = self.part + values
+        if self.finite_until is None:
+            self.finite_until = torch.full((), 1e18, dtype=torch.float64, device=loss.device)
+            self.bad_terms = torch.zeros_like(values)
+        wrong = ~values[0].isfinite() & (self.finite_until > 1e17)
+        self.finite_until = self.finite_until.where(~wrong, step)
+        self.bad_terms = torch.where(wrong, values, self.widen(self.bad_terms, values))
+        for index in bad[bad >= 0].tolist():
+            self.bad += 1
+            with writing(path := self.out / "bad_files.txt"), open(path, "a") as f:
+                f.write(self.train_set.files.name(index) + "\n")
+
+    @staticmethod
+    def widen(x: Tensor, to: Tensor) -> Tensor:
+        return torch.cat([x, to.new_zeros(len(to) - len(x))]) if len(x) < len(to) else x
+
+    def end_step(self, accum: int) -> None:
+        """Count a step of `accum` micro-batches; those of a step that is dropped never count."""
+        self.sum, self.part = self.sum + self.part / accum, torch.zeros_like(self.part)
+        self.counts, self.count = [a + b for a, b in zip(self.counts, self.now)], self.count + 1
+
+    def window(self) -> dict:
+        """Sums since the last line, mean over ranks: a resumed run completes that line."""
+        values = self.world.mean(self.sum.clone()).tolist()
+        return dict(zip((*FIELDS, "counts"), (self.names, values, self.count, self.counts)))
+
+    def check(self, sampler: BatchSampler) -> None:
+        """UserError where a loss was not finite: step, terms, samples, last checkpoint."""
+        if self.finite_until is None:
+            return
+        first = self.finite_until.clone()
+        if self.world.size > 1:
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+        if first > 1e17:
+            return
+        mine = (self.finite_until == first).float()  # the terms' mean over the ranks that saw it
+        terms = torch.stack([mine, *self.bad_terms.where(mine > 0, 0.0)])
+        if self.world.size > 1:
+            dist.all_reduce(terms)
+        terms = zip(self.names, (terms[1:] / terms[0]).tolist())
+        terms = ", ".join(f"{k} {v:.4g}" for k, v in terms)
+        step, last = int(first), self.out / "last.pt"
+        where = f"last good checkpoint {last}" if last.exists() else "no checkpoint before it"
+        samples = [index for _, index in sampler.indices(step)]
+        raise UserError(
+            f"the loss of step {step + 1} is not finite ({terms}); {where}; samples of that step: "
+            f"{samples[:64]}{' ...' if samples[64:] else ''}. Try a lower --base-lr, --clip-grad "
+            "or --precision fp32"
+        )
+
+    def log(self, record: dict, batch_size: int, sampler: BatchSampler) -> str:
+        """Write a line of means since the last one; returns the progress bar's text."""
+        self.check(sampler)
+        window = self.window()
+        means = {k: v / n for k, v, n in zip(self.names, window["sum"], self.counts)}
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rate = (self.count - self.first) * batch_size / seconds
+        cuda = self.world.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else 0
+        peak = peak / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        bad = int(self.world.mean(torch.tensor(float(self.bad))) * self.world.size)
+        times = {"images_per_s": rate, "data_wait": self.waited / seconds, "peak_memory_mib": peak}
+        self.write(record | means | times | {"unreadable_files": bad})
+        limit = max(10, sampler.length // 1000)  # 0.1 % of an epoch
+        if bad > limit:
+            raise UserError(
+                f"{bad} unreadable images in this epoch (more than {limit}); their names are in "
+                f"{self.out / 'bad_files.txt'}"
+            )
+        self.names, self.counts, self.count = [], [], 0
+        self.sum = self.part = torch.zeros(0, device=self.world.device)
+        self.finite_until = None
+        self.restart()
+        return f"loss {means['loss']:.4f}, {rate:.1f} images/s, data wait {times['data_wait']:.0%}"
+
+    def write(self, record: dict) -> None:
+        if self.world.rank == 0:
+            with writing(path := self.out / "log.jsonl"), open(path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+
+FIELDS = ("names", "sum", "count")  # of a window, as checkpoints have them
