@@ -33,8 +33,21 @@ from engine.checkpoint import (
     writing,
 )
 from engine.config import Parser, arg, divides, flag, nearest, parse, require
-from engine.folder import open_data, open_folder, refuse_changes
-from engine.legacy import Config, World, main, train
+from engine.folder import open_folder, refuse_changes
+from engine.legacy import (
+    Config,
+    World,
+    learning_rate,
+    main,
+    open_data,
+    parameter_groups,
+    raise_error,
+    ramp,
+    split_batch,
+    to_device,
+    train,
+    workers,
+)
 from engine.log import Meter
 from engine.ranks import command, has_bf16, keep_freed_memory
 from engine.run import Run, Step, cosine, evenly
