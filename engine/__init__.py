@@ -25,14 +25,12 @@ from engine.checkpoint import (
     load_encoder,
     load_optimizer,
     load_weights,
-    read,
-    read_state,
     save,
-    unwrap,
     warn_of_space,
     writing,
 )
-from engine.config import Parser, arg, divides, flag, nearest, parse, require
+from engine.config import Parser, parse
+from engine.field import arg, divides, flag, nearest, require
 from engine.folder import open_folder, refuse_changes
 from engine.legacy import (
     Config,
@@ -50,5 +48,8 @@ from engine.legacy import (
 )
 from engine.log import Meter
 from engine.ranks import command, has_bf16, keep_freed_memory
-from engine.run import Run, Step, cosine, evenly
+from engine.reader import read, read_state, unwrap
+from engine.run import Run
 from engine.schedule import decay_groups, layer_decay_groups, warmup_cosine
+from engine.step import Step, cosine
+from engine.validate import evenly

@@ -1,10 +1,8 @@
 """Checkpoints: plain types only, written whole or not at all, read with weights_only=True."""
 
-import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,19 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from data import UserError
-from engine.config import Config, flag
+from engine.config import Config
+from engine.reader import read
 
 FORMAT = 1
-WRAPPERS = ("model", "state_dict", "module", "teacher")  # what public code wraps weights in
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -63,80 +52,6 @@ def warn_of_space(model: nn.Module, out: Path) -> None:
     if (free := shutil.disk_usage(out).free) < needed:
         print(f"warning     checkpoints take {size / 2**30:.2f} GiB, twice that while one is "
               f"written; {out} has {free / 2**30:.2f} GiB free", flush=True)  # fmt: skip
-
-
-def read(path: str | Path, option: str = "") -> object:
-    """Read a file's tensors and plain data, `.safetensors` too; no code in it is run.
-
-    Errors: UserError, which begins with the option, e.g. "--init".
-    """
-    name = f"{option} {path}".strip()
-    if not Path(path).is_file():
-        what = "is a folder, not a file" if Path(path).is_dir() else "no such file"
-        raise UserError(f"{name}: {what}")
-    try:
-        if str(path).endswith(".safetensors"):
-            return read_safetensors(path)
-        # Public files keep their options beside the weights, as a Namespace; that is data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch's words advise to read it unsafely, or are "101"
-        kind = ".safetensors" if str(path).endswith(".safetensors") else "a file of torch.save"
-        if isinstance(e, PermissionError):
-            raise UserError(f"{name}: {e.strerror}") from None
-        raise UserError(
-            f"{name} cannot be read safely: it is damaged, cut short, not {kind}, or holds more "
-            "than tensors and plain data"
-        ) from None
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read Hugging Face's file format: length of a JSON header, the header, the tensors' bytes."""
-    raw = Path(path).read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
-    header.pop("__metadata__", None)
-    out = {}
-    for name, t in header.items():
-        begin, end = t["data_offsets"]
-        x = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[t["dtype"]])
-        out[name] = x.reshape(t["shape"])
-    return out
-
-
-def read_state(path: str | Path, option: str, key: str | None = None) -> tuple[dict, str]:
-    """Read a state dict of any origin: by itself, or in what public code wraps around it.
-
-    Args:
-        path: a file of torch.save, or `.safetensors`; a checkpoint of ours, too.
-        option: for messages, e.g. "--init".
-        key: where the state dict is, e.g. "model_ema" (--init-key); None: the first of WRAPPERS.
-    Returns: names and tensors; what a report says of the choice, "" where there was none.
-    Errors: UserError.
-    """
-    return unwrap(read(path, option), f"{option} {path}", key)
-
-
-def unwrap(content: object, name: str, key: str | None = None) -> tuple[dict, str]:
-    """Find the state dict in what a file holds; as `read_state`, `name` begins its messages."""
-    state, taken, others = content, [], []
-    for _ in range(3):
-        if not isinstance(state, dict) or any(isinstance(v, Tensor) for v in state.values()):
-            break
-        wanted = [key] if key in state and key not in taken else [k for k in WRAPPERS if k in state]
-        if not wanted:
-            break
-        inner = {k: v.values() for k, v in state.items() if k != wanted[0] and isinstance(v, dict)}
-        others += [k for k, v in inner.items() if any(isinstance(x, Tensor) for x in v)]
-        taken, state = [*taken, wanted[0]], state[wanted[0]]
-    if key is not None and key not in taken:
-        found = ", ".join(map(str, content)) if isinstance(content, dict) else "no names at all"
-        raise UserError(f"{name} has no {key!r}, but {found[:300]}")
-    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-        under = ", ".join(map(repr, WRAPPERS))
-        raise UserError(f"{name} holds no state dict, neither itself nor under {under}")
-    report = f"{'.'.join(taken)} taken, not {', '.join(others)}" if others else ""
-    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}, report
 
 
 def load(path: str | Path, method: str) -> dict:
@@ -222,12 +137,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
     if not fits:
         raise UserError(f"the optimizer state in {path} does not fit the model's parameters")
     optimizer.load_state_dict(state)
-
-
-def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
-    """UserError naming the fields in which a resumed run would differ from its checkpoint."""
-    new = dataclasses.asdict(cfg)
-    changed = [k for k in {**old, **new} if k not in cfg.FREE and old.get(k) != new.get(k)]
-    if changed:
-        shown = "; ".join(f"{flag(k)} was {old.get(k)}, is {new.get(k)}" for k in changed)
-        raise UserError(f"{path} is a run with other settings: {shown}")

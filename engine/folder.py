@@ -12,7 +12,8 @@ from torch import nn
 import data
 from data import UserError
 from engine.checkpoint import writing
-from engine.config import Config, flag
+from engine.config import Config
+from engine.field import flag
 from engine.ranks import World
 
 

@@ -8,7 +8,8 @@ from engine.config import parse
 from engine.folder import open_data as _open_data
 from engine.ranks import command
 from engine.checkpoint import writing
-from engine.run import Run, evenly
+from engine.run import Run
+from engine.validate import evenly
 from engine.schedule import decay_groups, warmup_cosine
 
 

@@ -27,22 +27,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-import pictures
 from engine import checkpoint
 from engine.config import Config
 from engine.folder import open_data, open_folder, refuse_changes, screen
 from engine.log import Meter
 from engine.ranks import World, keep_freed_memory
-from engine.schedule import warmup_cosine
-
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C, agreed on by all ranks: the unfinished step is dropped."""
+from engine.step import Step, Stopped
+from engine.validate import picture, validate
 
 
 class Run:
@@ -55,6 +51,8 @@ class Run:
         options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one.
     Errors: UserError.
     """
+
+    picture = picture
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,
@@ -157,7 +155,7 @@ class Run:
     def steps(
         self, model: nn.Module, optimizer: torch.optim.Optimizer,
         evaluate: Callable | None = None, preview: Callable | None = None,
-    ) -> Iterator["Step"]:  # fmt: skip
+    ) -> Iterator[Step]:  # fmt: skip
         """Yield the steps that are left, from the last checkpoint on; save, evaluate and log.
 
         Args:
@@ -190,7 +188,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
         if self.checkpoint is None:
-            self.validate(evaluate)
+            validate(self, evaluate)
         self.batches, self.saved = iter(loader), time.monotonic()
         bar = tqdm(
             total=self.stop, initial=self.number, unit="step", disable=not self.lead,
@@ -208,7 +206,7 @@ class Run:
             self.end_of_epoch(evaluate, preview)
         bar.close()
         self.save("last.pt")
-        self.validate(evaluate, preview)
+        validate(self, evaluate, preview)
         self.say(f"finished: {self.where()}")
 
     def end_of_epoch(self, evaluate: Callable | None, preview: Callable | None) -> None:
@@ -221,7 +219,7 @@ class Run:
         shown = cfg.preview_epochs and epoch % cfg.preview_epochs == 0
         looked = cfg.val_epochs and epoch % cfg.val_epochs == 0
         if self.number < self.stop and (shown or looked):
-            self.validate(evaluate, preview if shown else None)
+            validate(self, evaluate, preview if shown else None)
             self.meter.restart()
 
     def save(self, name: str) -> None:
@@ -234,121 +232,3 @@ class Run:
             checkpoint.save(self.out / name, state | {"optimizer": self.optimizer.state_dict()})
         self.world.maximum(0)
         self.saved = time.monotonic()
-
-    @torch.no_grad()
-    def validate(self, evaluate: Callable | None, preview: Callable | None = None) -> None:
-        """Means over `val_samples` of the val split, evenly spaced and shared out over the ranks;
-        and a picture of four of its images.
-        """
-        if self.val_set is None:
-            return
-        self.model.eval()
-        length, size, cfg = len(self.val_set), self.world.size, self.cfg
-        share = max(1, min(cfg.val_samples, length) // size)
-        pairs = [(0, i) for i in evenly(length, share * size)[self.world.rank * share :][:share]]
-        batches = [pairs[i : i + self.micro] for i in range(0, share, self.micro)]
-        loader = torch.utils.data.DataLoader(
-            self.val_set, batch_sampler=batches,
-            collate_fn=data.collate, worker_init_fn=data.worker_init,
-            num_workers=min(self.world.workers(cfg.workers), share // 256),
-        )  # fmt: skip
-        total = 0.0
-        for batch in loader:
-            batch = self.world.to_device(self.world.raise_error(batch))
-            with self.autocast():
-                if evaluate:
-                    terms = evaluate(self.model, batch)
-                else:
-                    loss, terms = self.model(batch, torch.ones((), device=self.device))
-                    terms = {"loss": loss, **terms}
-            values = torch.stack([v.float() for v in terms.values()])
-            total = total + values * len(batch["seed"]) / share
-        terms = dict(zip(terms, self.world.mean(total).tolist()))
-        self.meter.write({"step": self.number, "epoch": self.number / self.per_epoch, "val": terms})
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in terms.items())
-        self.say(f"val, step {self.number}: {shown}")
-        if preview and self.lead:
-            self.picture(preview)
-        self.model.train()
-        self.world.maximum(0)
-
-    def picture(self, preview: Callable) -> None:
-        path, length = self.out / f"preview-{self.number:07d}.png", len(self.val_set)
-        batch = data.collate([self.val_set[0, i] for i in evenly(length, min(4, length))])
-        if "error" in batch:
-            raise data.UserError(batch["error"])
-        caption = f"{self.method} {self.cfg.model}, step {self.number}, {self.cfg.data} val"
-        with checkpoint.writing(path), self.autocast():
-            columns = pictures.columns(preview(self.model, self.world.to_device(batch)))
-            pictures.contact_sheet(columns, path, caption)
-        self.say(f"preview     {path}")
-
-
-class Step:
-    """One step of the optimizer.
-
-    Attributes: `number` from 0, `per_epoch` steps, `progress` 0-d in [0, 1], the share of training
-    that is done, on the device; `logging`: whether a line of the log follows.
-    """
-
-    def __init__(self, run: Run):
-        self.run, self.number, self.per_epoch = run, run.number, run.per_epoch
-        self.progress = torch.full((), run.number / run.total, device=run.device)
-        done = run.number + 1
-        self.logging = done % run.cfg.log_every == 0 or done == run.stop
-
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield this rank's batches, on its device; ranks sum gradients in the last one alone."""
-        run = self.run
-        for a in range(run.accum):
-            began = time.monotonic()
-            batch = next(run.batches)
-            run.meter.waited += time.monotonic() - began
-            due = run.lead and time.monotonic() - run.saved > 60 * run.cfg.save_minutes
-            failed, number, due = run.world.maximum("error" in batch, run.signal, due)
-            if failed:
-                run.world.raise_error(batch)
-            if number:
-                raise Stopped(number)
-            if due and a == 0:
-                run.save("last.pt")
-            self.bad = batch["bad"]
-            alone = a == run.accum - 1 or run.world.size == 1
-            with contextlib.nullcontext() if alone else run.step_model.no_sync():
-                yield run.world.to_device(batch)
-
-    def backward(self, loss: Tensor, logs: dict[str, Tensor]) -> None:
-        (loss / self.run.accum).backward()
-        self.run.meter.add(self.number, loss, logs, self.bad)
-
-    def update(self, lr: float) -> None:
-        """Clip, if `cfg.clip_grad` says so, and let the optimizer take its step at this rate."""
-        run = self.run
-        run.meter.end_step(run.accum)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        norm = 0.0
-        if run.cfg.clip_grad:
-            norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.clip_grad)
-        elif self.logging:
-            norm = nn.utils.get_total_norm(
-                p.grad for p in run.model.parameters() if p.grad is not None
-            )
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.number += 1
-        if self.logging:
-            epoch = run.number / run.per_epoch
-            self.record = {"step": run.number, "epoch": epoch, "lr": lr, "grad_norm": float(norm)}
-
-
-def cosine(cfg: Config, step: Step) -> float:
-    """Rate of a step: linear warm-up to base_lr * batch / 256, then a cosine to min_lr."""
-    peak = cfg.base_lr * cfg.batch_size / 256
-    warmup, total = (n * step.per_epoch for n in (cfg.warmup_epochs, cfg.epochs))
-    return warmup_cosine(step.number, peak, warmup, total, cfg.min_lr)
-
-
-def evenly(length: int, count: int) -> list[int]:
-    """`count` evenly spaced indices: the first ones of a folder would be of its first classes."""
-    return [i * length // count for i in range(count)]

@@ -14,6 +14,7 @@ import tiny_run
 import torch
 from cfmae import CFMAE
 from engine import Run, UserError, World, arg
+from engine.validate import validate
 from PIL import Image
 from torch import nn
 
@@ -246,7 +247,7 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks():
             micro=4, lead=False, number=0, per_epoch=1, autocast=contextlib.nullcontext,
             meter=SimpleNamespace(write=lambda record: None),
         )  # fmt: skip
-        run.validate(mean_label)
+        validate(run, mean_label)
     assert seen == [(0, i * 103 // 20) for i in range(20)]
     assert seen[-1][1] > 90  # not the first folders alone
 
