@@ -7,11 +7,11 @@ Paper: "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377). Id
   4. the loss is the squared error of hidden patches, each normalised by itself;
   5. after pre-training only the encoder is kept.
 
-The paper numbers no equations:
-  Sec. 3, Masking                    make_mask
-  Sec. 3, encoder, decoder           MAE.predict
-  Sec. 3, Reconstruction target      MAE.loss, common.pixel_target
-  Table 8, Appendix A.1              Config
+The paper numbers no equations; its words -> code, values as github.com/facebookresearch/mae has them
+  masking                      make_mask
+  encoder, decoder             MAE.predict
+  reconstruction target        MAE.loss, common.pixel_target
+  recipe                       Config
 
   CPU:  python mae.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 mae.py --data data/imagenet --epochs 800
@@ -49,24 +49,24 @@ from engine import UserError, arg, cosine, decay_groups, divides, parse, require
 class Config(engine.Config):
     """Every value the paper sets, with its source; `--model` presets change the size."""
 
-    epochs: int = arg(800, "Sec. 4: 800 in the ablations, 1600 in Table 3")
-    warmup_epochs: float = arg(40, "Table 8")
-    batch_size: int = arg(4096, "Table 8; the global batch")
-    base_lr: float = arg(1.5e-4, "Table 8; lr = base_lr * batch_size / 256")
-    weight_decay: float = arg(0.05, "Table 8")
-    beta1: float = arg(0.9, "Table 8")
-    beta2: float = arg(0.95, "Table 8")
-    crop_scale_min: float = arg(0.2, "its public code's RandomResizedCrop (0.2, 1)")
-    image_size: int = arg(224, "Sec. 4")
+    epochs: int = arg(800, "PRETRAIN.md of its public code")
+    warmup_epochs: float = arg(40, "PRETRAIN.md")
+    batch_size: int = arg(4096, "PRETRAIN.md; the global batch")
+    base_lr: float = arg(1.5e-4, "PRETRAIN.md; lr = base_lr * batch_size / 256")
+    weight_decay: float = arg(0.05, "PRETRAIN.md")
+    beta1: float = arg(0.9, "main_pretrain.py")
+    beta2: float = arg(0.95, "main_pretrain.py")
+    crop_scale_min: float = arg(0.2, "main_pretrain.py: RandomResizedCrop (0.2, 1)")
+    image_size: int = arg(224, "main_pretrain.py")
     patch_size: int = arg(16, "ViT-B/16, L/16, H/14")
-    mask_ratio: float = arg(0.75, "Fig. 5", within="(0, 1)", group="masking")
+    mask_ratio: float = arg(0.75, "PRETRAIN.md", within="(0, 1)", group="masking")
     embed_dim: int = arg(768, "ViT-B")
     depth: int = arg(12, "ViT-B", within="(0, inf)")
     num_heads: int = arg(12, "ViT-B")
-    decoder_embed_dim: int = arg(512, "Table 1b")
-    decoder_depth: int = arg(8, "Table 1a", within="(0, inf)")
-    decoder_num_heads: int = arg(16, "its public code")
-    norm_pix_loss: bool = arg(True, "Table 1d: normalised pixels")
+    decoder_embed_dim: int = arg(512, "models_mae.py")
+    decoder_depth: int = arg(8, "models_mae.py", within="(0, inf)")
+    decoder_num_heads: int = arg(16, "models_mae.py")
+    norm_pix_loss: bool = arg(True, "PRETRAIN.md: pixels of a patch normalised")
     init: str | None = arg(None, "weights to start from: a public MAE's, or ours", group="run")
 
     FREE = engine.Config.FREE + ("init",)
