@@ -7,7 +7,7 @@ Paper: "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377). Id
   4. the loss is the squared error of hidden patches, each normalised by itself;
   5. after pre-training only the encoder is kept.
 
-The paper numbers no equations; its words -> code, values as github.com/facebookresearch/mae has them
+The paper numbers no equations. Its words -> code, with github.com/facebookresearch/mae's values
   masking                      make_mask
   encoder, decoder             MAE.predict
   reconstruction target        MAE.loss, common.pixel_target
@@ -25,23 +25,8 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import (
-    MASK,
-    Block,
-    Normalize,
-    ViT,
-    fill,
-    gather,
-    init_weights,
-    is_sincos,
-    patchify,
-    pixel_picture,
-    pixel_target,
-    random_mask,
-    sincos_2d,
-    split,
-    uniform,
-)
+from common import MASK, Block, Normalize, ViT, fill, gather, init_weights, is_sincos, patchify
+from common import pixel_picture, pixel_target, random_mask, sincos_2d, split, uniform
 from engine import UserError, arg, cosine, decay_groups, divides, parse, require
 
 
