@@ -7,12 +7,19 @@ from torch.testing import assert_close
 
 import cfmae
 import common
-from test_cfmae import SOLE, batch, build, parse  # noqa: F401  (batch is a fixture)
+from data import ShapeScenes, collate
+from test_cfmae import SOLE, build, parse
 
 MAPS = ("instance", "semantic")
 
 
-def masks_of(model, batch, progress, monkeypatch):  # noqa: F811
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    scenes = ShapeScenes("train", 64, 8)
+    return collate([scenes[0, i] for i in range(4)])
+
+
+def masks_of(model, batch, progress, monkeypatch):
     """The mask that `forward` gives to `predict`, and the logs."""
     seen, predict = [], model.predict
     monkeypatch.setattr(model, "predict", lambda p, m, v: seen.append(m) or predict(p, m, v))
@@ -29,7 +36,7 @@ def masks_of(model, batch, progress, monkeypatch):  # noqa: F811
     ("--granularities R+S --masking SG", "semantic"),
     ("--masking RD", None),
 ])  # fmt: skip
-def test_make_mask__follows_one_map(batch, line, read):  # noqa: F811
+def test_make_mask__follows_one_map(batch, line, read):
     model, progress = build(line), torch.tensor(0.5)
     patches = model.patches(batch)
     mask, logs = model.make_mask(patches, batch["seed"], progress)
@@ -53,7 +60,7 @@ def test_make_mask__follows_one_map(batch, line, read):  # noqa: F811
         assert 0 <= logs["objects_hidden_whole"] <= 1
 
 
-def test_forward__masks_follow_progress(batch, monkeypatch):  # noqa: F811
+def test_forward__masks_follow_progress(batch, monkeypatch):
     """Semantic-guided first, random last, through everything that stands between."""
     model, pure = build(), {}
     for kind in ("SG", "IG", "RD"):
@@ -70,7 +77,7 @@ def test_forward__masks_follow_progress(batch, monkeypatch):  # noqa: F811
 # ---------------------------------------------------------------------------------- model, weights
 
 
-def test_patches__are_normalised_pixels(batch):  # noqa: F811
+def test_patches__are_normalised_pixels(batch):
     rgb = build().patches(batch)["rgb"]  # (4, 64, 8 * 8 * 3)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for i, y, x, c in ((0, 0, 0, 0), (1, 9, 30, 1), (2, 63, 63, 2), (3, 40, 7, 2)):
@@ -79,7 +86,7 @@ def test_patches__are_normalised_pixels(batch):  # noqa: F811
         assert got == pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
-def test_embed__every_granularity_has_positions(batch):  # noqa: F811
+def test_embed__every_granularity_has_positions(batch):
     """Equal patches give tokens that differ by the position embedding, and by nothing else."""
     encoder = build().encoder
     patches = {"rgb": torch.randn(1, 1, 192).expand(1, 64, -1)}
@@ -135,7 +142,7 @@ def test_label_embed__tokens_at_vit_base():
     assert round(common.sincos_2d(768, 14, 14).square().mean().sqrt().item(), 2) == 0.71
 
 
-def test_predict__equals_encoder_a_sample_at_a_time(batch, monkeypatch):  # noqa: F811
+def test_predict__equals_encoder_a_sample_at_a_time(batch, monkeypatch):
     """Eq. 1: class token, visible tokens, blocks, norm once; the decoder gets no class token."""
     model, encoded = build(), []
     e = model.encoder
@@ -164,7 +171,7 @@ def test_predict__equals_encoder_a_sample_at_a_time(batch, monkeypatch):  # noqa
 # --------------------------------------------------------------------------------------- evaluate
 
 
-def test_evaluate__equals_naive_loop(batch, monkeypatch):  # noqa: F811
+def test_evaluate__equals_naive_loop(batch, monkeypatch):
     model, seen, side = build(), [], 8
     batch = batch | {"instance": batch["instance"].clone()}
     batch["instance"][0, :8] = 255

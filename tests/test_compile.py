@@ -20,9 +20,7 @@ from data import ShapeScenes, collate
 
 CASES = [
     (cfmae, "CFMAE", "--granularities R"),
-    (cfmae, "CFMAE", "--granularities R+I --masking IG"),
     (semanticmim, "SemanticMIM", ""),
-    (semanticmim, "SemanticMIM", "--proxies 0"),
     (mcmae, "MCMAE", ""),
     (coma_dyvit, "CoMA", "--evaluation none"),
     (coma_dyvit, "CoMA", "--evaluation shared"),
