@@ -12,15 +12,20 @@ Understanding" (arXiv 2603.09955, where it is called C2FMAE). Idea:
 
 Equation -> code
   Eq. 1      encoder on visible tokens     CFMAE.predict
-  Eqs. 2, 3  cascaded decoder, predictors  CFMAE.decode, DecoderBlock
-  Eqs. 4, 11 mixed mask                    progressive_mask
+  Eq. 2      cascaded decoder              CFMAE.decode
+  Eq. 3      predictors                    CFMAE.predict
   Eq. 5      loss                          CFMAE.loss
-  Eq. 6      random mask                   hide_first (one group)
-  Eqs. 7, 8  instance-guided mask          choose_objects, instance_quota
-  Eqs. 9, 10 semantic-guided mask          semantic_quota
+  Eq. 6      random mask                   progressive_mask
+  Eqs. 7, 8  instance-guided mask          choose_objects, instance_mask
+  Eqs. 9, 10 semantic-guided mask          semantic_mask
+  Eqs. 4, 11 mixed mask                    progressive_mask
   Fig. 5     schedule                      schedule
 
-Where the paper is silent or contradicts itself stands a `NOTE paper unclear`; README lists all.
+Two things about the curriculum as the paper prints it. Its smooth transition is a switch, where two
+masks hide as many patches (`--mix sample`, ours, is smooth). And 5/6 hidden with alpha = 0.75 often
+hides the chosen objects whole, in one granularity or in all three (log: `objects_hidden_whole`).
+Where the paper is silent or contradicts itself stands a `NOTE paper unclear`; docs/decisions.md has
+them all.
 
   CPU:  python cfmae.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 cfmae.py --data data/imagenet --epochs 400
@@ -44,7 +49,8 @@ from common import (
 from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED, ShapeScenes
 from engine import UserError, arg
 
-LABELS = 16  # a label map has a quarter of the image's side: 4 x 4 labels a patch
+# NOTE paper unclear: resolution of label maps. A quarter of the image's side, as MultiMAE's.
+LABELS = 16  # 4 x 4 a patch
 ORDERS = ["-".join(p) for p in itertools.permutations("SIR")]
 NAMES = {"S": "semantic", "I": "instance", "R": "rgb"}
 
@@ -54,6 +60,7 @@ class Config(engine.Config):
     """Every value the paper sets, with its source; `--model` presets change the size."""
 
     epochs: int = arg(400, "Table 7 (400 or 1600)")
+    # NOTE paper unclear: warm-up. "10/30, 10/40; 10/40" in Table 7, 40 in App. E.1.
     warmup_epochs: float = arg(40, "App. E.1; Table 7 is garbled")
     batch_size: int = arg(2048, "Table 7; the global batch")
     base_lr: float = arg(1e-4, "Table 7; lr = base_lr * batch_size / 256")
@@ -62,6 +69,7 @@ class Config(engine.Config):
     beta1: float = arg(0.9, "Table 7")
     beta2: float = arg(0.95, "Table 7")
     image_size: int = arg(224, "Table 7")
+    # NOTE paper unclear: random crop. MAE's.
     crop_scale_min: float = arg(0.2, "not given; MAE's RandomResizedCrop (0.2, 1)")
     patch_size: int = arg(16, "App. E.1")
     embed_dim: int = arg(768, "App. E.1: ViT-B")
@@ -72,6 +80,7 @@ class Config(engine.Config):
     decoder_depth: int = arg(2, "App. E.1: self-attention blocks after each cross-attention block")
     granularities: str = arg("R+I+S", "Table 6e", choices=["R+I+S", "R+S", "R+I", "R"])
     semantic_classes: int | None = arg(None, "133 (App. B); what the embedded data set has there")
+    # NOTE paper unclear: mask ratio. "1/6" (App. E.1, Table 7) is the visible share.
     mask_ratio: float | None = arg(
         None, "hidden share of all patches. Table 6a: 5/6, 3/4, 2/3; 3/4 below three granularities"
     )
@@ -82,6 +91,7 @@ class Config(engine.Config):
     mix: str = arg("score", "Eq. 11 as printed, or one mask kind drawn a sample (ours)",
                    choices=["score", "sample"])  # fmt: skip
     alpha: float = arg(0.75, "Eq. 8: share of hidden patches on objects; the paper: > 0.5")
+    # NOTE paper unclear: e1 to e4. Fig. 5 has no numbers.
     e1: float = arg(0.2, "Fig. 5, as a share of training; values not given")
     e2: float = arg(0.4, "Fig. 5")
     e3: float = arg(0.6, "Fig. 5")
@@ -92,6 +102,7 @@ class Config(engine.Config):
     lambda_s: float = arg(1.0, "Eq. 5, Table 6f")
     lambda_i: float = arg(1.0, "Eq. 5, Table 6f")
     lambda_r: float = arg(1.0, "Eq. 5, Table 6f")
+    # NOTE paper unclear: pixel target. MAE's.
     norm_pix_loss: bool = arg(True, "not given; MAE's per-patch normalised pixels")
 
     def data_options(self) -> dict:
@@ -111,14 +122,16 @@ class Config(engine.Config):
         if not max(classes, 1) <= self.semantic_classes <= UNLABELLED:
             low, n = max(classes, 1), self.semantic_classes
             raise UserError(f"--semantic-classes {n} is outside [{low}, {UNLABELLED}]")
+        # NOTE paper unclear: visible tokens with fewer granularities. A quarter, as MAE.
         if self.mask_ratio is None:
             self.mask_ratio = 5 / 6 if M == 3 else 3 / 4  # Tables 6a, 6e
         self.masking = self.masking or ("SG-IG-RD" if M == 3 else "RD")
-        if M < 3 and self.masking != "RD":
-            raise UserError(
-                f"--masking {self.masking} needs the instance and semantic maps; with "
-                f"--granularities {self.granularities} the paper masks at random: --masking RD"
-            )
+        for kind, m in (("IG", "instance"), ("SG", "semantic")):
+            if kind in self.masking and m not in self.names:
+                raise UserError(
+                    f"--masking {self.masking} needs the {m} maps, which --granularities "
+                    f"{self.granularities} leaves out; the paper then has --masking RD"
+                )
         if not (0 < self.mask_ratio < 1 and self.num_visible <= self.num_patches):
             raise UserError(
                 f"--mask-ratio {self.mask_ratio} is outside [{1 - 1 / M:.3f}, 1): visible patches "
@@ -157,23 +170,9 @@ class Config(engine.Config):
 
 
 # ---------------------------------------------------------------------------------------- masking
-# All of it is a pure function of the samples' seeds and label maps. M granularities have N patches
-# each; counts are exact integers; `n` is the number of hidden patches, r_m N in the paper.
-
-
-def apportion(total: Tensor, weights: Tensor) -> Tensor:
-    """Share out `total` in proportion to `weights` by largest remainder, exactly.
-
-    Args:
-        total: (..., 1) int64.
-        weights: (..., G) int64, non-negative, a positive sum; broadcasts with `total`.
-    Returns: (..., G) int64 with sum `total`; each entry the floor of its share, or one more.
-    """
-    share, whole = total * weights, weights.sum(-1, keepdim=True)
-    floor, remainder = share // whole, share % whole
-    missing = total - floor.sum(-1, keepdim=True)
-    rank = remainder.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-    return floor + (rank < missing)
+# Pure functions of the samples' seeds and label maps. M granularities have N patches each; `n`
+# (B, M, 1) int64 is how many of them are hidden, r_m N in the paper; `order` (B, M, N) int64 is a
+# random permutation of the patches.
 
 
 def visible_counts(seed: Tensor, num_visible: int, M: int) -> Tensor:
@@ -181,9 +180,11 @@ def visible_counts(seed: Tensor, num_visible: int, M: int) -> Tensor:
 
     Shares are Dirichlet(1, ..., 1) (App. C, after MultiMAE): exponential draws over their sum.
     """
-    # NOTE paper unclear: rounding of r_m N; largest remainder keeps the total at exactly 98.
-    exponential = -uniform(seed, M, DIRICHLET).log()
-    return apportion(torch.full_like(seed, num_visible)[:, None], (exponential * 2**20).long() + 1)
+    # NOTE paper unclear: share of each granularity. The shares are laid end to end and their ends
+    # rounded, which keeps the total at exactly 98.
+    ends = (-uniform(seed, M, DIRICHLET).log()).cumsum(1)  # (B, M)
+    ends = (num_visible * (ends / ends[:, -1:])).round().long()
+    return ends.diff(dim=1, prepend=ends.new_zeros(len(seed), 1))
 
 
 def patch_labels(label_map: Tensor) -> Tensor:
@@ -193,91 +194,66 @@ def patch_labels(label_map: Tensor) -> Tensor:
 
 def patch_region(labels: Tensor) -> Tensor:
     """Label that covers most of each patch, ties to the smaller id: (B, N, 16) to (B, N) int64."""
-    # NOTE paper unclear: a patch that several labels share. Count the equal labels of each label.
+    # NOTE paper unclear: region of a patch. The label that covers most of it.
     count = (labels[..., :, None] == labels[..., None, :]).sum(-1)  # (B, N, 16)
     return 255 - (count * 256 + 255 - labels).amax(-1) % 256
 
 
-def region_sizes(region: Tensor, G: int) -> Tensor:
-    """Patches in each region: (B, N) int64 ids below G to (B, G) int64."""
-    return (region[..., None] == torch.arange(G, device=region.device)).sum(1)
-
-
 def choose_objects(seed: Tensor, region: Tensor) -> Tensor:
-    """Draw a non-empty subset of each image's instances, large ones more often (Eq. 7, step 2).
+    """Draw a non-empty subset of each image's instances, large ones more often.
 
     Args:
         seed: (B,) int64.
         region: (B, N) int64 instance of each patch: 0 background, 1..K, 255 unlabelled.
     Returns: (B, N) bool, Omega_obj: patches of a chosen instance; none where there is no instance.
     """
-    # NOTE paper unclear: "all or a subset ... based on their size and spatial significance". The
-    # size of the subset is uniform in 1..K; its members are drawn without replacement in proportion
-    # to area, by the largest log(u) / area.
-    G = MAX_INSTANCES + 1
-    region = region.where(region < G, 0)
-    area = region_sizes(region, G)[:, 1:]  # (B, 16)
-    u = uniform(seed, G, INSTANCES)
-    K = (area > 0).sum(1, keepdim=True)
-    take = (u[:, :1] * K).long() + 1  # 1..K
+    # NOTE paper unclear: choice of instances. "all or a subset ... based on their size and spatial
+    # significance": the subset's size is uniform in 1..K; its members are drawn without replacement
+    # in proportion to area, by the largest log(u) / area.
+    ids = torch.arange(1, MAX_INSTANCES + 1, device=region.device)
+    area = (region[..., None] == ids).sum(1)  # (B, 16)
+    u = uniform(seed, MAX_INSTANCES + 1, INSTANCES)
+    take = (u[:, :1] * (area > 0).sum(1, keepdim=True)).long() + 1  # 1..K
     key = (u[:, 1:].log() / area).where(area > 0, -torch.inf)
-    rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    chosen = F.pad((rank < take) & (area > 0), (1, 0))  # (B, 17), background never
-    return chosen.gather(1, region)
+    rank = key.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = ids.where((rank < take) & (area > 0), -1)
+    return (region[..., None] == chosen[:, None]).any(-1)  # Eq. (7), step 2
 
 
-def instance_quota(n: Tensor, objects: Tensor, alpha: float) -> Tensor:
-    """Hidden patches outside and inside the chosen objects: Eq. 8, made to hold for any image.
-
-    Args:
-        n: (B, M, 1) int64, hidden patches.
-        objects: (B, N) bool, Omega_obj.
-    Returns: (B, M, 2) int64, [background, objects], sum n.
-    """
-    # NOTE paper unclear: Eq. 8 asks for more object patches than a small object has, and hides an
-    # object that fills the image less densely than its background. The share is at least the
+def instance_mask(n: Tensor, objects: Tensor, order: Tensor, alpha: float) -> Tensor:
+    """Hide a share alpha of n on the chosen objects (B, N), the rest outside: (B, M, N) bool."""
+    # NOTE paper unclear: images without instances. Their mask is then the random one.
+    # NOTE paper unclear: share on objects. Eq. 8 asks for more patches than a small object has, and
+    # hides one that fills the image less densely than its background. The share is at least the
     # objects' area, and clipped to the patches there are on either side.
-    N, area = objects.shape[1], objects.sum(1)[:, None, None]  # (B, 1, 1)
-    on_objects = (alpha * n.double()).floor().long()  # Eq. (8)
-    on_objects = on_objects.maximum((n * area + N - 1) // N)
-    on_objects = on_objects.minimum(area)  # the background always has room for the rest
-    return torch.cat([n - on_objects, on_objects], dim=-1)
+    N, area = objects.shape[1], objects.sum(1)[:, None, None]  # |Omega_obj|, (B, 1, 1)
+    on = (alpha * n.double()).floor().long()  # Eq. (8)
+    on = on.maximum((n * area + N - 1) // N).minimum(area)  # the background has room for the rest
+    rank = (order + N * ~objects[:, None]).argsort(-1).argsort(-1)  # objects first
+    return (rank < on) | ((rank >= area) & (rank < area + n - on))  # Eq. (7)
 
 
-def semantic_quota(n: Tensor, region: Tensor) -> Tensor:
-    """Hidden patches of each semantic region: Eq. 10 with the paper's equal weights w.
+def semantic_mask(n: Tensor, region: Tensor, order: Tensor) -> Tensor:
+    """Hide patches of each region in proportion to its size, Eq. 10 with equal weights w.
 
-    Args:
-        n: (B, M, 1) int64.
-        region: (B, N) int64 in 0..255; 255, unlabelled, is a region too.
-    Returns: (B, M, 256) int64 with sum n; each entry the floor of Eq. 10, or one more.
+    `region` (B, N) int64 in 0..255; 255, unlabelled, is a region too. Returns (B, M, N) bool.
     """
-    # NOTE paper unclear: the floor of Eq. 10 loses patches; largest remainder gives them back.
-    return apportion(n, region_sizes(region, 256)[:, None])  # Eq. (10)
-
-
-def hide_first(group: Tensor, quota: Tensor) -> Tensor:
-    """Hide the first `quota` patches of each group, in the order given.
-
-    Args:
-        group: (B, M, N) int64 below G: the group of each patch, patches in random order.
-        quota: (B, M, G) int64.
-    Returns: (B, M, N) bool in the same order.
-    """
-    by_group = group.argsort(dim=-1, stable=True)
-    sorted_group = group.gather(-1, by_group)
-    # a group's first patch sits at the number of patches in smaller groups
-    start = torch.searchsorted(sorted_group, sorted_group)
-    rank = torch.arange(group.shape[-1], device=group.device) - start
-    hidden = rank < quota.gather(-1, sorted_group)
-    return torch.zeros_like(hidden).scatter_(-1, by_group, hidden)
+    # NOTE paper unclear: floor of Eq. 10. It loses patches. With the patches in order of region,
+    # and random within, n of N are hidden at even distances: a region gets the floor, or one more.
+    N = region.shape[1]
+    by_region = (order + N * region[:, None]).argsort(-1)
+    place = torch.arange(N, device=n.device)
+    hidden = (place + 1) * n // N > place * n // N  # Eq. (10)
+    return torch.zeros_like(hidden).scatter_(-1, by_region, hidden)  # Eq. (9)
 
 
 def schedule(progress: Tensor, cfg: Config) -> dict[str, Tensor]:
     """Coefficients of the three masks (Fig. 5): the first phase gives way to the second between e1
     and e2, the second to the third between e3 and e4. They are non-negative and sum to 1.
     """
-    if cfg.masking in ("RD", "IG", "SG"):
+    # NOTE paper unclear: order of phases. App. C tells them from random to semantic, Sec. 3.3 and
+    # Table 6c's best row from semantic to random. `--masking RD-IG-SG` is the other one.
+    if cfg.masking in ("RD", "IG", "SG"):  # Table 6b
         return {k: torch.full_like(progress, float(k == cfg.masking)) for k in ("RD", "IG", "SG")}
 
     def ramp(a: float, b: float) -> Tensor:
@@ -295,42 +271,36 @@ def progressive_mask(
     Args:
         seed: (B,) int64.
         progress: 0-d float in [0, 1].
-        instance, semantic: (B, N) int64, region of each patch; ignored (may be zeros) for RD alone.
+        instance, semantic: (B, N) int64, region of each patch; zeros where `cfg.masking` does not
+            need them.
     Returns: mask (B, M, N) bool with exactly `cfg.num_visible` False a sample; logs.
     """
     (B, N), M = instance.shape, len(cfg.names)
-    n = N - visible_counts(seed, cfg.num_visible, M)[..., None]  # (B, M, 1)
-    noise = uniform(seed, M * N, MASK).view(B, M, N)
-    order = noise.argsort(dim=-1, descending=True, stable=True)  # below, patches lie in this order
-
-    def shuffled(x: Tensor) -> Tensor:
-        return x[:, None].expand(-1, M, -1).gather(-1, order)
-
-    random = torch.arange(N, device=seed.device) < n  # Eq. (6)
+    n = N - visible_counts(seed, cfg.num_visible, M)[..., None]  # r_m N, (B, M, 1)
+    order = uniform(seed, M * N, MASK).view(B, M, N).argsort(dim=-1, stable=True).argsort(-1)
+    random = order < n  # Eq. (6)
     if cfg.masking == "RD":
-        return torch.zeros_like(random).scatter_(-1, order, random), {}
+        return random, {}
     objects = choose_objects(seed, instance)
     masks = {
         "RD": random,
-        # Eqs. (7), (9)
-        "IG": hide_first(shuffled(objects.long()), instance_quota(n, objects, cfg.alpha)),
-        "SG": hide_first(shuffled(semantic), semantic_quota(n, semantic)),
+        "IG": instance_mask(n, objects, order, cfg.alpha),
+        "SG": semantic_mask(n, semantic, order),
     }
-    coefficients = schedule(progress, cfg)
+    coefficients = schedule(progress, cfg)  # 1 - alpha_I - alpha_S, alpha_I, alpha_S
     if cfg.mix == "score":
-        score = sum(a * masks[k] for k, a in coefficients.items())  # Eqs. (4), (11)
-        # NOTE paper unclear: Eq. 4 ranks all 3N patches, Eq. 11 each granularity; we follow Eq. 11.
-        # Ties fall to the noise. Each mask has n ones, so with two masks at a time the n highest
-        # scores are the heavier mask whole: the printed transition is a switch, not a ramp.
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True)
-        hidden = rank < n
+        # NOTE paper unclear: which patches are ranked together. Eq. 4 has all 3N, Eq. 11 those of
+        # one granularity; we follow Eq. 11, and `order` breaks ties.
+        # NOTE paper unclear: smooth transition. Our three masks have n ones each, so with two at a
+        # time the n highest scores are the heavier one, whole: as printed it is a switch.
+        score = sum(a.double() * masks[k] for k, a in coefficients.items())  # Eq. (4)
+        mask = (score - 1e-9 * order).argsort(-1, descending=True).argsort(-1) < n  # Eq. (11)
     else:
         u, a = uniform(seed, 1, MIX)[:, :, None], coefficients  # (B, 1, 1)
-        later = torch.where(u < a["SG"] + a["IG"], masks["IG"], masks["RD"])
-        hidden = torch.where(u < a["SG"], masks["SG"], later)
-    mask = torch.zeros_like(hidden).scatter_(-1, order, hidden)
+        mask = masks["IG"].where(u < a["SG"] + a["IG"], random)
+        mask = masks["SG"].where(u < a["SG"], mask)
     whole = (mask | ~objects[:, None]).all(-1) & objects.any(1, keepdim=True)  # (B, M)
-    logs = {f"a_{k}": a for k, a in coefficients.items()}
+    logs = {f"a_{k}": v for k, v in coefficients.items()}
     return mask, logs | {"objects_hidden_whole": whole.float().mean()}
 
 
@@ -340,14 +310,18 @@ def progressive_mask(
 class LabelEmbed(nn.Module):
     """Linear projection of the one-hot labels of a patch (Sec. 3.1), done by looking rows up.
 
-    16 positions x (classes + 1) one-hot numbers times a matrix is the sum of 16 of its rows; the
-    last row of each position stands for "unlabelled".
+    16 positions x (classes + 1) one-hot numbers times a matrix is the sum of 16 of its rows.
     """
+
+    # NOTE paper unclear: projection of label patches. Linear on one-hot labels, as Sec. 3.1 says.
+    # NOTE paper unclear: unlabelled pixels (255). A row of their own; the loss leaves them out.
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
         self.num_classes = num_classes
-        bound = (6 / (LABELS + dim)) ** 0.5  # Xavier-uniform; 16 of the inputs are not zero
+        # NOTE paper unclear: first weights of that projection. Xavier's bound for the 16 inputs
+        # that are not zero; counting all of them, tokens would begin half as large.
+        bound = (6 / (LABELS + dim)) ** 0.5
         weight = torch.empty(LABELS * (num_classes + 1), dim).uniform_(-bound, bound)
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(dim))
 
@@ -365,6 +339,7 @@ class Encoder(ViT):
 
     def __init__(self, semantic_classes: int, granularities: tuple[str, ...], **kwargs):
         super().__init__(**kwargs)
+        # NOTE paper unclear: instance ids. data.py numbers them by size in the crop, 1 = largest.
         if "instance" in granularities:
             self.instance_embed = LabelEmbed(MAX_INSTANCES + 1, self.embed_dim)
         if "semantic" in granularities:
@@ -380,7 +355,8 @@ class Encoder(ViT):
 
     def embed_patches(self, patches: dict[str, Tensor], h: int, w: int) -> Tensor:
         """Tokens with position, (B, M*N, D), from patches in the order of GRANULARITIES."""
-        # NOTE paper unclear: what tells granularities apart; each has its own projection and bias.
+        # NOTE paper unclear: position and granularity. Fixed sine-cosine; each granularity has a
+        # projection and bias of its own here, and a learned embedding in the decoder.
         embeds = {"rgb": self.patch_embed}
         embeds |= {m: getattr(self, f"{m}_embed") for m in patches if m != "rgb"}
         position = self.position(h, w)
@@ -407,8 +383,11 @@ def make_encoder(cfg: Config, **kwargs) -> Encoder:
 class DecoderBlock(nn.Module):
     """Cross-attention and MLP, then self-attention blocks, pre-norm (Eq. 2)."""
 
-    # NOTE paper unclear: Sec. 3.2 lists "self-attention, self-attention, FFN", Fig. 2 and App. E.1
-    # a cross-attention block and two self-attention blocks. The latter, as MultiMAE's decoder.
+    # NOTE paper unclear: decoder block. "self-attention, self-attention, FFN" (Sec. 3.2), "self-
+    # attention, cross-attention" and FFN (Fig. 2), "one cross-attention and two self-attention
+    # transformer blocks" (App. E.1). The last. MultiMAE's decoder has that order too, but no
+    # residual around the cross-attention, visible tokens alone as context, and a projection and a
+    # mask token for each task; here the task embedding tells the tasks apart.
 
     def __init__(self, dim: int, num_heads: int, depth: int, cross: bool):
         super().__init__()
@@ -506,8 +485,8 @@ class CFMAE(nn.Module):
         for t in self.tasks:
             query, context = H[:, self.granularities.index(t)], H
             if previous is not None and self.cfg.decoder == "cascaded":
-                # NOTE paper unclear: H has 3N tokens, F_{k-1} has N. It is added where the task
-                # that produced it has its slice ("tokens at corresponding positions").
+                # NOTE paper unclear: where F_{k-1} is added. H has 3N tokens, F_{k-1} has N: on the
+                # slice of the task that produced it ("tokens at corresponding positions").
                 context = H.clone()  # K_k = V_k = H (+) F_{k-1}
                 context[:, self.granularities.index(previous)] += features[previous]
             elif previous is not None and self.cfg.decoder == "no-cross-attention":
@@ -525,7 +504,7 @@ class CFMAE(nn.Module):
         Each is a mean over a sample's hidden numbers, then over samples: a sample with nothing to
         predict counts as 0.
         """
-        # NOTE paper unclear: over which patches. Hidden ones, as MAE.
+        # NOTE paper unclear: loss over which patches. Hidden ones, as MAE.
         logs = {}
         for m, t in enumerate(self.granularities):
             if t == "rgb":
@@ -546,7 +525,9 @@ class CFMAE(nn.Module):
             logs[f"loss_{t}"] = _sample_mean(error, valid)
         weights = {"semantic": self.cfg.lambda_s, "instance": self.cfg.lambda_i}
         weights["rgb"] = self.cfg.lambda_r
-        total = sum(weights[t] * logs[f"loss_{t}"] for t in self.granularities)  # Eq. (5)
+        terms = [weights[t] * logs[f"loss_{t}"] for t in self.granularities]
+        # One term of weight 1 must not be the tensor that is logged: compiled, it has no gradient.
+        total = torch.stack(terms).sum()  # Eq. (5)
         return total, {k: v.detach() for k, v in logs.items()}
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
@@ -656,6 +637,7 @@ PRESETS = {
     ),
     # ViT-S, not in the paper.
     "small": dict(embed_dim=384, depth=12, num_heads=6, micro_batch=256),
+    # NOTE paper unclear: results in circulation. A short summary gives others than the paper's.
     "base": dict(),  # the paper's (Table 7)
     # ViT-L, not in the paper.
     "large": dict(embed_dim=1024, depth=24, num_heads=16, micro_batch=64),

@@ -1,7 +1,7 @@
 """CFMAE's masks as loops over one sample at a time, with dicts and sorted lists.
 
-They follow the paper's appendix C and the decisions that README lists; from the code they take only
-random numbers and how many patches a granularity hides, which has a test of its own.
+They follow appendix C of the paper and docs/decisions.md; from the code they take random numbers
+and how many patches a granularity hides, which has a test of its own.
 """
 
 import math
@@ -30,14 +30,15 @@ def scenes(B: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return instance.flatten(1), semantic.flatten(1)
 
 
-def naive_apportion(total: int, weights: dict) -> dict:
-    """Largest remainder, ties to the smaller key."""
-    share = {k: Fraction(total * w, sum(weights.values())) for k, w in weights.items()}
-    quota = {k: math.floor(s) for k, s in share.items()}
-    by_remainder = sorted(share, key=lambda k: (quota[k] - share[k], k))
-    for k in by_remainder[: total - sum(quota.values())]:
-        quota[k] += 1
-    return quota
+def naive_semantic(n: int, semantic: list, noise: list) -> set:
+    """Region after region, and at random within: every time that n / N more add up to one."""
+    hidden, debt = set(), Fraction(0)
+    for i in sorted(range(len(semantic)), key=lambda i: (semantic[i], noise[i], i)):
+        debt += Fraction(n, len(semantic))
+        if debt >= 1:
+            debt -= 1
+            hidden.add(i)
+    return hidden
 
 
 def naive_objects(u: list, instance: list) -> set:
@@ -66,20 +67,19 @@ def naive_mask(cfg, u, n, progress, instance, semantic):
 
         def hide(groups, quota, noise=noise):
             return {i for k, members in groups.items()
-                    for i in sorted(members, key=lambda i: (-noise[i], i))[: quota[k]]}  # fmt: skip
+                    for i in sorted(members, key=lambda i: (noise[i], i))[: quota[k]]}  # fmt: skip
 
         everything = range(N)
-        regions = {c: [i for i in everything if semantic[i] == c] for c in set(semantic)}
         sides = {True: objects, False: set(everything) - objects}
         on = naive_on_objects(count, len(objects), N, cfg.alpha)
         kinds = {
             "RD": hide({0: everything}, {0: count}),
-            "SG": hide(regions, naive_apportion(count, {c: len(r) for c, r in regions.items()})),
+            "SG": naive_semantic(count, semantic, noise),
             "IG": hide(sides, {True: on, False: count - on}),
         }
         if cfg.mix == "score":
             score = {i: sum(weight[k] for k in kinds if i in kinds[k]) for i in everything}
-            hidden = set(sorted(everything, key=lambda i: (-score[i], -noise[i], i))[:count])
+            hidden = set(sorted(everything, key=lambda i: (-score[i], noise[i], i))[:count])
         else:
             below = u["mix"] < weight["SG"], u["mix"] < weight["SG"] + weight["IG"]
             hidden = kinds["SG" if below[0] else "IG" if below[1] else "RD"]

@@ -29,6 +29,8 @@ def parse(line: str) -> cfmae.Config:
     ("--granularities R+S", dict(num_visible=98, masking="RD")),
     ("--granularities R+I", dict(num_visible=98, masking="RD")),
     ("--granularities R+I+S --masking RD", dict(num_visible=98, masking="RD")),
+    ("--granularities R+I --masking IG", dict(num_visible=98, masking="IG")),  # one map is enough
+    ("--granularities R+S --masking SG", dict(num_visible=98, masking="SG")),
     ("--lambda-r 2", dict(lambda_s=1, lambda_i=1, lambda_r=2)),  # Table 6f
     ("--lambda-i 2", dict(lambda_s=1, lambda_i=2, lambda_r=1)),
     ("--lambda-s 2", dict(lambda_s=2, lambda_i=1, lambda_r=1)),
@@ -45,6 +47,8 @@ def test_config__ablation_rows_are_command_lines(line, expected):
     ("--mask-ratio 0.9999", "leaves 0"), ("--semantic-classes 256", "[1, 255]"),
     ("--data shapes --semantic-classes 15", "[16, 255]"), ("--alpha 0.5", "Eq. 8"),
     ("--granularities R --masking SG", "--masking RD"), ("--e2 0.1", "--e1"),
+    ("--granularities R+I --masking SG", "semantic maps"),
+    ("--granularities R+S --masking SG-IG-RD", "instance maps"),
     ("--e4 1.1", "--e4"),
     ("--image-size 225", "224 or 240"), ("--num-heads 7", "--num-heads 7"),
     ("--decoder-num-heads 7", "252 or 259"), ("--order S-S-R", "S-I-R"), ("--mix max", "sample"),

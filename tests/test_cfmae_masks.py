@@ -9,7 +9,8 @@ import torch
 import cfmae
 import engine
 from common import DIRICHLET, INSTANCES, MASK, MIX, uniform
-from naive_cfmae_masks import naive_apportion, naive_mask, naive_on_objects, scenes
+from data import ShapeScenes, collate
+from naive_cfmae_masks import naive_mask, naive_on_objects, scenes
 
 SEEDS = torch.arange(40) * 2**33 + torch.arange(40) * 17
 KINDS = ("SG", "IG", "RD")
@@ -89,12 +90,50 @@ def test_pure_masks__counts_of_eqs_6_8_10(masking, ratio, visible):
                 assert on >= min(math.floor(0.75 * count), area)  # Eq. 8 or all there is
 
 
-def test_pure_masks__fall_back_to_random():
+def test_equation_10__its_floor_alone_hides_too_few():
+    """So without largest shares Eq. 11 would not be a switch, and the total not 98."""
+    _, semantic = scenes(40, 14)
+    n = 196 - cfmae.visible_counts(SEEDS, 98, 3)
+    short = []
+    for b in range(40):
+        sizes = Counter(semantic[b].tolist()).values()
+        short += [k - sum(k * size // 196 for size in sizes) for k in n[b].tolist()]
+        assert max(short[-3:]) < len(sizes)
+    assert sum(short) / len(short) > 1
+
+
+def test_objects_hidden_whole__always_in_shape_scenes():
+    """5/6 hidden and alpha = 0.75 leave nothing of small objects."""
+    cfg, dataset = config("--model", "tiny", "--masking", "IG"), ShapeScenes("train", 64, 8)
+    batch = collate([dataset[0, i] for i in range(100)])
+    maps = [cfmae.patch_region(cfmae.patch_labels(batch[m])) for m in ("instance", "semantic")]
+    mask, logs = cfmae.progressive_mask(cfg, batch["seed"], torch.tensor(0.5), *maps)
+    objects = cfmae.choose_objects(batch["seed"], maps[0])
+    assert logs["objects_hidden_whole"] == 1 and (mask | ~objects[:, None]).all()
+
+
+def test_instance_mask__is_the_random_one_without_objects():
     instance, semantic = scenes(40, 14)
-    pure = {k: masks(config("--masking", k), SEEDS, 0.5, instance, semantic) for k in KINDS}
-    for k in ("IG", "SG"):  # one region; no instance, all unlabelled, one that fills the image
-        same = (pure[k] == pure["RD"]).all((1, 2))
-        assert same[:3].all() and same[5:].float().mean() < 0.2
+    guided, random = (masks(config("--masking", k), SEEDS, 0.5, instance, semantic)
+                      for k in ("IG", "RD"))  # fmt: skip
+    same = (guided == random).all((1, 2))  # no instance, all unlabelled, one that fills the image
+    assert same[:3].all() and same[5:].float().mean() < 0.2
+
+
+@pytest.mark.parametrize("sizes", [(64,), (40, 24), (1, 2, 61), (5,) * 12 + (4,)])
+def test_semantic_mask__is_uniform_within_a_region(sizes):
+    """A region's patches are hidden equally often; one region alone gives a random mask."""
+    B, n = 20000, 53
+    region = torch.tensor([c for c, k in enumerate(sizes) for _ in range(k)]).expand(B, -1)
+    order = uniform(torch.arange(B), 64, MASK).argsort(1).argsort(1)[:, None]
+    hidden = cfmae.semantic_mask(torch.full((B, 1, 1), n), region, order)[:, 0].double()
+    assert (hidden.sum(1) == n).all()
+    for c, k in enumerate(sizes):
+        inside = hidden[:, region[0] == c]
+        share = inside.mean()
+        assert (inside.sum(1) - n * k / 64).abs().max() < 1
+        bound = 5 * math.sqrt(share * (1 - share) / B) + 1e-12
+        assert (inside.mean(0) - share).abs().max() < bound
 
 
 # ----------------------------------------------------------------------------------- the schedule
@@ -139,15 +178,6 @@ def test_mix_sample__frequencies_are_the_coefficients():
 
 
 # -------------------------------------------------------------------------------------- the parts
-
-
-def test_apportion__equals_largest_remainder():
-    weights = torch.randint(0, 6, (300, 9), generator=torch.Generator().manual_seed(0))
-    weights[:, 4] += 1
-    total = torch.arange(300)[:, None] % 61
-    got = cfmae.apportion(total, weights)
-    for t, w, row in zip(total.flatten().tolist(), weights.tolist(), got.tolist()):
-        assert row == list(naive_apportion(t, dict(enumerate(w))).values()) and sum(row) == t
 
 
 def test_visible_counts__are_dirichlet_shares_rounded():
@@ -197,11 +227,13 @@ def test_choose_objects__draws_large_ones_more_often():
 
 
 @pytest.mark.parametrize("alpha", [0.51, 0.6, 0.75, 1.0])
-def test_instance_quota__equals_naive_for_every_size(alpha):
+def test_instance_mask__equals_naive_count_for_every_size(alpha):
     N = 25
+    order = uniform(torch.arange(N + 1), N, MASK).argsort(1).argsort(1)[None].expand(1, -1, -1)
     for area in range(N + 1):
         objects = torch.arange(N)[None] < area
         n = torch.arange(N + 1)[None, :, None]
-        got = cfmae.instance_quota(n, objects, alpha)[0]
+        hidden = cfmae.instance_mask(n, objects, order, alpha)[0]
         on = [naive_on_objects(k, area, N, alpha) for k in range(N + 1)]
-        assert got[:, 1].tolist() == on and got.sum(1).tolist() == list(range(N + 1))
+        assert hidden[:, :area].sum(1).tolist() == on
+        assert hidden.sum(1).tolist() == list(range(N + 1))

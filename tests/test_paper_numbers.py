@@ -72,7 +72,10 @@ def test_table_7_and_appendices__defaults():
     assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.patch_size) == (768, 12, 12, 16)  # ViT-B
     assert (cfg.decoder_embed_dim, cfg.decoder_num_heads, cfg.decoder_depth) == (256, 8, 2)
     assert cfg.semantic_classes == 133 == 80 + 53  # App. B: things and stuff
-    assert (cfg.lambda_s, cfg.lambda_i, cfg.lambda_r) == (1, 1, 1) and cfg.alpha > 0.5
+    assert (cfg.lambda_s, cfg.lambda_i, cfg.lambda_r) == (1, 1, 1) and cfg.alpha == 0.75 > 0.5
+    assert (cfg.min_lr, cfg.crop_scale_min, cfg.norm_pix_loss) == (0, 0.2, True)  # MAE's
+    assert (cfg.decoder, cfg.order, cfg.masking) == ("cascaded", "S-I-R", "SG-IG-RD")  # Table 6
+    assert (cfg.mix, cfg.e1, cfg.e2, cfg.e3, cfg.e4) == ("score", 0.2, 0.4, 0.6, 0.8)
     assert engine.learning_rate(cfg, 40 * 625 - 1, 625) == pytest.approx(1e-4 * 2048 / 256)  # 8e-4
 
 
