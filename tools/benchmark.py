@@ -122,7 +122,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
 
 def scenes(cfg: engine.Config, size: int) -> dict[str, torch.Tensor]:
     """A batch of ShapeScenes, with the granularities that the method asks for."""
-    granularities = cfg.data_options()["granularities"]
+    granularities = getattr(cfg, "names", ("rgb",))
     scenes = data.ShapeScenes("train", cfg.image_size, cfg.patch_size, granularities)
     return data.collate([scenes[0, i] for i in range(size)])
 

@@ -128,8 +128,8 @@ def choose_mask(args: argparse.Namespace, cfg: engine.Config, seed: Tensor) -> T
         cfg = dataclasses.replace(cfg, mask_ratio=cfg.mask_ratio if ratio is None else ratio)
         cfg.resolve()
         if isinstance(cfg, cfmae.Config):
-            cfg, none = dataclasses.replace(cfg, masking="RD"), torch.zeros(1, N, dtype=torch.long)
-            return cfmae.progressive_mask(cfg, seed, torch.ones(()), none, none)[0][0]
+            cfg = dataclasses.replace(cfg, masking="RD")
+            return cfmae.make_mask(cfg, {"seed": seed}, None)[0][0]
         return MODELS[type(cfg).__module__][1].make_mask(SimpleNamespace(cfg=cfg), seed)
     if hidden.all() or not hidden.any():
         raise UserError("the mask hides " + ("everything" if hidden.all() else "nothing"))
@@ -171,8 +171,8 @@ def predict(
         return truth, pixels(model, pred, rgb, normalised)
 
     if isinstance(model, cfmae.CFMAE):
-        pred, found = model.predict(model.patches(batch), mask[None], V), {}
-        for t in model.granularities:
+        pred, found = model.predict(model.images(batch), mask[None], V), {}
+        for t in cfg.names:
             if t == "rgb":
                 found[t] = draw(pred[t])
             else:

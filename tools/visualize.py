@@ -54,11 +54,7 @@ def configure(args: argparse.Namespace, method: str, *flags: str) -> engine.Conf
 def cfmae_masks(cfg: cfmae.Config, batch: dict, progress: float, kind: str = "") -> Tensor:
     """CFMAE's mask (M, N) of one image at a moment of training, or one `kind` of mask alone."""
     cfg = dataclasses.replace(cfg, masking=kind or cfg.masking)
-    regions = [torch.zeros(1, cfg.num_patches, dtype=torch.long)] * 2  # RD needs none
-    if {"instance", "semantic"} <= batch.keys():
-        patches = (cfmae.patch_labels(batch[m]) for m in ("instance", "semantic"))
-        regions = [cfmae.patch_region(x) for x in patches]
-    return cfmae.progressive_mask(cfg, batch["seed"], torch.tensor(progress), *regions)[0][0]
+    return cfmae.make_mask(cfg, batch, torch.tensor(progress))[0][0]
 
 
 def masks(args: argparse.Namespace) -> None:
@@ -110,7 +106,7 @@ def over_training(args: argparse.Namespace) -> None:
         raise UserError("--over-training needs --data and granularities with both kinds of maps")
     images = list(open_images(args, cfg.image_size, cfg.patch_size, names, cfg.semantic_classes))
     for progress in args.over_training or (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        parts = cfmae.schedule(torch.tensor(progress), cfg).items()
+        parts = cfmae.schedule(cfg, torch.tensor(progress)).items()
         labels.append(f"progress {progress:g}: " + " ".join(f"{k}={v:.1f}" for k, v in parts))
         found = [(batch, cfmae_masks(cfg, batch, progress)) for _, batch in images]
         rows.append([look(b, m, x) for b, mask in found for m, x in zip(names, mask)])
@@ -143,7 +139,7 @@ def schedule(args: argparse.Namespace) -> None:
     at, panels = [cfg.epochs * i / n for i in range(n + 1)], []
     if method == "cfmae":
         names = {"SG": "alpha_S", "IG": "alpha_I", "RD": "random, 1 - alpha_S - alpha_I"}
-        shares = cfmae.schedule(torch.arange(n + 1) / n, cfg).items()
+        shares = cfmae.schedule(cfg, torch.arange(n + 1) / n).items()
         lines = [Series(names[k], at, v.tolist(), i) for i, (k, v) in enumerate(shares)]
         panels.append((f"share of each mask, {cfg.masking}", "epoch", lines))
     rates = [engine.learning_rate(cfg, int(x * n), n) for x in at]
