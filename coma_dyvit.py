@@ -585,8 +585,8 @@ class CoMA(Autoencoder):
 
     def complement(self, imgs: Tensor, mask: Tensor) -> Tensor:
         """Predict from the patches that `mask` hides: (B, N, p*p*3)."""
-        # NOTE paper unclear: the frozen branch. It gives no gradient, so it teaches nothing; what
-        # "the decoder" is that its features go to decides whether that holds (see the docstring).
+        # NOTE paper unclear: the frozen branch. It gives no gradient, so it teaches nothing, unless
+        # "the decoder" that its features go to is the one that learns.
         encoder = self.evaluation if self.cfg.evaluation in ("frozen", "common") else self
         decoder = self.evaluation if self.cfg.evaluation == "frozen" else self
         complement = ~mask  # Eq. (1)
@@ -619,10 +619,9 @@ class CoMA(Autoencoder):
         logs = {"loss_adaptive": error.where(mask, 0).sum(1).mean() / hidden}
         if other is not None:
             logs["loss_evaluation"] = error.where(~mask, 0).sum(1).mean() / self.cfg.num_visible
-        if self.cfg.method == "mae":
-            total = logs["loss_adaptive"].clone()  # torch.compile wants a tensor of the loss's own
-        else:
-            total = error.mean()  # Eq. (3)
+        total = error.mean()  # Eq. (3)
+        if self.cfg.method == "mae":  # not the log's own tensor, which torch.compile would detach
+            total = error.where(mask, 0).mean() * (self.cfg.num_patches / hidden)
         return total, {k: v.detach() for k, v in logs.items()}
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
