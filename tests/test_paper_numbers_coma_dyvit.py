@@ -5,6 +5,9 @@ text has 1.2 and 2.6. "12 % of the pre-training epochs" cannot be derived: Table
 of 1600, which are 18.75 %, and Figure 1 may have other points.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,3 +149,17 @@ def test_decoder__eight_blocks_of_global_attention():
     convnext = cd.ConvNeXtBlock(512, (7, 7))
     assert convnext(torch.zeros(1, 49, 512)).shape == (1, 49, 512)
     assert convnext.dwconv.kernel_size == (7, 7)
+
+
+def test_ablations__every_row_is_a_command():
+    """The flags of docs/ablations.md parse; a bare value stands for the option named before it."""
+    text = (Path(__file__).parent.parent / "docs/ablations.md").read_text()
+    rows = text.split("\n## CoMA and DyViT\n")[1].split("\n## ")[0].splitlines()
+    rows = [row for row in rows if row.startswith("| ") and "tools.visualize" not in row]
+    assert len(rows) == 8
+    for row in rows[1:]:
+        option = None
+        for span in re.findall("`([^`]+)`", row.split("|")[2]):
+            words = span.split() if span.startswith("--") else [option, span]
+            option = words[0]
+            assert config(*words).resolve() is None
