@@ -25,7 +25,7 @@ What CoMA adds is a choice of reading, `--evaluation`. Eqs. 2, 3 are sums over p
 branch, and the evaluation branch is frozen. So CoMA as printed is MAE at 60 % with plain pixels,
 weight for weight; its gradient is MAE's times hidden / all patches, 30/49.
   frozen   the paper's text: the second branch changes the loss in the log, nothing else
-  none     without that branch: the same weights, a third of the step cheaper
+  none     without that branch: the same weights at less cost
   common   a frozen encoder, one decoder that both branches train ("passed to *the* decoder")
   shared   both branches learn
 common and shared are ahead of none after as many steps, none after as long (docs/ablations.md).
