@@ -322,6 +322,9 @@ class ViT(nn.Module):
         class_token, reg_tokens: timm's prefix tokens, before the patches and without position.
     """
 
+    trained_norm = True  # pre-training's final norm sees what features are taken from
+    probe_layer: float | None = None  # where a linear probe reads, of the depth; None: after it
+
     def __init__(
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
         depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,

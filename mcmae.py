@@ -289,6 +289,7 @@ class Encoder(nn.Module):
     """
 
     num_prefix = 0  # Sec. 2.2: no class token
+    trained_norm, probe_layer = False, None  # the norm is trained on E1 + E2 + E3
     grid_of, position = ViT.grid_of, ViT.position  # of stage 3, where an encoder is a plain ViT
 
     def __init__(
