@@ -127,7 +127,8 @@ def test_classifier__drop_path_comes_from_the_seed(tmp_path):
     model, batch = classify.build(cfg), batch_of(cfg, 16)
     torch.nn.init.normal_(model.head.weight)
     inputs = model.inputs(batch)
-    dropped = uniform(batch["seed"], 2, DROP_PATH)[:, 1] < 0.9  # of two blocks the second
+    draws = uniform(batch["seed"], 4, DROP_PATH)  # of two blocks with two branches
+    dropped = (draws[:, 2:] < 0.9).all(1)
     assert 8 < dropped.sum() < 16
     without = model.classify({"rgb": inputs["rgb"]}, batch["seed"])
     ((x, _),) = model.encoder.forward_features(inputs["rgb"], [1])
@@ -208,13 +209,21 @@ def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path, monkeypat
 
 def test_bad_input__one_line(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
-    (tmp_path / "one/train/cat").mkdir(parents=True)
-    (tmp_path / "none/train").mkdir(parents=True)
+    for name in ("one/train/cat/1.png", "more/train/cat/1.png", "more/train/bat/1.png",
+                 "more/val/cat/1.png", "more/val/owl/a/1.png", "more/val/dog/1.JPEG",
+                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("one/train/dog", "more/train/dog", "more/val/empty"):
+        (tmp_path / name).mkdir()
     cases = {
         "one of --checkpoint, --init, --method": [],
         "--encoder huge is a preset of --method": ["--checkpoint", path, "--encoder", "huge"],
-        "no class folders": ["--checkpoint", path, "--data", tmp_path / "none"],
+        "no class folders with images": ["--checkpoint", path, "--data", tmp_path / "none"],
         "one class alone, cat,": ["--checkpoint", path, "--data", tmp_path / "one"],
+        "2 classes of .*/more/val have no image in .*/more/train.*: dog, owl": [
+            "--checkpoint", path, "--data", tmp_path / "more",
+        ],
         "there is no folder .*nowhere": ["--checkpoint", path, "--data", tmp_path / "nowhere"],
         "nothing.pt": ["--checkpoint", tmp_path / "nothing.pt"],
         "--granularities is CFMAE's": ["--method", "mcmae", "--encoder", "tiny",
