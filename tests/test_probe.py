@@ -290,6 +290,22 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         run(*linear, "--output", tmp_path / "a")
 
 
+def test_run__normalises_as_told(tmp_path):
+    path = write_checkpoint(tmp_path, "cfmae")
+    flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32", "--cache",
+             tmp_path / "cache", "--mean", "0.2,0.4,0.6", "--layers", "2"]  # fmt: skip
+    assert run(*flags, "--std", "0.5,1,0.25", "--output", tmp_path / "a") == 0
+    model = classify.build(parse("--checkpoint", path)).eval()
+    rgb = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)[0, 7]["rgb"][None] / 255
+    mean, std = torch.tensor([[0.2, 0.4, 0.6], [0.5, 1.0, 0.25]])[..., None, None]
+    with torch.no_grad():
+        ((tokens, _),) = model.encoder.forward_features((rgb - mean) / std, [2])
+    rows = torch.from_numpy(np.load(tmp_path / "cache/val.npy"))
+    assert torch.allclose(rows[7, :16], tokens[0].mean(0), atol=1e-5)
+    with pytest.raises(engine.UserError, match="another run .*std differ"):
+        run(*flags, "--std", "0.5,1,0.5", "--output", tmp_path / "b")
+
+
 def test_run__views_are_different_crops(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     out = tmp_path / "a"
