@@ -3,7 +3,6 @@
 tally                    counts of a batch
 count_hits               counts of a split
 match_classes            folder names to a model's classes
-shortfall                a line where a published test set is there in part
 shares, write_result     per cent, result.json and per_class.csv
 """
 
@@ -99,15 +98,3 @@ def match_classes(names: Sequence[str], classes: Sequence[str], where: str) -> T
         shown = f"folders {', '.join(unknown[:5])}" if unknown else "no class folders"
         raise UserError(f"{where}: {shown}; the model's classes are {', '.join(classes[:5])}, ...")
     return torch.tensor([number[name] for name in names])
-
-
-PUBLISHED = {"imagenet_a": 200, "imagenet_r": 200, "imagenet_sketch": 1000}  # their classes
-
-
-def shortfall(name: str, classes: int) -> str:
-    """A line for a test set that has fewer classes than the published one, "" for a whole one."""
-    whole = PUBLISHED.get(name, 0)
-    if classes >= whole:
-        return ""
-    return (f"{name}: {classes} of its {whole} classes are here; the logits of the others are left "
-            "out, so the accuracy is not comparable to published ones")  # fmt: skip
