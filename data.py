@@ -147,17 +147,18 @@ def worker_init(worker_id: int) -> None:
 # ---------------------------------------------------------------------- geometry, labels
 
 
-def _sizes(image_size, patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return ((H, W), (H/s, W/s)) with s = patch_size / 4."""
+def _sizes(image_size, patch_size: int, granularities: Sequence[str]) -> tuple[tuple, tuple]:
+    """Return ((H, W), (H/s, W/s)) with s = patch_size / 4; the second is () without maps."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if patch_size < 4 or patch_size % 4:
+    maps = set(granularities) - {"rgb"}
+    if maps and (patch_size < 4 or patch_size % 4):
         raise UserError(f"patch_size {patch_size}: use a multiple of 4, a patch has 4 x 4 labels")
     for n in size:
         if n < patch_size or n % patch_size:
             low = max(n // patch_size, 1) * patch_size
             raise UserError(f"image_size {n} is not divisible by patch_size {patch_size}: "
                             f"use {low} or {low + patch_size}")
-    return size, tuple(n * 4 // patch_size for n in size)
+    return size, tuple(n * 4 // patch_size for n in size if maps)
 
 
 def random_crop(draw, height: int, width: int, scale: Sequence[float]) -> tuple[int, ...]:
@@ -423,7 +424,7 @@ class FolderDataset(Dataset):
                  patch_size: int = 16, granularities: Sequence[str] = ("rgb",),
                  scale: Sequence[float] = (0.2, 1.0), train: bool = True, seed: int = 0,
                  semantic_classes: int = 133, crop_pct: float = 1.0):
-        self.size, self.label_size = _sizes(image_size, patch_size)
+        self.size, self.label_size = _sizes(image_size, patch_size, granularities)
         if not 1 <= semantic_classes <= UNLABELLED:
             raise UserError(f"semantic_classes {semantic_classes}: use 1 to {UNLABELLED}")
         self.files = files = scan(root, split, granularities) if files is None else files
@@ -475,9 +476,9 @@ class FolderDataset(Dataset):
             rgb = rgb.contiguous(memory_format=torch.channels_last)
             rgb = F.interpolate(rgb, self.size, mode="bicubic", antialias=True)[0]
             sample["rgb"] = (rgb.flip(-1) if flip else rgb).contiguous()
-        rows = _nearest(top, h, self.label_size[0])[:, None]
-        cols = _nearest(left, w, self.label_size[1], flip)
         for granularity, ids in maps.items():
+            rows = _nearest(top, h, self.label_size[0])[:, None]
+            cols = _nearest(left, w, self.label_size[1], flip)
             unlabelled, ids = UNLABELLED if ids.dtype == np.uint8 else 65535, ids[rows, cols]
             ids = relabel(ids, unlabelled) if granularity == "instance" else ids.astype(np.uint8)
             sample[granularity] = torch.from_numpy(ids)
@@ -588,7 +589,7 @@ class ShapeScenes(Dataset):
     def __init__(self, split: str = "train", image_size=64, patch_size: int = 8,
                  granularities: Sequence[str] = GRANULARITIES, train: bool = True, seed: int = 0,
                  length: int | None = None):
-        self.size, self.label_size = _sizes(image_size, patch_size)
+        self.size, self.label_size = _sizes(image_size, patch_size, granularities)
         self.granularities, self.train, self.seed = tuple(granularities), train, seed
         self.split, self.classes = int.from_bytes(split.encode(), "little"), list(SHAPES)
         self.length = length if length is not None else 20_000 if split == "train" else 2_000
@@ -715,10 +716,12 @@ class ShapeScenes(Dataset):
         canvas *= 1.05 - 0.2 * (light * (x - 0.5) + (y[:, None] - 0.5))
         canvas += 24 * self._cut(draw, 6) - 12
         label = shapes[int(np.bincount(instance.ravel(), minlength=count + 1)[1:].argmax())]
-        rows, cols = (_nearest(0, n, out) for n, out in zip(self.size, self.label_size))
-        at = rows[:, None], self.size[1] - 1 - cols if flip else cols
         rgb = np.clip(canvas[:, :, ::-1] if flip else canvas, 0, 255).astype(np.uint8)
-        sample = {"rgb": rgb, "instance": relabel(instance[at]), "semantic": semantic[at]}
+        sample = {"rgb": rgb}
+        if self.label_size:
+            rows, cols = (_nearest(0, n, out) for n, out in zip(self.size, self.label_size))
+            at = rows[:, None], self.size[1] - 1 - cols if flip else cols
+            sample |= {"instance": relabel(instance[at]), "semantic": semantic[at]}
         sample = {g: torch.from_numpy(a) for g, a in sample.items() if g in self.granularities}
         return sample | _scalars(label, seed, -1)
 

@@ -22,11 +22,12 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,7 +259,9 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products have units of their own: others are slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()
+    # NOTE private names: AMX, and AVX512-BF16, where bf16 takes half of fp32's time.
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def keep_freed_memory() -> None:
@@ -298,11 +301,37 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def save(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint so that `path` is at any moment the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(checkpoint, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except (OSError, RuntimeError) as e:  # torch's zip writer hides the first behind the second
+            temporary.unlink(missing_ok=True)
+            raise e if isinstance(e, OSError) else OSError(None, "the disk is full?") from None
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Say in one line what could not be written, a full disk being the usual reason."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(
+            f"cannot write {path}: {e.strerror or e}. What was there before is whole; once there "
+            "is room, --resume with --output goes on from the last checkpoint"
+        ) from None
+
+
+def warn_of_space(model: nn.Module, out: Path) -> None:
+    """Say so when checkpoints (weights and AdamW's two moments) will not fit onto the disk."""
+    size = sum(p.numel() * (12 if p.requires_grad else 4) for p in model.parameters())
+    needed = size * (1 if (out / "last.pt").exists() else 2)  # the old one stays meanwhile
+    if (free := shutil.disk_usage(out).free) < needed:
+        print(f"warning     checkpoints take {size / 2**30:.2f} GiB, twice that while one is "
+              f"written; {out} has {free / 2**30:.2f} GiB free", flush=True)  # fmt: skip
 
 
 def read(path: str | Path, option: str = "") -> object:
@@ -511,7 +540,8 @@ def open_data(cfg: Config, world: World, out: Path, split: str) -> torch.utils.d
         if not ((out / "last.pt").exists() and (folder / "files.npy").exists()):
             files = data.scan(cfg.data, split, common[2])
             data.check(data.open_dataset(cfg.data, split, *common, files=files, **keys))
-            files.save(folder)
+            with writing(folder):
+                files.save(folder)
         return True
 
     if not world.from_rank_0(listing):
@@ -559,8 +589,9 @@ class Meter:
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
-            os.replace(temporary, path)
+            with writing(path):
+                temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
+                os.replace(temporary, path)
 
     @staticmethod
     def is_whole(line: str, at: int) -> bool:
@@ -587,7 +618,7 @@ class Meter:
         self.bad_terms = torch.where(wrong, terms, self.bad_terms)
         for index in bad[bad >= 0].tolist():
             self.bad += 1
-            with open(self.out / "bad_files.txt", "a") as f:
+            with writing(path := self.out / "bad_files.txt"), open(path, "a") as f:
                 f.write(self.train_set.files.name(index) + "\n")
 
     def end_step(self, accum: int) -> None:
@@ -648,7 +679,7 @@ class Meter:
 
     def write(self, record: dict) -> None:
         if self.world.rank == 0:
-            with open(self.out / "log.jsonl", "a") as f:
+            with writing(path := self.out / "log.jsonl"), open(path, "a") as f:
                 f.write(json.dumps(record) + "\n")
 
 
@@ -709,14 +740,20 @@ def raise_error(batch: dict, world: World | None = None) -> dict:
     return batch
 
 
+def evenly(length: int, count: int) -> list[int]:
+    """`count` evenly spaced indices: the first ones of a folder would be of its first classes."""
+    return [i * length // count for i in range(count)]
+
+
 @torch.no_grad()
 def validation(
     cfg: Config, world: World, model: nn.Module, val_set: data.Dataset, micro: int,
     evaluate: Callable | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Means over the first `val_samples` of the val split, shared out over the ranks."""
+    """Means over `val_samples` of the val split, evenly spaced, shared out over the ranks."""
     share = max(1, min(cfg.val_samples, len(val_set)) // world.size)
-    pairs = [(0, (world.rank * share + i) % len(val_set)) for i in range(share)]
+    picks = evenly(len(val_set), share * world.size)
+    pairs = [(0, i) for i in picks[world.rank * share :][:share]]
     loader = torch.utils.data.DataLoader(
         val_set, batch_sampler=[pairs[i : i + micro] for i in range(0, share, micro)],
         collate_fn=data.collate, worker_init_fn=data.worker_init,
@@ -818,13 +855,21 @@ def train(
     if checkpoint:
         load_weights(model, checkpoint["model"], out / "last.pt")
         load_optimizer(optimizer, checkpoint["optimizer"], out / "last.pt")
+    if start >= stop:  # what a cluster that restarts its jobs comes to in the end
+        if finish and start >= total and not (out / "result.json").exists():
+            finish(model, out)
+        if lead:
+            print(f"finished already: {out} is at step {start} of {total}")
+        return 0
     meter = Meter(out, world, train_set, checkpoint)
     if lead:
         sets = (train_set, val_set)
         print(summary(method, cfg, world, model, sets, (accum, micro), per_epoch, out), flush=True)
         if checkpoint:
             print(f"resumed     {out / 'last.pt'} at step {start}")
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        with writing(out / "config.json"):
+            (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        warn_of_space(model, out)
     loader = torch.utils.data.DataLoader(
         train_set, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers(cfg, world),
         worker_init_fn=data.worker_init, pin_memory=device.type == "cuda",
@@ -850,15 +895,14 @@ def train(
             tqdm.write(f"val, step {step}: {shown}")
             if picture and preview:
                 path = out / f"preview-{step:07d}.png"
-                batch = data.collate([val_set[0, i] for i in range(min(4, len(val_set)))])
-                with torch.no_grad(), world.autocast():
+                picks = evenly(len(val_set), min(4, len(val_set)))
+                batch = data.collate([val_set[0, i] for i in picks])
+                with writing(path), torch.no_grad(), world.autocast():
                     preview(model, to_device(raise_error(batch), device), path, step)
                 tqdm.write(f"preview     {path}")
         model.train()
         world.maximum(0)
 
-    if start >= stop:
-        raise UserError(f"{out} is at step {start} already; --steps or --epochs say how far to go")
     if checkpoint is None:
         validate(0, picture=False)
     interrupt, batches, status = Stop(), iter(loader), 0

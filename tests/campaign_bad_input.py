@@ -185,7 +185,6 @@ def folder_rows(at: Path):
         (resumed("random bytes", np.random.default_rng(0).bytes(5000)), ["cannot be read safely"]),
         (resumed("empty file", b""), ["cannot be read safely"]),
         (resumed("cut file", raw[: len(raw) // 2]), ["cannot be read safely"]),
-        (resumed("finished", real, "--steps", "2"), ["at step 2 already"]),
         (("--resume without --output", ["--resume", "--output", ""]), ["--resume needs --output"]),
         (("folder with a run", ["--output", at / "real"]), ["holds a run", "--resume"]),
     ):

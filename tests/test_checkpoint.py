@@ -4,7 +4,10 @@ import io
 import os
 import pickle
 import re
+from array import array
+from types import SimpleNamespace
 
+import data
 import engine
 import numpy as np
 import pytest
@@ -29,7 +32,7 @@ def test_save__a_crash_leaves_the_old_file_whole(tmp_path, monkeypatch, crash):
 
     with monkeypatch.context() as patched:
         patched.setattr(crash, fail)
-        with pytest.raises(OSError):
+        with pytest.raises(UserError, match=f"cannot write {path}"):
             engine.save(path, WHOLE | {"step": 4})
     assert engine.load(path, "cfmae")["step"] == 3
     (tmp_path / "last.pt.tmp").write_bytes(b"left by the crash")
@@ -136,14 +139,60 @@ def test_load_optimizer__refuses_the_state_of_other_parameters():
     assert tiny_run.same_bits(optimizer.state_dict()["state"], good["state"])
 
 
-def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path):
+def test_save__a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    path = tmp_path / "last.pt"
+    engine.save(path, {"x": torch.zeros(1000)})
+    whole = path.read_bytes()
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"cannot write {path}: .*--resume") as error:
+        engine.save(path, {"x": torch.zeros(1000000)})
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_train__a_full_disk_is_one_line_for_every_file(tmp_path, monkeypatch):
+    (tmp_path / "log").mkdir(), (tmp_path / "bad").mkdir()
+    (tmp_path / "log" / "config.json").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*config.json: No space left"):
+        tiny_run.train(tmp_path / "log", "--steps", 1, "--resume")
+    meter = object.__new__(engine.Meter)
+    meter.world, meter.out = engine.World(tiny_run.config(tmp_path)), tmp_path / "bad"
+    (tmp_path / "bad" / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*log.jsonl: No space left"):
+        meter.write({"step": 1})
+    files = data.FileList.build(b"a", array("q", [0, 1]), array("i", [0]), {"rgb": "x"}, [])
+    (tmp_path / "bad" / "files.npy.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(data, "scan", lambda *a: files)
+    monkeypatch.setattr(data, "check", lambda *a: None)
+    cfg = tiny_run.config(tmp_path, "--data", tmp_path, "--granularities", "R")
+    (tmp_path / "out").mkdir(), (tmp_path / "out" / "files-train").mkdir()
+    (tmp_path / "out" / "files-train" / "files.npy.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="cannot write .*files-train: No space left"):
+        engine.open_data(cfg, meter.world, tmp_path / "out", "train")
+
+
+def test_warn_of_space__where_a_checkpoint_does_not_fit(tmp_path, monkeypatch, capsys):
+    model = torch.nn.Linear(1024, 1024, bias=False)  # 4 MiB, 12 with AdamW's moments
+    for free, kept, warned in ((23, False, True), (25, False, False), (11, True, True),
+                               (13, True, False)):  # fmt: skip
+        (tmp_path / "last.pt").touch() if kept else (tmp_path / "last.pt").unlink(missing_ok=True)
+        usage = SimpleNamespace(free=free * 2**20)
+        monkeypatch.setattr(engine.shutil, "disk_usage", lambda path, usage=usage: usage)
+        engine.warn_of_space(model, tmp_path)
+        assert ("warning" in capsys.readouterr().out) == warned
+
+
+def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path, capsys):
     assert tiny_run.train(tmp_path, "--steps", 2) == 0
     with pytest.raises(UserError) as error:
         tiny_run.train(tmp_path, "--resume", "--seed", 1, "--alpha", 0.6)
     for part in ("--seed was 0, is 1", "--alpha was 0.75, is 0.6"):
         assert part in str(error.value)
-    with pytest.raises(UserError, match="at step 2 already"):
-        tiny_run.train(tmp_path, "--resume", "--steps", 2)
+    before = (tmp_path / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert tiny_run.train(tmp_path, "--resume", "--steps", 2) == 0  # a cluster's restart
+    assert capsys.readouterr().out == f"finished already: {tmp_path} is at step 2 of 60\n"
+    assert (tmp_path / "last.pt").read_bytes() == before
     free = "--micro-batch 4 --save-minutes 9 --save-epochs 1 --val-samples 4 --workers 1 --compile"
     cfg = tiny_run.config(tmp_path, "--resume", *free.split())
     engine.refuse_changes(cfg, tiny_run.checkpoint(tmp_path)["config"], tmp_path)

@@ -201,10 +201,16 @@ def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatc
     (30, 16, "use 16 or 32"), ((32, 40), 16, "32 or 48"), (8, 16, "use 16 or 32"),
     (30, 6, "multiple of 4")])
 def test_sizes__name_the_nearest_that_work(good, size, patch, words):
-    for make in (lambda: FolderDataset(good, "train", None, size, patch),
+    for make in (lambda: FolderDataset(good, "train", None, size, patch, ALL),
                  lambda: data.ShapeScenes("train", size, patch)):
         with pytest.raises(UserError, match=words):
             make()
+
+
+def test_sizes__any_patch_size_without_maps(good):
+    for dataset in (FolderDataset(good, "train", None, 28, 14),
+                    data.ShapeScenes("train", 28, 14, ("rgb",))):
+        assert dataset[0, 0]["rgb"].shape == (3, 28, 28) and "semantic" not in dataset[0, 0]
 
 
 def test_open_dataset__opens_shapes_or_a_folder(good):

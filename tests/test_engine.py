@@ -1,10 +1,12 @@
 """The run's parts: command line, batch, schedule, folder; and what a run says that goes wrong."""
 
+import contextlib
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
+import data
 import engine
 import numpy as np
 import pytest
@@ -211,3 +213,52 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
     (tmp_path / "data/train/00.jpg").write_bytes((tmp_path / "data/train/019.jpg").read_bytes())
     assert tiny_run.train(tmp_path / "a", *flags, "--resume") == 0
     assert tiny_run.same_result(tmp_path / "a", tmp_path / "b")
+
+
+# -------------------------------------------------------------------------------------- validation
+
+
+def test_validation__evenly_spaced_over_the_split_and_the_ranks(monkeypatch):
+    seen = []
+
+    class Counting(torch.utils.data.Dataset):
+        def __len__(self):
+            return 103
+
+        def __getitem__(self, key):
+            seen.append(key)
+            return {"seed": torch.tensor(key[1]), "label": torch.tensor(key[1])}
+
+    def mean_label(model, batch):
+        return {"label": batch["label"].float().mean()}
+
+    cfg = Config(val_samples=20, workers=0)
+    for rank in (0, 1):
+        world = SimpleNamespace(
+            rank=rank, size=2, device=torch.device("cpu"), autocast=contextlib.nullcontext,
+            local_size=1, mean=lambda x: x,
+        )  # fmt: skip
+        monkeypatch.setattr(engine, "raise_error", lambda batch, world: batch)
+        engine.validation(cfg, world, None, Counting(), 4, mean_label)
+    assert seen == [(0, i * 103 // 20) for i in range(20)]
+    assert seen[-1][1] > 90  # not the first folders alone
+
+
+def test_train__pictures_are_of_evenly_spaced_images(tmp_path):
+    seen = []
+    cfg = tiny_run.config(tmp_path, "--steps", 1)
+    with tiny_run.short_epochs():
+        engine.train(
+            "cfmae", cfg, engine.World(cfg), CFMAE,
+            preview=lambda model, batch, path, step: seen.extend(batch["seed"].tolist()),
+        )  # fmt: skip
+    assert seen == [data.sample_seed(0, 0, i) for i in (0, 10, 20, 30)]
+
+
+@pytest.mark.parametrize("amx, avx512, bf16", [(1, 0, True), (0, 1, True), (0, 0, False)])
+def test_has_bf16__on_cpus_with_units_for_it(monkeypatch, amx, avx512, bf16):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512), raising=False)
+    assert engine.has_bf16(torch.device("cpu")) is bf16
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a private name may go
+    assert engine.has_bf16(torch.device("cpu")) is bool(amx)
