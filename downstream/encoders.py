@@ -302,16 +302,17 @@ def open_classifier(
     """A public classifier, fine-tuned: MAE's, ConvMAE's, BEiT's, timm's and transformers' ViT.
 
     Args: as `open_encoder`.
-    Returns: the encoder; its description, with `pool`, the tokens that the head reads the mean of
-        ("patch" or "prefix"), and `report`, a line; `fc_norm.*` and `head.*`: logits are
-        head(fc_norm(mean)) of the last block's output, before the encoder's own norm.
+    Returns: the encoder; its description, with `pool` and `report`, a line; `head.*` and the norm
+        before it. With pool "patch" logits are head(fc_norm(mean of the patches)), with "prefix"
+        head(norm(class token)), of the last block's output before the encoder's own norm.
     Errors: UserError, also where the file has no head or one of another form.
     """
     head, pool = public.classifier(public.open_public(init, key))
     encoder, description, report = open_encoder(
         init=init, image_size=image_size, key=key, **changes
     )
-    report += f"; with its head: mean of {pool} tokens, norm, {len(head['head.bias'])} classes"
+    tokens = "mean of the patches" if pool == "patch" else "class token"
+    report += f"; with its head: {tokens}, norm, {len(head['head.bias'])} classes"
     return encoder, {**description, "pool": pool, "report": report}, head
 
 

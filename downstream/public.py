@@ -141,8 +141,13 @@ class PublicViT(ViT):
     when it is read, which is the same.
     """
 
-    def __init__(self, absolute: bool = True, relative: bool = False, **kwargs):
+    def __init__(
+        self, absolute: bool = True, relative: bool = False, norm_eps: float = 1e-6, **kwargs
+    ):
         super().__init__(**kwargs)
+        for m in self.modules():
+            if isinstance(m, nn.LayerNorm):
+                m.eps = norm_eps
         pos_embed = self.pos_embed[None].clone()  # to begin with: MAE's
         del self.pos_embed  # the fixed one
         self.pos_embed = nn.Parameter(pos_embed) if absolute else None
@@ -339,6 +344,7 @@ def describe(found: Public, **changes) -> dict:
             "init_values": scale if "blocks.0.ls1.gamma" in shape else None,
             "class_token": "cls_token" in shape, "reg_tokens": shape.get("reg_token", (1, 0))[1],
             "absolute": kind == "vit" or "pos_embed" in shape, "relative": bool(table),
+            "norm_eps": found.facts.get("layer_norm_eps", 1e-6),  # transformers': 1e-12, but Dinov2
         }  # fmt: skip
     if "pos_embed" in shape:
         side = math.isqrt(shape["pos_embed"][1])
@@ -364,8 +370,8 @@ def known_heads(found: Public) -> int:
 def classifier(found: Public) -> tuple[dict[str, Tensor], str]:
     """The head of a fine-tuned public classifier.
 
-    Returns: `fc_norm` and `head` by name, the norm after the mean over tokens; which tokens that
-        is over, "patch" (MAE, ConvMAE, BEiT) or "prefix" (the class token: timm, transformers).
+    Returns: `head.*` and what comes before it; the tokens that it reads: "patch", their mean, then
+        `fc_norm.*` (MAE, ConvMAE, BEiT), or "prefix", the class token after `norm.*` (timm).
     Errors: UserError where there is none, or it is of another form.
     """
     state, name = found.state, f"--init {found.path}"
@@ -381,5 +387,4 @@ def classifier(found: Public) -> tuple[dict[str, Tensor], str]:
     wanted, width = state["head.weight"].shape[1], state[f"{norm}.weight"].shape[0]
     if wanted != width:
         raise UserError(f"{name}: its head reads {wanted} numbers of an encoder of width {width}")
-    head = {f"fc_norm.{k}": state[f"{norm}.{k}"] for k in ("weight", "bias")}
-    return head | {k: state[k] for k in ("head.weight", "head.bias")}, pool
+    return {k: v for k, v in state.items() if k.split(".")[0] in (norm, "head")}, pool

@@ -162,7 +162,8 @@ def test_export__a_fine_tuned_classifier_keeps_norm_and_head(name, pool, tmp_pat
     again, found, state = encoders.open_classifier(tmp_path / "vit.pth", num_heads=2)
     assert found["pool"] == pool and "5 classes" in found["report"]
     x = again.forward_features(TIMM["imgs"], [2])[0][pool == "prefix"].mean(1)
-    x = F.layer_norm(x, (32,), state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
+    norm = "fc_norm" if pool == "patch" else "norm"
+    x = F.layer_norm(x, (32,), state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-6)
     got = F.linear(x, state["head.weight"], state["head.bias"]).detach()
     assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     timm = pytest.importorskip("timm", reason="timm is optional")

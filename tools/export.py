@@ -146,6 +146,8 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         load = f"model = {timm_constructor(encoder, classes, pool)}; "
         load += f'model.load_state_dict(torch.load("{out}", weights_only=True))'
         notes += [why_not] if why_not else []
+        if encoder.norm.eps != 1e-6:
+            notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
         mean, std = (tuple(description[k]) for k in ("mean", "std"))
         notes.append(f"images in [0, 1], less {mean}, divided by {std}")
     else:
