@@ -49,6 +49,7 @@ from engine import UserError, arg
 MAE = dict(
     epochs=100, warmup_epochs=5.0, batch_size=1024, base_lr=5e-4, min_lr=1e-6, weight_decay=0.05,
     layer_decay=0.65, drop_path=0.1, reprob=0.25, color_jitter=0.0, head_std=2e-5,
+    train_position=True,
 )  # fmt: skip
 MAE_LARGE = MAE | dict(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)  # its ViT-L's
 # The public configuration on BEiT, 4e-3 at 1024. NOTE paper unclear: Table 3 repeats the linear
@@ -67,9 +68,9 @@ RECIPES = {
     "mcmae 23": MAE | dict(layer_decay=0.75),  # its L and H: as MAE's
     "mcmae 31": MAE | dict(layer_decay=0.75),
     # NOTE paper unclear: not given. MAE's, whose ViT of 24 blocks has 0.75: at 0.65 the stem below
-    # 24 blocks would learn at 2e-5 of the rate, at 0.75 at 8e-4.
-    "coma_dyvit": MAE,
-    "coma_dyvit 24": MAE | dict(layer_decay=0.75),
+    # 24 blocks would learn at 2e-5 of the rate, at 0.75 at 8e-4. DyViT's positions are fixed.
+    "coma_dyvit": MAE | dict(train_position=False),
+    "coma_dyvit 24": MAE | dict(train_position=False, layer_decay=0.75),
     "vit": MAE,
     "vit 24": MAE_LARGE,
     "vit 32": MAE_LARGE | dict(drop_path=0.3),  # its ViT-H's
@@ -118,6 +119,7 @@ class Config(engine.Config):
     method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
     encoder: str | None = arg(None, "... and of this preset of it")
     random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
+    init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
     num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
     finetuned: str | None = arg(None, "for evaluate: last.pt of a fine-tuning run")
     description: str | None = arg(None, "the encoder in JSON; set by the run")
@@ -152,6 +154,8 @@ class Config(engine.Config):
         None, "rate of a layer / of the next. CFMAE Table 8: 0.7 (400 epochs), 0.65 (1600); 0.65: "
         "public code of MAE, MCMAE, SemanticMIM; 0.75: of MAE for 24 blocks and more",
     )  # fmt: skip
+    train_position: bool | None = arg(None, "train fixed positions, too: public code of MAE, "
+                                      "MCMAE; learned ones always are")  # fmt: skip
     drop_path: float | None = arg(None, "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE")
     crop_scale_min: float = arg(0.08, "SemanticMIM Table 3; the usual one")
     crop_pct: float | None = arg(None, "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; "
@@ -213,21 +217,24 @@ class Config(engine.Config):
             return Spread(dataset, self.val_samples)
         return Augmented(dataset, self, *self.statistics())
 
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of the encoder's input, pixels in [0, 1]; UserError on others."""
-        found = []
+    def given_statistics(self) -> dict[str, list[float]]:
+        """--mean and --std, where they are given, as three numbers; UserError on others."""
+        found = {}
         for name in ("mean", "std"):
+            text = getattr(self, name)
             try:
-                numbers = [float(x) for x in getattr(self, name).split(",")]
+                x = [float(x) for x in text.split(",")] if text else [0.5] * 3
             except ValueError:
-                numbers = []
-            if len(numbers) != 3 or not all(0 <= x <= 1 for x in numbers):
-                raise UserError(f"--{name} {getattr(self, name)}: three numbers in [0, 1], for "
-                                "example 0.5,0.5,0.5")  # fmt: skip
-            found.append(numbers)
-        if not all(found[1]):
-            raise UserError(f"--std {self.std}: a deviation is above 0")
-        return tuple(found)
+                x = []
+            if len(x) != 3 or not all(0 <= v <= 1 for v in x) or (name == "std" and not all(x)):
+                low = "[0" if name == "mean" else "(0"
+                raise UserError(f"--{name} {text}: three numbers in {low}, 1], e.g. 0.5,0.5,0.5")
+            found |= {name: x} if text else {}
+        return found
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of the encoder's input, pixels in [0, 1], of a resolved Config."""
+        return tuple(self.given_statistics().values())
 
     def resolve(self) -> None:
         """Read the encoder's architecture and the classes, fill in the recipe, refuse the rest.
@@ -239,6 +246,7 @@ class Config(engine.Config):
                             "public classifier")  # fmt: skip
         if self.protocol == "evaluate" and self.finetuned:
             kept = engine.load(self.finetuned, "classify")["config"]
+            kept = {"train_position": False} | kept  # before that field they were fixed
             own = ("protocol", "data", "finetuned", "precision", *self.FREE)
             for f in (f for f in dataclasses.fields(self) if f.name not in own):
                 value = kept.get(f.name, f.default)  # the field may be newer than the run
@@ -253,7 +261,7 @@ class Config(engine.Config):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().resolve()
-        self.statistics()
+        self.given_statistics()
         unit = "layer_decay drop_path mixup cutmix switch_prob smoothing reprob color_jitter"
         for name in unit.split():
             top = 0.99 if name in ("drop_path", "smoothing") else 1
@@ -278,6 +286,7 @@ class Config(engine.Config):
     def describe(self) -> str:
         """The encoder's description as JSON, at the image size of this run."""
         changes = {"image_size": self.image_size, "num_heads": self.num_heads}
+        changes |= {"key": self.init_key, **self.given_statistics()}
         changes = {k: v for k, v in changes.items() if v is not None}
         sources = (self.checkpoint, self.init, self.method, self.encoder)
         description = encoders.describe(*sources, **changes)
@@ -290,7 +299,7 @@ class Config(engine.Config):
         """What fields that are None become."""
         method, config = description["method"], description["config"]
         tiny = TINY.get(self.protocol, {}) if self.model == "tiny" else {}
-        inputs = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        inputs = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # of runs from before the field
         inputs = {k: ",".join(f"{x:g}" for x in description.get(k, v)) for k, v in inputs.items()}
         self.probe = self.probe or ("adamw" if method == "semanticmim" else "lars")
         size = config["image_size"]
@@ -387,12 +396,12 @@ class Classifier(nn.Module):
 def build(cfg: Config) -> Classifier:
     """Model of a run, its encoder loaded unless the run's own checkpoint will be."""
     description = json.loads(cfg.description)
-    encoder = encoders.build(description, cfg.image_size, cfg.drop_path)
+    encoder = encoders.build(description, cfg.image_size, cfg.drop_path, cfg.train_position)
     if cfg.pool == "prefix" and not getattr(encoder, "num_prefix", 0):
         raise UserError("--pool prefix: this encoder has no class or proxy tokens; --pool patch")
     resumed = cfg.resume and Path(cfg.output, "last.pt").exists()
     if not (cfg.random or cfg.method or resumed or cfg.finetuned):
-        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init)
+        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init, cfg.init_key)
         if os.environ.get("RANK", "0") == "0":
             print(report, flush=True)
     return Classifier(cfg, encoder)
@@ -436,17 +445,16 @@ def load_finetuned(cfg: Config, world: engine.World) -> Classifier:
         model = build(cfg)
         engine.load_weights(model, engine.load(cfg.finetuned, "classify")["model"], cfg.finetuned)
         return model.to(world.device).eval()
-    encoder, _, state = encoders.open_classifier(cfg.init, cfg.image_size)
+    heads = {} if cfg.num_heads is None else {"num_heads": cfg.num_heads}
+    encoder, description, state = encoders.open_classifier(
+        cfg.init, cfg.image_size, cfg.init_key, **heads
+    )
     rows, classes = len(state["head.weight"]), len(json.loads(cfg.classes))
     if rows != classes:
         raise UserError(f"--init {cfg.init} classifies {rows} classes, {cfg.data} has {classes}")
-    if "fc_norm.weight" not in state:
-        cfg.pool = "prefix"
-        if encoder.num_prefix != 1:
-            raise UserError(
-                f"--init {cfg.init} classifies by the class token alone, one of "
-                f"{encoder.num_prefix} prefix tokens, which this model cannot"
-            )
+    cfg.pool = description["pool"]
+    if world.rank == 0:
+        print(description["report"], flush=True)
     model = Classifier(cfg, encoder)
     state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
              for k, v in state.items()}  # fmt: skip
@@ -484,7 +492,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = engine.parse(Config, PRESETS, __doc__, argv)
     world = engine.World(cfg)
     if world.rank == 0:
-        print(f"input       normalised by mean {cfg.mean}, deviation {cfg.std}", flush=True)
+        whose = json.loads(cfg.description).get("input", "ImageNet's")
+        print(f"pixels      mean {cfg.mean}, deviation {cfg.std}: {whose}", flush=True)
     if cfg.protocol in ("linear", "knn"):
         return probe.run(cfg, world)
     if cfg.protocol == "finetune":

@@ -343,7 +343,7 @@ def cached(
     source = cfg.checkpoint or cfg.init
     stat = os.stat(source) if source and os.path.exists(source) else None
     fields = "data description random seed image_size crop_scale_min crop_pct views cache_dtype "
-    fields += "mean std"
+    fields += "mean std init_key"
     key = {name: getattr(cfg, name) for name in fields.split()} | {"layers": layers, "width": width}
     key |= {"bf16": world.bf16, "source": source, "file": stat and [stat.st_size, stat.st_mtime]}
     train_set, val_set = (engine.open_data(cfg, world, out, s) for s in ("train", "val"))
@@ -381,7 +381,7 @@ def run(cfg: engine.Config, world: engine.World) -> int:
     encoder = encoders.build(description)
     report = "encoder     fresh weights"
     if not (cfg.random or cfg.method):
-        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init)
+        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init, cfg.init_key)
     encoder = encoder.to(world.device).eval().requires_grad_(False)
     layers = choose_layers(cfg.layers, encoder)
     norm = pooled_norm(encoder, None if cfg.random else cfg.checkpoint)

@@ -206,7 +206,7 @@ def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
     assert run(*mixed, "--micro-batch", 5, "--resume") == 0  # 4 again: 5 does not divide 8
     assert run(*plain, "--micro-batch", 8, "--resume") == 0  # nothing depends on it
     out = capsys.readouterr().out
-    assert "normalised by mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225" in out
+    assert "pixels      mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225: ImageNet's" in out
 
 
 def test_finetune__empty_class_folders_are_no_classes(tmp_path):
@@ -238,21 +238,22 @@ def test_wrap__val_is_the_centre_crop(tmp_path):
 def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
     """A head that comes with its encoder: after the mean of patches, or on the class token."""
     path = write_checkpoint(tmp_path, "cfmae")
-    reference = classify.build(parse("--checkpoint", path)).encoder.eval()
+    reference = classify.build(parse("--checkpoint", path, "--no-train-position")).encoder.eval()
     described = encoders.describe(path, granularities="R")
     torch.manual_seed(5)
     head = {f"{norm}.weight": torch.randn(16), f"{norm}.bias": torch.randn(16),
             "head.weight": torch.randn(10, 16), "head.bias": torch.randn(10)}  # fmt: skip
 
-    def open_classifier(init, image_size, key=None):
-        assert (init, image_size) == ("public.pth", 32)
+    def open_classifier(init, image_size, key=None, **changes):
+        assert (init, image_size, key) == ("public.pth", 32, "model_ema")
         encoder = encoders.build(described, image_size)
         encoder.load_state_dict(reference.state_dict())
-        return encoder, described, dict(head)
+        pool = {"fc_norm": "patch", "norm": "prefix"}[norm]
+        return encoder, {**described, "pool": pool, "report": "read"}, dict(head)
 
-    monkeypatch.setattr(encoders, "open_classifier", open_classifier, raising=False)
+    monkeypatch.setattr(encoders, "open_classifier", open_classifier)
     monkeypatch.setattr(encoders, "describe", lambda *args, **kwargs: described)
-    flags = ["--protocol", "evaluate", "--init", "public.pth"]
+    flags = ["--protocol", "evaluate", "--init", "public.pth", "--init-key", "model_ema"]
     assert run(*flags, "--output", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert found["source"] == "public.pth" and found["images"] == 40 and "epochs" not in found
@@ -335,7 +336,7 @@ def test_bad_input__one_line(tmp_path):
         "--finetuned, last.pt of a run, or --init": ["--protocol", "evaluate", "--init", "x.pth",
                                                      "--finetuned", path],
         "--mean 1,2: three numbers": ["--checkpoint", path, "--mean", "1,2"],
-        "--std 0,1,1: a deviation": ["--checkpoint", path, "--std", "0,1,1"],
+        r"--std 0,1,1: three numbers in \(0, 1\]": ["--checkpoint", path, "--std", "0,1,1"],
         "--head-std -1": ["--checkpoint", path, "--head-std", -1],
         "--color-jitter 2": ["--checkpoint", path, "--color-jitter", 2],
         "is of method and format": ["--protocol", "evaluate", "--finetuned", path],

@@ -10,18 +10,19 @@ from downstream import classify, encoders, robustness
 
 FINETUNE = (
     "epochs warmup_epochs batch_size base_lr min_lr weight_decay beta1 beta2 layer_decay drop_path "
-    "reprob color_jitter head_std mixup cutmix switch_prob smoothing rand_augment rand_augment_std "
-    "crop_scale_min crop_pct"
+    "reprob color_jitter head_std train_position mixup cutmix switch_prob smoothing rand_augment "
+    "rand_augment_std crop_scale_min crop_pct"
 ).split()
 # The same in all sources that name them: AdamW's betas, drop path, mixing, RandAugment, crops.
 REST = dict(
     beta1=0.9, beta2=0.999, drop_path=0.1, mixup=0.8, cutmix=1.0, switch_prob=0.5, smoothing=0.1,
     rand_augment=9.0, rand_augment_std=0.5, crop_scale_min=0.08, crop_pct=224 / 256,
-    weight_decay=0.05, color_jitter=0.0, epochs=100,
+    weight_decay=0.05, color_jitter=0.0, epochs=100, train_position=True,
 )  # fmt: skip
 # MAE, FINETUNE.md and main_finetune.py: --epochs 100 --blr 5e-4 --layer_decay 0.65
 # --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0, 1024 images; defaults:
-# warmup_epochs 5, min_lr 1e-6, smoothing 0.1; trunc_normal_(head, std=2e-5).
+# warmup_epochs 5, min_lr 1e-6, smoothing 0.1; trunc_normal_(head, std=2e-5); models_vit.py leaves
+# pos_embed the parameter that it is in timm.
 MAE = REST | dict(
     warmup_epochs=5, batch_size=1024, base_lr=5e-4, min_lr=1e-6, layer_decay=0.65, reprob=0.25,
     head_std=2e-5,
@@ -53,8 +54,8 @@ CASES = {
     "mcmae base": MAE,  # its FINETUNE.md: MAE's command, word for word
     "mcmae large": MAE | dict(layer_decay=0.75),  # not given
     "mcmae huge": MAE | dict(layer_decay=0.75),
-    "coma_dyvit small": MAE,  # not given
-    "coma_dyvit base": MAE | dict(layer_decay=0.75),
+    "coma_dyvit small": MAE | dict(train_position=False),  # not given; fixed by design
+    "coma_dyvit base": MAE | dict(train_position=False, layer_decay=0.75),
     "coma_dyvit base backbone=vit": MAE,
     "coma_dyvit base backbone=vit depth=24": MAE_L,
     "vit depth=12": MAE,
