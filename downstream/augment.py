@@ -3,7 +3,6 @@
     RandAugment, Augmented     what happens to a training image after crop and flip
     draw_mix, mix              mixup and cutmix of a micro-batch with itself in reverse order
     soft_targets               label smoothing, and the mixed targets
-    Spread                     an evenly spaced part of a split
 
 All draws come from the sample's seed. What the papers cite by name alone follows timm.
 """
@@ -142,19 +141,6 @@ class Augmented(data.Dataset):
                 rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
                 sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
         return sample
-
-
-class Spread(data.Dataset):
-    """`count` evenly spaced samples of a split: the first ones would be of the first classes."""
-
-    def __init__(self, dataset: data.Dataset, count: int):
-        self.dataset, self.count = dataset, min(count, len(dataset))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return self.dataset[key[0], key[1] * len(self.dataset) // self.count]
 
 
 # ------------------------------------------------------------------------------ mixup and cutmix

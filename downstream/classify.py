@@ -40,7 +40,7 @@ import data
 from cfmae import NAMES
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from downstream import encoders, probe
-from downstream.augment import Augmented, Spread, draw_mix, mix, soft_targets
+from downstream.augment import Augmented, draw_mix, mix, soft_targets
 from downstream.scores import count_hits, match_classes, shares, tally, write_result
 from engine import UserError, arg
 
@@ -202,7 +202,7 @@ class Config(engine.Config):
         return options
 
     def wrap(self, dataset: data.Dataset, train: bool) -> data.Dataset:
-        """RandAugment and random erasing around train; an evenly spaced part of val."""
+        """RandAugment, jitter and random erasing around train; val's centre crop."""
         files = getattr(dataset, "files", None)
         if files is not None and (files.labels < 0).any():
             loose = files.name(int((files.labels < 0).argmax()))
@@ -211,10 +211,8 @@ class Config(engine.Config):
             dataset.train = train and self.views > 0
         if not dataset.train and files is not None:
             dataset.crop_pct = self.crop_pct
-        if self.protocol != "finetune":
+        if not train or self.protocol != "finetune":
             return dataset
-        if not train:
-            return Spread(dataset, self.val_samples)
         return Augmented(dataset, self, *self.statistics())
 
     def given_statistics(self) -> dict[str, list[float]]:
@@ -500,9 +498,9 @@ def main(argv: list[str] | None = None) -> int:
         settle_mixing(cfg, world)
 
         def finish(model: Classifier, out: Path) -> None:
-            spread = engine.open_data(cfg, world, out, "val")
-            if spread is not None:
-                report(model, spread.dataset, out, cfg, world)
+            dataset = engine.open_data(cfg, world, out, "val")
+            if dataset is not None:
+                report(model, dataset, out, cfg, world)
 
         return engine.train("classify", cfg, world, build, evaluate=evaluate, finish=finish)
     out = Path(world.from_rank_0(lambda: engine.open_folder(cfg, "classify")[0]))

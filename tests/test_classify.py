@@ -231,7 +231,36 @@ def test_wrap__val_is_the_centre_crop(tmp_path):
     cfg = parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--data", tmp_path / "d",
                 "--crop-pct", 0.75)  # fmt: skip
     val = data.FolderDataset(str(tmp_path / "d"), "val", None, 32, 8, train=False)
-    assert cfg.wrap(val, False).dataset.crop_pct == 0.75
+    assert cfg.wrap(val, False).crop_pct == 0.75
+
+
+@pytest.mark.parametrize("method", ["cfmae", "mcmae"])
+def test_build__positions_are_trained_as_in_public_fine_tuning(method, tmp_path):
+    flags = ["--checkpoint", write_checkpoint(tmp_path, method)]
+    trained = classify.build(parse(*flags))
+    fixed = classify.build(parse(*flags, "--no-train-position"))
+    assert not any("pos_embed" in name for name, _ in fixed.named_parameters())
+    position = trained.encoder.pos_embed
+    assert isinstance(position, torch.nn.Parameter)
+    assert torch.equal(position[0], fixed.encoder.pos_embed)
+    groups = trained.parameter_groups(0.05)
+    (group,) = [g for g in groups if any(p is position for p in g["params"])]
+    lowest = min(g["lr_scale"] for g in groups)
+    assert group["weight_decay"] == 0 and group["lr_scale"] == lowest  # MAE: no_weight_decay, 0
+
+
+def test_evaluate__a_run_from_before_positions_were_trained(tmp_path):
+    path, out = write_checkpoint(tmp_path, "cfmae"), tmp_path / "old"
+    flags = ["--checkpoint", path, "--no-train-position", "--batch-size", 8, "--steps", 1]
+    assert run(*flags, "--output", out) == 0
+    old = torch.load(out / "last.pt", weights_only=True)
+    for name in ("train_position", "mean", "std", "init_key", "mix_batch", "color_jitter"):
+        del old["config"][name]
+    engine.save(out / "last.pt", old)
+    flags = ["--protocol", "evaluate", "--finetuned", out / "last.pt", "--output", tmp_path / "new"]
+    assert run(*flags) == 0
+    first, again = (json.loads((d / "result.json").read_text()) for d in (out, tmp_path / "new"))
+    assert first["top1"] == again["top1"] and first["top5"] == again["top5"]
 
 
 @pytest.mark.parametrize("norm", ["fc_norm", "norm"])
