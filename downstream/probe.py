@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import data
 from common import Normalize
-from downstream import encoders
+from downstream import encoders, public
 from downstream.scores import shares, tally, write_result
 from engine import UserError
 
@@ -94,14 +94,16 @@ def features(
     return found
 
 
-def pooled_norm(encoder: nn.Module, checkpoint: str | None) -> nn.Module | None:
+def pooled_norm(encoder: nn.Module, state: dict[str, Tensor]) -> nn.Module | None:
     """The norm that belongs after the mean of the last layer; None: the encoder's own, before it.
 
     It is the trained one of a fine-tuned classifier, or fresh where the encoder's was not trained
     on what its features are.
+
+    Args:
+        state: what is in the encoder's file; {} without one.
     """
     norm = nn.LayerNorm(encoder.norm.normalized_shape[0], eps=1e-6)
-    state = engine.read(checkpoint, "--checkpoint")["model"] if checkpoint else {}
     if "fc_norm.weight" in state:
         norm.load_state_dict({k: state[f"fc_norm.{k}"] for k in ("weight", "bias")})
     elif encoder.trained_norm:
@@ -379,12 +381,16 @@ def run(cfg: engine.Config, world: engine.World) -> int:
     classes, description = json.loads(cfg.classes), json.loads(cfg.description)
     torch.manual_seed(cfg.seed)
     encoder = encoders.build(description)
-    report = "encoder     fresh weights"
+    report, state = "encoder     fresh weights", {}
     if not (cfg.random or cfg.method):
+        if cfg.checkpoint:
+            state = engine.read(cfg.checkpoint, "--checkpoint")["model"]
+        else:
+            state = public.open_public(cfg.init, cfg.init_key).state
         report = encoders.load(encoder, description, cfg.checkpoint, cfg.init, cfg.init_key)
     encoder = encoder.to(world.device).eval().requires_grad_(False)
     layers = choose_layers(cfg.layers, encoder)
-    norm = pooled_norm(encoder, None if cfg.random else cfg.checkpoint)
+    norm = pooled_norm(encoder, state)
     where, width = columns(encoder, cfg.image_size, layers, cfg.features, norm)
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))

@@ -286,6 +286,8 @@ def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
     assert run(*flags, "--output", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert found["source"] == "public.pth" and found["images"] == 40 and "epochs" not in found
+    cfg = parse(*flags, "--output", tmp_path / "unused")
+    model = classify.load_finetuned(cfg, engine.World(cfg))
     hits, dataset = 0, data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)
     for i in range(40):
         one = data.collate([dataset[0, i]])
@@ -295,7 +297,10 @@ def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
         x = tokens.mean(1) if norm == "fc_norm" else prefix[:, 0]
         x = torch.nn.functional.layer_norm(x, (16,), *(head[f"{norm}.{k}"] for k in
                                                        ("weight", "bias")), 1e-6)  # fmt: skip
-        hits += (x @ head["head.weight"].T + head["head.bias"]).argmax(1).eq(one["label"]).item()
+        logits = x @ head["head.weight"].T + head["head.bias"]
+        with torch.no_grad():
+            assert torch.allclose(model.classify(model.inputs(one)), logits, atol=1e-4)
+        hits += logits.argmax(1).eq(one["label"]).item()
     assert found["top1"] == pytest.approx(100 * hits / 40) and 0 < hits < 40
     head |= {"head.weight": torch.randn(7, 16), "head.bias": torch.randn(7)}
     with pytest.raises(engine.UserError, match="classifies 7 classes, shapes has 10"):

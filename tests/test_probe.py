@@ -11,6 +11,7 @@ from tiny_run import short_epochs
 
 import data
 import engine
+from common import ViT, init_weights
 from downstream import classify, encoders, probe, scores
 
 CPU = torch.device("cpu")
@@ -220,7 +221,7 @@ def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_p
     encoder = classify.build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder
     torch.nn.init.normal_(encoder.norm.weight)  # as trained on what a feature is not
     imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
-    norm = probe.pooled_norm(encoder, None)
+    norm = probe.pooled_norm(encoder, {})
     with torch.no_grad():
         found = dict(probe.features(encoder.eval(), imgs, [str(depth), "norm"], norm))
         ((tokens, _),) = encoder.forward_features(imgs, [depth])
@@ -229,7 +230,7 @@ def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_p
 
 
 def test_pooled_norm__is_the_encoders_where_it_was_trained():
-    assert probe.pooled_norm(encoder_of("cfmae"), None) is None
+    assert probe.pooled_norm(encoder_of("cfmae"), {}) is None
 
 
 def test_knn__of_a_finetuned_encoder_takes_the_norm_that_was_trained(tmp_path):
@@ -248,6 +249,22 @@ def test_knn__of_a_finetuned_encoder_takes_the_norm_that_was_trained(tmp_path):
     assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
     assert torch.allclose(normed_prefix, layer_norm(prefix, weight, bias), atol=1e-4)
     assert run(*flags, "--random", "--output", tmp_path / "random") == 0  # its own norm again
+
+
+def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
+    torch.manual_seed(0)
+    vit = ViT((32, 32), 8, embed_dim=64, depth=1, num_heads=1)
+    init_weights(vit)
+    position = torch.cat([torch.zeros(1, 1, 64), vit.pos_embed[None]], dim=1)
+    weight, bias = torch.randn(2, 64)
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("norm.")}
+    state |= {"pos_embed": position, "fc_norm.weight": weight, "fc_norm.bias": bias}
+    torch.save({"model": state}, tmp_path / "public.pth")
+    assert run("--init", tmp_path / "public.pth", "--protocol", "knn", "--layers", "1,norm",
+               "--cache-dtype", "float32", "--output", tmp_path / "knn") == 0  # fmt: skip
+    rows = torch.from_numpy(np.load(tmp_path / "knn/features/val.npy"))
+    patch, _, normed, _ = rows.split(64, dim=1)
+    assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- whole runs
