@@ -306,6 +306,7 @@ class DyViT(nn.Module):
     """
 
     num_prefix = 0
+    trained_norm, probe_layer = False, None  # the norm is trained on the fused stages
 
     def __init__(
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 32,

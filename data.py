@@ -324,6 +324,21 @@ def _subfolders(path: str) -> list[str]:
         return []
 
 
+def class_folders(path: str) -> list[str]:
+    """Return the names of the folders that hold an image, at any depth, sorted: the classes."""
+    def holds(folder: str, above: tuple = ()) -> bool:
+        place = os.path.realpath(folder)
+        return place not in above and any(               # a link to a folder above
+            holds(e.path, (*above, place)) if e.is_dir()
+            else e.name.rpartition(".")[2].lower() in SUFFIXES
+            for e in os.scandir(folder) if e.name[0] != ".")
+
+    try:
+        return [name for name in _subfolders(path) if holds(f"{path}/{name}")]
+    except OSError as error:
+        raise UserError(f"cannot list {path}: {error}") from None
+
+
 def layout(root: str, split: str) -> dict[str, str]:
     """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them."""
     inside = _subfolders(f"{root}/{split}")
@@ -358,7 +373,8 @@ def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> 
 def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> FileList:
     """List a split's images, sorted, and make sure that each has its maps (rank 0 only).
 
-    Classes are the first-level folders of train and val together, so both splits number them alike.
+    Classes are the first-level folders of train and val together that hold an image, so both splits
+    number them alike.
     """
     base, folders = f"{root}/{split}", layout(root, split)
     if not folders:
@@ -372,7 +388,7 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     folders = {g: folders[g] for g in GRANULARITIES if g == "rgb" or g in granularities}
     images, *maps = (f"{root}/{folder}" for folder in folders.values())
     places = [f"{root}/{layout(root, s).get('rgb', '?')}" for s in {split, "train", "val"}]
-    classes = sorted({name for place in places for name in _subfolders(place)})
+    classes = sorted({name for place in places for name in class_folders(place)})
     numbers = {name: number for number, name in enumerate(classes)}
     names, offsets, labels, count, orphans = bytearray(), array("q", [0]), array("i"), 0, []
     try:

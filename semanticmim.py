@@ -300,6 +300,8 @@ class Encoder(ViT):
     Fig. 8, their mean over images Fig. 9.
     """
 
+    trained_norm, probe_layer = False, 7 / 12  # the norm sees [MASK] alone; Sec. 4.2
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         # NOTE paper unclear: how positions start. BEiT and MaskFeat learn them from N(0, 0.02),
