@@ -166,6 +166,15 @@ def is_sincos(x: Tensor) -> bool:
     return torch.allclose(x[0, -(side**2) :].float(), fixed, atol=1e-3)
 
 
+def resize_position(x: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Bicubic resize of a learned position embedding (1, L, D) from one grid (h, w) to another."""
+    if tuple(old) == tuple(new):
+        return x
+    maps = x.unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # (1, D, h, w)
+    maps = F.interpolate(maps, tuple(new), mode="bicubic", antialias=True)
+    return maps.flatten(2).transpose(1, 2)
+
+
 # ----------------------------------------------------------------------------------------- blocks
 
 
@@ -354,7 +363,9 @@ class ViT(nn.Module):
         return H // p, W // p
 
     def position(self, h: int, w: int) -> Tensor:
-        """Position embedding of a grid, (h*w, D)."""
+        """Position embedding of a grid, (h*w, D); a learned one, (1, L, D), is resized."""
+        if isinstance(self.pos_embed, nn.Parameter):
+            return resize_position(self.pos_embed, self.grid, (h, w))
         if (h, w) == self.grid:
             return self.pos_embed
         return sincos_2d(self.embed_dim, h, w, self.trained_grid).to(self.pos_embed)

@@ -68,7 +68,7 @@ def write_images(folder: Path, classes: list[str], count: int = 3) -> None:
             number += 1
 
 
-def test_main__all_four_sets(finetuned, tmp_path):
+def test_main__all_four_sets(finetuned, tmp_path, capsys):
     write_images(tmp_path / "a", ["ring", "bar"])
     (tmp_path / "val/zebra").mkdir(parents=True)  # a sibling that is no class of the model
     write_images(tmp_path / "s", list(data.SHAPES), 1)
@@ -82,7 +82,14 @@ def test_main__all_four_sets(finetuned, tmp_path):
     common = ["--finetuned", str(finetuned), "--workers", "0", "--device", "cpu", "--output"]
     assert robustness.main([*common, str(tmp_path / "out"), "--baseline", str(tmp_path / "b.json"),
                             *flags]) == 0  # fmt: skip
-    found = json.loads((tmp_path / "out/robustness.json").read_text())
+    said = capsys.readouterr().out
+    assert "imagenet_a has 2 class folders, the published set 200" in said
+    assert "imagenet_r has 2 class folders" in said and "imagenet_sketch has" not in said
+    text = (tmp_path / "out/robustness.json").read_text()
+    with pytest.raises(engine.UserError, match="out/robustness.json is a finished result"):
+        robustness.main([*common, str(tmp_path / "out"), *flags[:2]])
+    assert (tmp_path / "out/robustness.json").read_text() == text
+    found = json.loads(text)
 
     cfg = classify.Config(protocol="evaluate", finetuned=str(finetuned), device="cpu")
     cfg.resolve()
@@ -143,7 +150,8 @@ def test_bad_input__one_line(finetuned, tmp_path):
         "lacks severity 2, 3, 4, 5": [*model, "--imagenet-c", str(tmp_path / "c")],
         "no <corruption>": [*model, "--imagenet-c", str(tmp_path / "x")],
         "none.pt: no such file": ["--finetuned", "none.pt", "--imagenet-a", str(tmp_path / "x")],
-        "required": ["--imagenet-a", str(tmp_path / "x")],
+        "which model": ["--imagenet-a", str(tmp_path / "x")],
+        "with --data ROOT": ["--init", "x.pth", "--imagenet-a", str(tmp_path / "x")],
     }
     for message, flags in cases.items():
         with pytest.raises(engine.UserError, match=message):
