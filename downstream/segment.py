@@ -47,8 +47,8 @@ from engine import UserError, arg
 
 # What --protocol and the checkpoint's method set unless the command line does.
 UPERNET = dict(
-    image_size=512, batch_size=16, weight_decay=0.05, drop_path=0.1, photometric=True,
-    evaluation="slide",
+    image_size=512, batch_size=16, weight_decay=0.05, drop_path=0.1, train_position=False,
+    photometric=True, evaluation="slide",
 )  # fmt: skip
 RECIPES = {
     # Table 10 (drop path, weight decay, batch 16 too). NOTE paper unclear: "base learning rate";
@@ -56,10 +56,10 @@ RECIPES = {
     "cfmae": dict(lr=4e-4, layer_decay=0.65),
     # Table 4; the layer-wise decay is its public configuration's.
     "semanticmim": dict(image_size=640, lr=3e-5, layer_decay=0.9),
-    # Sec. 3.3; drop path, and 160k where the text has a "16k-iteration" schedule, are the public
-    # configuration's. It also has --relative-bias --init-values 1 --fourth conv: options here, as
-    # Sec. 2.3 makes the fourth map by max-pooling and names neither of the other two.
-    "mcmae": dict(lr=1e-4, layer_decay=0.75, drop_path=0.2),
+    # Sec. 3.3; drop path, trained positions, and 160k where the text has a "16k-iteration"
+    # schedule, are the public configuration's. It also has --relative-bias --init-values 1
+    # --fourth conv: options, as Sec. 2.3 max-pools the fourth map and names neither of the others.
+    "mcmae": dict(lr=1e-4, layer_decay=0.75, drop_path=0.2, train_position=True),
     # "the same fine-tuning protocol as MAE", at 512 x 512 (Table 3); no numbers. These are
     # mmsegmentation's for MAE.
     "coma_dyvit": dict(lr=1e-4, layer_decay=0.65),
@@ -72,7 +72,7 @@ RECIPES |= {"coma_dyvit 24": DEEP, "vit 24": DEEP, "vit 32": DEEP}  # by depth
 # SemanticMIM's, for every method: Table 6 and, where that is silent or differs, its public code.
 LINEAR = dict(
     image_size=448, batch_size=120, weight_decay=1e-4, drop_path=0.0, layer_decay=1.0,
-    photometric=False, crop_scale_min=0.8, evaluation="crop",
+    train_position=False, photometric=False, crop_scale_min=0.8, evaluation="crop",
 )  # fmt: skip
 PROBE_RATE = 0.01 / 60  # for each sample of the batch: 0.02 at 120
 TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print, which also has the layer at half the depth
@@ -99,6 +99,8 @@ class Config(engine.Config):
     mean: str | None = arg(None, "R,G,B of [0, 1] pixels, subtracted from images; default: what "
                                  "the encoder is known to want, else ImageNet's")  # fmt: skip
     std: str | None = arg(None, "R,G,B by which they are divided; default likewise")
+    train_position: bool | None = arg(None, "train fixed positions; on for MCMAE, its public "
+                                            "configuration; learned ones are, anyway")  # fmt: skip
     relative_bias: bool = arg(False, "MCMAE: stage 3 gets a relative position bias; on in its "
                               "public configuration")  # fmt: skip
     init_values: float | None = arg(None, "MCMAE: stage 3 gets LayerScale that starts here; 1 in "
@@ -413,7 +415,9 @@ def preview(model: Segmenter, batch: dict[str, Tensor], path: Path, step: int) -
 
 def build(cfg: Config, world: engine.World) -> Segmenter:
     """The model of a run, with pre-trained weights unless a checkpoint will be resumed."""
-    encoder = encoders.build(cfg.described, cfg.crop, cfg.drop_path, **cfg.options)
+    encoder = encoders.build(
+        cfg.described, cfg.crop, cfg.drop_path, cfg.train_position, **cfg.options
+    )
     kept = cfg.resume and Path(cfg.output, "last.pt").exists()
     if not (kept or cfg.random or cfg.method):
         key = {} if cfg.init_key is None else {"key": cfg.init_key}

@@ -6,6 +6,8 @@ SEG/configs/convmae/upernet_convmae_base_512_slide_160k_ade20k.py, mmsegmentatio
 configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py.
 """
 
+import json
+
 import engine
 import pytest
 import torch
@@ -28,7 +30,7 @@ def parse(argv):
 def test_Config__has_the_papers_upernet(method, size, lr, decay, drop_path):
     cfg = parse(f"--method {method} --data x")
     assert (cfg.crop, cfg.lr, cfg.layer_decay) == ((size, size), lr, decay)
-    assert cfg.drop_path == drop_path
+    assert cfg.drop_path == drop_path and cfg.train_position == (method == "mcmae")
     # CFMAE Table 10, SemanticMIM Table 4, MCMAE Sec. 3.3; both public configurations and MAE's
     assert (cfg.batch_size, cfg.weight_decay, cfg.beta1, cfg.beta2) == (16, 0.05, 0.9, 0.999)
     assert cfg.total_steps(1263) == 160_000 and cfg.clip_grad is None and cfg.classes == 150
@@ -59,7 +61,7 @@ def test_Config__has_semanticmims_linear_probe(recipe, lr, decay, layer):
     assert (cfg.crop, cfg.batch_size, cfg.total_steps(88)) == ((448, 448), 120, 25 * 88)  # Table 6
     assert (cfg.lr, cfg.weight_decay, cfg.layer, cfg.loss_size) == (lr, decay, layer, 100)
     assert (cfg.crop_scale_min, cfg.photometric, cfg.evaluation) == (0.8, False, "crop")
-    assert (cfg.drop_path, cfg.classes) == (0, 21)
+    assert (cfg.drop_path, cfg.classes, cfg.train_position) == (0, 21, False)
     optimizer = cfg.optimizer([{"params": [torch.zeros(1)]}])
     assert type(optimizer) is torch.optim.SGD
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, False)
@@ -160,3 +162,53 @@ def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
 def test_Config__options_that_do_not_fit(flags, words):
     with pytest.raises(UserError, match=words):
         config(*flags.split())
+
+
+MCMAE = "--data shapes --model tiny --method mcmae --encoder tiny --image-size 64 --device cpu"
+
+
+def mcmae_model(flags=""):
+    cfg = parse(f"{MCMAE} {flags}")
+    return segment.build(cfg, engine.World(cfg))
+
+
+@pytest.mark.parametrize("flags", ["", "--relative-bias --init-values 1 --fourth conv"])
+def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
+    model = mcmae_model(flags)
+    found = {n.removeprefix("encoder.") for n, p in model.named_parameters() if p.requires_grad}
+    table = "blocks3.0.attn.relative_position_bias_table"
+    wanted = {table, "blocks3.0.ls1.gamma", "blocks3.2.ls2.gamma", "fourth.0.weight"}
+    assert found & wanted == (wanted if flags else set()) and "pos_embed" in found
+    if flags:
+        own = dict(model.encoder.named_parameters())
+        assert not own[table].any() and (own["blocks3.0.ls1.gamma"] == 1).all()
+        assert own[table].shape[0] == (2 * 8 - 1) ** 2  # offsets on the crop's grid, 8 x 8
+        assert own["fourth.0.weight"].shape[2:] == (3, 3)
+        assert json.loads(parse(f"{MCMAE} {flags}").description)["options"] == {
+            "relative_bias": True, "init_values": 1.0, "fourth": "conv"}  # fmt: skip
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    batch = {"rgb": images, "semantic": images[:, 0] % 16, "seed": torch.arange(2)}
+    model(batch, torch.zeros(()))[0].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_build__mcmaes_layers_decay_as_its_public_code_has_them():
+    """Stems, stages 1 and 2, positions at level 0; stage 3 from 1; the head and what follows: 1."""
+    model = mcmae_model("--fourth conv --layer-decay 0.75")
+    depth, scale = len(model.encoder.blocks3), {}
+    for group in model.parameter_groups(0.05):
+        scale |= {id(p): group["lr_scale"] for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            level, name = 0, name.removeprefix("encoder.")
+            if name.startswith("blocks3."):
+                level = 1 + int(name.split(".")[1])
+            elif name.startswith(("fourth.", "head.")):
+                level = depth + 1
+            assert scale[id(p)] == pytest.approx(0.75 ** (depth + 1 - level)), name
+
+
+def test_build__trained_positions_start_as_the_fixed_ones():
+    trained, fixed = mcmae_model(), mcmae_model("--no-train-position")
+    torch.testing.assert_close(trained.encoder.pos_embed[0], fixed.encoder.pos_embed)
+    assert "pos_embed" not in dict(fixed.encoder.named_parameters())
