@@ -76,7 +76,7 @@ LINEAR = dict(
 )  # fmt: skip
 PROBE_RATE = 0.01 / 60  # for each sample of the batch: 0.02 at 120
 TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print, which also has the layer at half the depth
-TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": {}}  # --model tiny, ours
+TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": dict(lr=0.01)}  # --model tiny, ours
 
 
 @dataclass
@@ -168,19 +168,17 @@ class Config(engine.Config):
 
         Errors: UserError naming the field and values that work.
         """
-        statistics = {name: triple(self, name) for name in ("mean", "std") if getattr(self, name)}
+        asked = {"num_heads": self.num_heads, "key": self.init_key}
+        asked |= {name: triple(self, name) for name in ("mean", "std")}
+        asked = {k: v for k, v in asked.items() if v is not None}
         self.description = self.description or encoders.kept_description(self)
         if self.description is None:
-            asked = {"num_heads": self.num_heads, "key": self.init_key}
-            asked = {k: v for k, v in asked.items() if v is not None}
             sources = (self.checkpoint, self.init, self.method, self.encoder)
-            encoder = encoders.describe(*sources, **asked) | statistics
-            if statistics:
-                encoder["input"] = f"{' and '.join(statistics)} as given"
+            encoder = encoders.describe(*sources, **asked)
             if encoder["method"] == "cfmae":  # images alone do not train the maps' embeddings
                 encoder["config"]["granularities"] = "R"
             if self.options:  # who takes this run's encoder must know
-                encoder["options"] = {**encoder.get("options", {}), **self.options}
+                encoder["options"] |= self.options
             self.description = json.dumps(encoder)
         shapes, linear, method = self.data == "shapes", self.protocol == "linear", self.kind
         if self.options and (linear or method != "mcmae"):
@@ -311,8 +309,10 @@ class Config(engine.Config):
         return super().optimizer(groups)
 
 
-def triple(cfg: Config, name: str) -> list[float]:
+def triple(cfg: Config, name: str) -> list[float] | None:
     """The three numbers of --mean or --std, "R,G,B"; UserError where they are none."""
+    if getattr(cfg, name) is None:
+        return None
     try:
         r, g, b = values = [float(x) for x in getattr(cfg, name).split(",")]
     except ValueError:
