@@ -177,7 +177,7 @@ class Config(engine.Config):
             encoder = encoders.describe(*sources, **asked)
             if encoder["method"] == "cfmae":  # images alone do not train the maps' embeddings
                 encoder["config"]["granularities"] = "R"
-            if self.options:  # who takes this run's encoder must know
+            if self.options:
                 encoder["options"] |= self.options
             self.description = json.dumps(encoder)
         shapes, linear, method = self.data == "shapes", self.protocol == "linear", self.kind
@@ -185,7 +185,7 @@ class Config(engine.Config):
             flags = ", ".join(engine.flag(name) for name in self.options)
             raise UserError(f"{flags}: for UperNet on MCMAE's encoder alone")
         with torch.device("meta"):  # no memory, no time
-            encoder = encoders.build(self.described, **self.options)
+            encoder = encoders.build(self.described)
         depth = encoders.num_layers(encoder)
         recipe = UPERNET | RECIPES.get(f"{method} {depth}", RECIPES[method])
         if linear:
@@ -258,7 +258,7 @@ class Config(engine.Config):
 
     @property
     def options(self) -> dict:
-        """What MCMAE's encoder is asked for beyond its description, as encoders.build takes it."""
+        """What MCMAE's encoder gets beyond its pre-training; the description has it, too."""
         asked = {k: getattr(self, k) for k in ("relative_bias", "init_values", "fourth")}
         return {k: v for k, v in asked.items() if v != getattr(Config, k)}
 
@@ -415,9 +415,7 @@ def preview(model: Segmenter, batch: dict[str, Tensor], path: Path, step: int) -
 
 def build(cfg: Config, world: engine.World) -> Segmenter:
     """The model of a run, with pre-trained weights unless a checkpoint will be resumed."""
-    encoder = encoders.build(
-        cfg.described, cfg.crop, cfg.drop_path, cfg.train_position, **cfg.options
-    )
+    encoder = encoders.build(cfg.described, cfg.crop, cfg.drop_path, cfg.train_position)
     kept = cfg.resume and Path(cfg.output, "last.pt").exists()
     if not (kept or cfg.random or cfg.method):
         key = {} if cfg.init_key is None else {"key": cfg.init_key}
