@@ -349,7 +349,6 @@ class Encoder(nn.Module):
         self.relative_bias = relative_bias
         for block in self.blocks3 if relative_bias else ():
             block.attn = RelativeAttention(C3, num_heads, self.grid)
-        self.learned_position = learned_position
         position = sincos_2d(C3, *self.grid, self.trained_grid)
         if learned_position:
             self.pos_embed = nn.Parameter(position[None])
@@ -367,7 +366,7 @@ class Encoder(nn.Module):
 
     def position(self, h: int, w: int) -> Tensor:
         """Position embedding of a grid, (h*w, C3); learned ones are resized."""
-        if self.learned_position:
+        if isinstance(self.pos_embed, nn.Parameter):
             return resize_position(self.pos_embed, self.grid, (h, w))[0]
         return ViT.position(self, h, w)
 
@@ -610,7 +609,7 @@ def load_init(model: MCMAE, path: str | Path, key: str | None = None) -> str:
     """
     state, note = engine.read_state(path, "--init", key)
     state = {k.removeprefix("encoder."): v for k, v in state.items()}
-    x, learned = state.get("pos_embed"), model.encoder.learned_position
+    x, learned = state.get("pos_embed"), model.cfg.learned_position
     if x is not None and not (learned or is_sincos(x)):
         raise UserError(f"--init {path}: pos_embed was trained; --learned-position takes it over")
     if "decoder_pos_embed" in state and not is_sincos(state["decoder_pos_embed"]):
