@@ -80,7 +80,7 @@ class Config(engine.Config):
     mask_ratio: float | None = arg(None, "Sec. 4.1: 0.6 (Fig. 6), 0.4 for plain MIM")
     loss: str = arg("l2", "for hog: l1 (Sec. 3.1) or l2, the public code's", ["l2", "l1"])
     first_weights: str = arg(
-        "public", "the public code's, or MAE's with sine-cosine positions, better in short runs",
+        "public", "the public code's, or MAE's with sine-cosine positions, ahead in short runs",
         ["public", "mae"],
     )  # fmt: skip
     epochs: int = arg(300, "Sec. 4.1; Table 2 is garbled")
@@ -461,9 +461,8 @@ class SemanticMIM(nn.Module):
             self.hog = HOG(cfg.patch_size, cfg.image_size)
         else:
             grid = cfg.image_size // cfg.patch_size
-            self.tokenizer = load_tokenizer(
-                cfg.tokenizer, cfg.image_size, grid, cfg.tokenizer_precision
-            )
+            where = cfg.tokenizer, cfg.image_size, grid
+            self.tokenizer = load_tokenizer(*where, cfg.tokenizer_precision)
         self.label = "random_codes_" if cfg.tokenizer == "random" else ""  # of all it says of them
         size = 12 * BINS if cfg.target == "hog" else self.tokenizer.num_codes
         self.decoder_pred = nn.Linear(D, size)

@@ -263,6 +263,11 @@ def test_init__is_the_public_codes_or_maes(flags):
     assert len(token.unique(dim=0)) == len(token)  # alike at first, proxies stay alike for ever
 
 
+def test_model__passes_the_tokenizers_precision_on():
+    flags = ("--target", "dvae", "--tokenizer", "random", "--tokenizer-precision")
+    assert [make(*flags, p).tokenizer.precision for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
 def test_presets__first_weights_are_public_but_in_the_short_run():
     names = {n: v.get("first_weights", semanticmim.Config.first_weights)
              for n, v in semanticmim.PRESETS.items()}  # fmt: skip
