@@ -155,7 +155,7 @@ def test_random_state__has_dalles_shape_and_spreads_its_codes(tmp_path):
     model = semanticmim.load_tokenizer("random", 64, 8)
     codes = model(golden("hog.pt")["rgb"][..., :64, :64])
     assert model.num_codes == 512 and codes.shape == (2, 64)
-    assert codes.flatten().bincount().max() < 0.5 * codes.numel()
+    assert codes.unique().numel() > 16  # not standardised, 4 of them take all 128 patches
 
 
 @pytest.mark.parametrize("sizes", [(224, 112), (64, 64), (96, 112)])

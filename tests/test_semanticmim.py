@@ -290,6 +290,7 @@ def test_parameter_groups__decay_what_the_public_code_decays(target, spared):
         assert {n for n in plain if trained[n].ndim > 1} == expected
         assert not {n for n in decay if trained[n].ndim == 1}
 
+
 def test_loss__of_a_batch_is_the_mean_over_its_parts(tokenizer):
     """Masks, jitter and drop path come from each sample's seed alone."""
     batch = make_batch()
