@@ -9,6 +9,7 @@ import engine  # noqa: F401  (first: it sets how threads wait)
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from engine import UserError
@@ -198,6 +199,59 @@ def test_loader__times_all_parts(capsys):
         assert r["images_per_s"] > 0
     assert rgb["classic"] > 0 and rgb["bare_decode"] > 0
     assert "cores feed 100 images/s" in capsys.readouterr().out
+
+
+def photographs(root, broken=(), kind="jpg"):
+    """A folder of four images, some of which are not."""
+    (root / "train").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (70, 50), (200, 60 * i, 30)).save(root / "train" / f"{i}.{kind}")
+    for i in broken:
+        (root / "train" / f"{i}.{kind}").write_bytes(b"\xff\xd8\xff")
+    return argparse.Namespace(data=str(root), count=4, feed=None)
+
+
+def test_loader__leaves_out_what_cannot_be_read(capsys, tmp_path):
+    (rgb,) = benchmark.loader(photographs(tmp_path / "some", broken=[0, 2]))
+    assert rgb["images_per_s"] > 0
+    said = capsys.readouterr().out
+    assert "left out 2 images that cannot be read, e.g. 0.jpg" in said and "2 images of" in said
+    with pytest.raises(UserError, match="none of 4 images can be read, e.g. 0.jpg"):
+        benchmark.loader(photographs(tmp_path / "none", broken=range(4)))
+
+
+def test_loader__png(capsys, tmp_path):
+    (rgb,) = benchmark.loader(photographs(tmp_path, kind="png"))
+    assert rgb["classic"] > 0 and "bare_decode" not in rgb
+    assert "no bare decode_jpeg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, match", [
+    ("memory --rows nothere", "^--rows nothere: choose from mae"),
+    ("memory --rows peer-hiera", "^peer-hiera: no module hiera; pip install hiera-transformer$"),
+    ("step --rows mae,", "choose from mae"),
+    ("step --batch-size 0", "--batch-size 0: wanted 1 or more"),
+    ("step --steps 0", "--steps 0"), ("step --rounds 0", "--rounds 0"),
+    ("step --warmup -1", "--warmup -1: wanted 0 or more"), ("loader --count 0", "--count 0"),
+])  # fmt: skip
+def test_main__bad_input_is_one_line(monkeypatch, words, match):
+    monkeypatch.setattr(benchmark, "child", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=match):
+        benchmark.main(words.split())
+
+
+@pytest.mark.parametrize("stderr, message", [
+    ("benchmark: error: --model huge: choose\n  from these\n", "mae: --model huge: choose\n  from"),
+    ("Traceback (most recent call last):\n  File x\nKeyError: 'rgb'\n", "mae: KeyError: 'rgb'"),
+    ("", "mae: status 3"),
+])  # fmt: skip
+def test_child__says_what_went_wrong(monkeypatch, stderr, message):
+    done = argparse.Namespace(returncode=3, stderr=stderr)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError) as error:
+        benchmark.child(options(), rows="mae")
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("most", [5, 8, 37, 100])
