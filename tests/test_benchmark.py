@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 import engine  # noqa: F401  (first: it sets how threads wait)
@@ -17,7 +18,7 @@ from tools import benchmark, peers
 
 STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
             device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
-            json=None, rounds=1, peers=False)  # fmt: skip
+            json=None, rounds=1, peers=False, peers_from=None)  # fmt: skip
 
 
 def options(**changes):
@@ -104,15 +105,35 @@ def by_hand(kind):
     return vit + 2 * 75 * 768 * 8192 + tokenizer
 
 
+def by_hand_multimae():
+    """98 of 3 x 196 tokens and a global one; four decoders of 256, one of whose queries are 196."""
+    patches = 2 * 196 * 768 * (768 + 256 + 16 * 64)  # RGB, depth, 4 x 4 classes embedded in 64
+    decoder = 2 * 99 * 768 * 256 + 2 * 196 * 256**2 + 2 * 99 * 2 * 256**2  # context, q, k and v
+    decoder += 4 * 196 * 99 * 256 + (2 + 16) * 196 * 256**2 + 2 * block(196, 256)
+    heads = 2 * 196 * 256 * (768 + 256 + 16 * 133 + 768)
+    return patches + 12 * block(99, 768) + 4 * decoder + heads
+
+
+def by_hand_convmae():
+    """Stages 1 and 2 and what the decoder takes of them over all patches, stage 3 over 49."""
+    stages = sum(2 * n * c * (into + 2 * 10 * c + 2 * 25)
+                 for n, c, into in ((56**2, 256, 48), (28**2, 384, 4 * 256)))  # fmt: skip
+    tokens = 2 * 196 * 768 * (16 * 256 + 4 * 384) + 2 * 196 * 768 * (4 * 384 + 768)
+    decoder = 2 * 49 * 768 * 512 + 8 * block(196, 512) + 2 * 196 * 512 * 768
+    return stages + tokens + 11 * block(49, 768) + decoder
+
+
+CLONES = os.environ.get("PEERS_FROM")  # a folder of clones, as --peers-from
 KINDS = {"peer-hiera": "Hiera", "peer-mmpretrain-maskfeat": "MaskFeat",
          "peer-mmpretrain-beit": "BEiT"}  # fmt: skip
+HAND = {"peer-multimae": by_hand_multimae, "peer-convmae": by_hand_convmae}
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peers__are_the_published_models(name):
-    if what := peers.missing(name):
+    if what := peers.missing(name, CLONES):
         pytest.skip(what)
-    model = peers.build(name)
+    model = peers.build(name, CLONES)
     rgb = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     losses = []
 
@@ -122,7 +143,8 @@ def test_peers__are_the_published_models(name):
 
     flops = benchmark.count_flops(run)[0] / 2
     assert losses[0].isfinite() and losses[0].shape == ()
-    assert flops == pytest.approx(by_hand(KINDS.get(name, "MAE")), rel=0.02)
+    wanted = HAND[name]() if name in HAND else by_hand(KINDS.get(name, "MAE"))
+    assert flops == pytest.approx(wanted, rel=0.02)
     trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     dead = {n for n, g in trained.items() if g is None or not (g.isfinite().all() and g.any())}
     unused = {"mask_token", "vit.head.weight", "vit.head.bias"} if name == "peer-lightly" else ()
@@ -142,6 +164,37 @@ def test_build__says_what_a_peer_lacks(monkeypatch, name, module, pip):
         peers.build(name)
 
 
+def test_missing__names_the_clone(tmp_path):
+    url = "https://github.com/Alpha-VL/ConvMAE"
+    words = f"peer-convmae: no folder DIR/ConvMAE; git clone {url} there, --peers-from DIR"
+    assert peers.missing("peer-convmae") == words
+    at = str(tmp_path)
+    assert peers.missing("peer-convmae", at).endswith(f"git clone {url} there, --peers-from {at}")
+    (tmp_path / "ConvMAE").mkdir()
+    assert "no folder" not in (peers.missing("peer-convmae", at) or "")
+
+
+def test_imports_of__a_clone_leaves_nothing_behind(tmp_path):
+    """Two clones have a `util.pos_embed` each; np.float is there while one loads."""
+    pytest.importorskip("timm")
+    for name in "ab":
+        (tmp_path / name / "util").mkdir(parents=True)
+        (tmp_path / name / "util" / "pos_embed.py").write_text(f"which = {name!r}\n")
+        (tmp_path / name / "models_mae.py").write_text(
+            "import numpy\nfrom timm.models.vision_transformer import Block\n"
+            "from util.pos_embed import which\n"
+            "x = numpy.float(1)\nblock = Block(64, 2, 4.0, qkv_bias=True, qk_scale=None)\n")
+    before = set(sys.modules), [*sys.path]
+    for name in "ab":
+        with peers.imports_of(tmp_path / name):
+            import models_mae
+
+            assert models_mae.which == name and not models_mae.block.attn.fused_attn
+    after = {m for m in set(sys.modules) - before[0] if not m.startswith("timm")}
+    assert not {m for m in after if m.split(".")[0] in ("util", "utils", "models_mae")}
+    assert sys.path == before[1] and "float" not in vars(peers.np)
+
+
 def stand_in(args, rows, **_):
     """What `child` returns, without a process."""
     times = [2.0 if rows == "mae" else 1.0]
@@ -155,7 +208,8 @@ def test_step__leaves_out_peers_that_are_not_installed(monkeypatch, capsys):
     results = benchmark.step(options(rows="mae", peers=True))
     assert [r["row"] for r in results] == ["mae"]
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out peer-")]
-    assert len(lines) == len(peers.PEERS) and all("; pip install " in x for x in lines)
+    assert len(lines) == len(peers.PEERS)
+    assert all("; pip install " in x or "; git clone " in x for x in lines)
     with pytest.raises(UserError, match="^peer-hiera: no module hiera; pip install hiera-tr"):
         benchmark.step(options(rows="mae,peer-hiera"))
 
@@ -164,7 +218,8 @@ def test_step__times_the_peers_that_are_installed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "child", stand_in)
     monkeypatch.setattr(peers, "find_spec", lambda module: module != "hiera" or None)
     results = benchmark.step(options(rows="mae", peers=True))
-    assert [r["row"] for r in results] == ["mae", *(p for p in peers.PEERS if p != "peer-hiera")]
+    found = [p for p in peers.PEERS if p != "peer-hiera" and p not in peers.CLONES]
+    assert [r["row"] for r in results] == ["mae", *found]
     assert "MAE / mmpretrain's MAE: 2.000 of its time" in capsys.readouterr().out
 
 

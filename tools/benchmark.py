@@ -4,6 +4,7 @@
     python -m tools.benchmark step --rows mae,cfmae --precision bf16 --rounds 3 --json out.json
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
+    python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
     python -m tools.benchmark loader --data data/imagenet --feed 1500
     python -m tools.benchmark memory --rows mae,cfmae
 
@@ -76,6 +77,10 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
     ("MAE / lightly's MAE", "mae", "peer-lightly", None),
     ("MAE / vit-pytorch's MAE", "mae", "peer-vit-pytorch", None),
     ("MAE / mmpretrain's MAE", "mae", "peer-mmpretrain-mae", None),
+    ("MAE / its authors'", "mae", "peer-mae-authors", None),
+    ("CFMAE / MultiMAE", "cfmae", "peer-multimae", None),
+    ("MCMAE / its authors' ConvMAE", "mcmae", "peer-convmae", None),
+    ("MCMAE dense / its authors' ConvMAE", "mcmae-dense", "peer-convmae", None),
     ("CoMA frozen / Hiera's MAE", "coma", "peer-hiera", None),
     ("CoMA none / Hiera's MAE", "coma-none", "peer-hiera", None),
     ("CoMA shared / Hiera's MAE", "coma-shared", "peer-hiera", None),
@@ -214,7 +219,7 @@ def one(args: argparse.Namespace) -> dict:
     if not cuda:
         engine.keep_freed_memory()
     if args.rows in peers.PEERS:
-        cfg, model = engine.Config(), peers.build(args.rows)
+        cfg, model = engine.Config(), peers.build(args.rows, args.peers_from)
     else:
         script, flags = ROWS.get(args.rows) or (args.method, f"--model {args.model}")
         cfg, model = build(script, f"{flags} {args.flags}".split())
@@ -300,7 +305,7 @@ def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     known = (*ROWS, *peers.PEERS)
     if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
-    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p))}
+    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p, args.peers_from))}
     for row in lacking:
         if row in rows:
             raise UserError(lacking[row])
@@ -428,6 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--warmup", type=int, default=2, help="steps before them")
         p.add_argument("--rounds", type=int, default=2)
         p.add_argument("--peers", action="store_true", help="also other libraries' models")
+        p.add_argument("--peers-from", metavar="DIR", help="clones of mae, MultiMAE, ConvMAE")
     p = commands.add_parser("loader")
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
