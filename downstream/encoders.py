@@ -193,7 +193,7 @@ def build(
     fixed = "pos_embed" in dict(encoder.named_buffers())
     if fixed and (train_position or description.get("learned_position")):
         if isinstance(encoder, coma_dyvit.DyViT):
-            raise UserError("positions cannot be trained in DyViT: its are fixed, by design")
+            raise UserError("positions cannot be trained in DyViT, which computes them")
         position = encoder.pos_embed
         del encoder.pos_embed
         encoder.pos_embed = nn.Parameter(position[None])  # (1, L, D), as timm's
