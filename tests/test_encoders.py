@@ -296,7 +296,8 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
          "19 rows, which are no square"),
         (dict(checkpoint=ours, embed_dims="32,64,64"), "nothing was loaded: .*has shape"),
         (dict(checkpoint=file("old.pt", content | {"format": 0})), "format 0; wanted 1"),
-        (dict(checkpoint=file("probe.pt", content | {"method": "probe", "config": {}})), "describes no encoder"),
+        (dict(checkpoint=file("probe.pt", content | {"method": "probe", "config": {}})),
+         "describes no encoder"),
     ]  # fmt: skip
     for source, message in cases:
         with pytest.raises(UserError, match=message) as error:
