@@ -98,7 +98,7 @@ def _preset(method: str, model: str, changes: dict) -> dict:
 
 def _ours(method: str, config: dict) -> dict:
     """Description of a pre-trained encoder of ours."""
-    known = "mean" in config
+    known = all(isinstance(config.get(k), (list, tuple)) for k in ("mean", "std"))
     return {
         "method": method, "config": config, "trained_size": list(pair(config["image_size"])),
         "learned_position": False,
@@ -125,11 +125,12 @@ def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
         raise UserError(f"{path} has format {content['format']}; wanted {engine.FORMAT}")
     state = {k.removeprefix("encoder."): v for k, v in content["model"].items()
              if k.startswith("encoder.")}  # fmt: skip
-    description = _ours(content["method"], content["config"])
+    run = content["config"]
     if content.get("description"):  # tools.export's
         description = content["description"]
-    elif content["method"] not in (*METHODS, "vit", "beit"):  # a transfer's
-        run = content["config"]
+    elif content["method"] in (*METHODS, "vit", "beit"):
+        description = _ours(content["method"], run)
+    else:  # a transfer's
         if not run.get("description"):
             raise UserError(f"{path}: a checkpoint of {content['method']} describes no encoder")
         kept = json.loads(run["description"])
@@ -193,7 +194,7 @@ def build(
     fixed = "pos_embed" in dict(encoder.named_buffers())
     if fixed and (train_position or description.get("learned_position")):
         if isinstance(encoder, coma_dyvit.DyViT):
-            raise UserError("positions cannot be trained in DyViT: its are fixed, by design")
+            raise UserError("positions cannot be trained in DyViT, which computes them")
         position = encoder.pos_embed
         del encoder.pos_embed
         encoder.pos_embed = nn.Parameter(position[None])  # (1, L, D), as timm's

@@ -264,8 +264,9 @@ def statistics(found: Public) -> tuple[list[float], list[float], str]:
     """Mean and standard deviation of the pixels that an encoder expects, and who says so."""
     facts, half = found.facts, [0.5, 0.5, 0.5]
     for mean, std in (("mean", "std"), ("image_mean", "image_std")):
-        if isinstance(facts.get(mean), list) and isinstance(facts.get(std), list):
-            return facts[mean], facts[std], "as the file or config.json beside it says"
+        given = facts.get(mean), facts.get(std)
+        if all(isinstance(x, list) and len(x) == 3 for x in given):
+            return *given, "as the file or config.json beside it says"
     name = "/".join(Path(found.path).parts[-2:]).lower()
     if word := re.search("augreg|orig_in21k|siglip", name):  # timm's default for a ViT
         return half, half, f"as timm has it for {word[0]}"

@@ -14,10 +14,11 @@ Any subset of the four will do; the score needs all. Folders are as published:
                Its files are centre crops already and are taken whole
 
 Class folders have the names the model was fine-tuned with; a public file has none, so --data says
-them, by its class folders. A folder of --output with a result in it is left alone. mCE (arXiv 1903.12261) is the mean over
-corruptions of the model's error over a baseline's, errors averaged over the five severities. The
-baseline is AlexNet's, as published, or --baseline FILE: JSON {"corruption": error} or CSV lines
-`corruption,error`, errors as fractions averaged over severities.
+them, by its class folders. A folder of --output with a result in it is left alone.
+
+mCE (arXiv 1903.12261) is the mean over corruptions of the model's error over a baseline's, errors
+averaged over the five severities. The baseline is AlexNet's, as published, or --baseline FILE: JSON
+{"corruption": error} or CSV lines `corruption,error`, errors as fractions averaged over severities.
 
 Map: `mean_corruption_error`, `score`     the arithmetic
      `Folder`                             one test set
@@ -216,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(result) == 4:
         result["score"] = score(**result)
     if world.rank == 0:
-        facts = {"finetuned": args.finetuned, "init": args.init, "baseline": args.baseline or "AlexNet"}
+        facts = {"finetuned": args.finetuned, "init": args.init}
+        facts |= {"baseline": args.baseline or "AlexNet"}
         facts |= {"result": result, "corruption_errors": errors, "sets": rows}
         (out / "robustness.json").write_text(json.dumps(facts, indent=1) + "\n")
         with open(out / "robustness.csv", "w", newline="") as f:

@@ -207,6 +207,10 @@ def test_statistics__of_our_encoders(tmp_path):
     assert imagenet.items() <= description.items()
     assert imagenet.items() <= describe(method="cfmae", model="tiny").items()
     assert "images less (0.485, 0.456, 0.406), by (0.229, 0.224, 0.225): ImageNet's" in report
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["config"] |= {"mean": (0.1, 0.2, 0.3), "std": [1, 2, 3]}  # of a checkpoint that tells
+    engine.save(tmp_path / "told.pt", content)
+    assert encoders._open(tmp_path / "told.pt")[0]["mean"] == [0.1, 0.2, 0.3]
     given = describe(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.5, 0.5))
     assert given["mean"] == [0.5] * 3 and given["std"] == imagenet["std"]
     assert "mean as given" in given["input"]
@@ -292,7 +296,8 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
          "19 rows, which are no square"),
         (dict(checkpoint=ours, embed_dims="32,64,64"), "nothing was loaded: .*has shape"),
         (dict(checkpoint=file("old.pt", content | {"format": 0})), "format 0; wanted 1"),
-        (dict(checkpoint=file("probe.pt", content | {"method": "probe"})), "describes no encoder"),
+        (dict(checkpoint=file("probe.pt", content | {"method": "probe", "config": {}})),
+         "describes no encoder"),
     ]  # fmt: skip
     for source, message in cases:
         with pytest.raises(UserError, match=message) as error:

@@ -134,7 +134,8 @@ def test_rename__every_name():
 def test_join_qkv__beits_key_has_no_bias():
     state = {f"blocks.0.attn.{k}.weight": torch.full((2, 2), i)
              for i, k in enumerate(("key", "query", "value"))}  # fmt: skip
-    state |= {f"blocks.0.attn.{k}.bias": torch.full((2,), i) for k, i in (("query", 5), ("value", 7))}
+    state |= {"blocks.0.attn.query.bias": torch.full((2,), 5),
+              "blocks.0.attn.value.bias": torch.full((2,), 7)}  # fmt: skip
     joined = public.join_qkv(state)
     assert joined.keys() == {"blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"}
     assert joined["blocks.0.attn.qkv.weight"][:, 0].tolist() == [1, 1, 0, 0, 2, 2]
