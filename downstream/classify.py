@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import shapes
 from cfmae import NAMES
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from downstream import encoders, probe
@@ -323,7 +324,7 @@ def class_names(root: str, trained: bool = True) -> list[str]:
     Errors: UserError where there are not two, or, if `trained`, where val has one that train lacks.
     """
     if root == "shapes":
-        return list(data.SHAPES)
+        return list(shapes.SHAPES)
     splits = {split: data.layout(root, split).get("rgb") for split in ("train", "val")}
     found = {split: data.class_folders(f"{root}/{x}") for split, x in splits.items() if x}
     if not found:

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from data import UNLABELLED, ShapeScenes
+from data import UNLABELLED
+from shapes import ShapeScenes
 from engine import UserError
 
 
@@ -59,7 +60,7 @@ def padded(rgb: Tensor, size: tuple[int, int], colour: tuple[int, int, int]) -> 
 
 
 class Augment:
-    """What data.FolderDataset.augment does, for segmentation: image and labels to one crop.
+    """What data.FolderDataset.crop does, for segmentation: image and labels to one crop.
 
     Training: scale, crop so that no class covers more than three quarters of the labels, flip,
     colours, pad, as mmsegmentation for ADE20K; or, where `crop_scale_min` is given, torchvision's

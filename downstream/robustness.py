@@ -91,8 +91,7 @@ class Folder(data.FolderDataset):
 
     def __init__(self, path: Path, files: data.FileList, cfg: classify.Config, crop_pct: float):
         super().__init__(
-            str(path.parent), path.name, files, cfg.image_size, cfg.patch_size, train=False,
-            crop_pct=crop_pct,
+            str(path.parent), path.name, files, cfg.image_size, train=False, crop_pct=crop_pct,
         )  # fmt: skip
 
     @staticmethod

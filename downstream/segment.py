@@ -37,7 +37,8 @@ from torch import Tensor, nn
 import data
 import pictures
 from common import IMAGENET_MEAN, IMAGENET_STD
-from data import UNLABELLED, ShapeScenes
+from data import UNLABELLED
+from shapes import ShapeScenes
 from downstream import encoders
 from downstream.pixels import (
     Augment, Whole, confusion, padded, prepare_ade, prepare_voc, scores, slide,
@@ -285,7 +286,7 @@ class Config(engine.Config):
         if isinstance(dataset, ShapeScenes):
             keys = dict(granularities=dataset.granularities, length=len(dataset), seed=self.seed)
             return ShapeScenes("train" if train else "val", self.crop, 4, train=train, **keys)
-        dataset.augment = Augment(self, train)
+        dataset.transform = Augment(self, train)
         return dataset
 
     def total_steps(self, steps_per_epoch: int) -> int:

@@ -48,6 +48,7 @@ class Run:
         method: whose checkpoints these are.
         cfg: settings.
         iterations: length of the schedule in steps; None: `cfg.epochs`.
+        wrap: (data set, whether it is train's) -> data set; a method's own augmentation.
         options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one.
     Errors: UserError.
     """
@@ -56,9 +57,11 @@ class Run:
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,
+        wrap: Callable | None = None,
         train: dict | None = None, val: dict | None = None, **options,
     ):  # fmt: skip
         self.method, self.cfg, self.world = method, cfg, World(cfg.device, cfg.precision)
+        self.wrap = wrap
         self.lead, self.device = self.world.rank == 0, self.world.device
         self.accum, self.micro = self.world.split_batch(cfg.batch_size, cfg.micro_batch)
         if cfg.deterministic:
@@ -86,7 +89,8 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def open(self, split: str, **options) -> torch.utils.data.Dataset | None:
-        return open_data(self.cfg, self.world, self.out, split, **options)
+        dataset = open_data(self.cfg, self.world, self.out, split, **options)
+        return dataset if dataset is None or not self.wrap else self.wrap(dataset, split == "train")
 
     def lacks(self, name: str) -> bool:
         """Whether a result is still to be written: there was training, or the file is not there."""

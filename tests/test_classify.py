@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_run import short_epochs
 
 import data
+import shapes
 import engine
 from common import AUGMENT, DROP_PATH, Normalize, uniform
 from downstream import classify, encoders, scores
@@ -288,7 +289,7 @@ def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
     assert found["source"] == "public.pth" and found["images"] == 40 and "epochs" not in found
     cfg = parse(*flags, "--output", tmp_path / "unused")
     model = classify.load_finetuned(cfg, engine.World(cfg))
-    hits, dataset = 0, data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)
+    hits, dataset = 0, shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
     for i in range(40):
         one = data.collate([dataset[0, i]])
         imgs = Normalize()(one["rgb"])
@@ -324,7 +325,7 @@ def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path, monkeypat
     cfg = parse("--checkpoint", write_checkpoint(tmp_path, "mcmae"), "--micro-batch", 4)
     model = classify.build(cfg).eval()
     torch.nn.init.normal_(model.head.weight)
-    dataset = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=17)
+    dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=17)
     monkeypatch.setattr(engine, "raise_error", lambda batch, world=None: batch)
     naive = torch.zeros(10, 3)
     for i in range(17):

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 import engine
 import mcmae
 from common import gather, patchify, split
-from data import ShapeScenes, collate
+from data import collate
+from shapes import ShapeScenes
 from mcmae import Dense, Sparse
 
 MINI = (
@@ -41,7 +42,7 @@ def build(line: str = "") -> mcmae.MCMAE:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    scenes = ShapeScenes("train", 64, 8, ("rgb",))
+    scenes = ShapeScenes("train", 64, 2, ("rgb",))
     return collate([scenes[0, i] for i in range(3)])
 
 
@@ -261,7 +262,7 @@ def test_training__tiny_preset_learns():
     """Invariant 6: in 45 steps of 32 scenes the loss falls below 0.65 of where it began, and below
     that of painting each hidden patch in its own mean colour.
     """
-    cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 8, ("rgb",))
+    cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 2, ("rgb",))
     torch.manual_seed(0)
     model, losses = mcmae.MCMAE(cfg), []
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))

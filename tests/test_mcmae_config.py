@@ -15,7 +15,8 @@ from torch.testing import assert_close
 import engine
 import mcmae
 from common import Attention, drop_path
-from data import ShapeScenes, collate
+from data import collate
+from shapes import ShapeScenes
 
 MINI = (
     "--model tiny --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 --decoder-embed-dim 16 "
@@ -228,7 +229,7 @@ def test_make_encoder__options_change_what_they_name_alone():
 
 
 def test_evaluate_and_preview__on_every_masking(tmp_path):
-    scenes = ShapeScenes("val", 64, 8, ("rgb",))
+    scenes = ShapeScenes("val", 64, 2, ("rgb",))
     batch = collate([scenes[0, i] for i in range(2)])
     for line in ("", "--masking token --no-norm-pix-loss"):
         model = mcmae.MCMAE(parse(f"{MINI} {line}")).eval()
@@ -305,7 +306,7 @@ def test_load_init__trained_positions(public, tmp_path):
 
 
 def test_learned_position__is_trained_without_decay():
-    scenes = ShapeScenes("train", 64, 8, ("rgb",))
+    scenes = ShapeScenes("train", 64, 2, ("rgb",))
     model = mcmae.MCMAE(parse(f"{MINI} --learned-position"))
     batch, position = collate([scenes[0, i] for i in range(2)]), model.encoder.pos_embed
     model(batch, torch.tensor(0.5))[0].backward()

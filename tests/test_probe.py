@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_classify import parse, run, write_checkpoint
 from tiny_run import short_epochs
 
-import data
+import shapes
 import engine
 from common import ViT, init_weights
 from downstream import classify, encoders, probe, scores
@@ -285,7 +285,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     assert a["top1"] == max(row["top1"] for row in a["sweep"]) and "optimistic" in a["note"]
     assert a["first"]["features"] == "1/patch" and a["first"]["rate"] == 0.01
     rows = np.load(cache / "val.npy")
-    dataset = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)
+    dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
     model = classify.build(parse("--checkpoint", path)).eval()
     one = model.normalize(dataset[0, 39]["rgb"][None])
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         (bank, names), (queries, labels) = (
             probe.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
         )
-        votes = probe.knn(bank, names, queries, len(data.SHAPES), 20, 0.07)
+        votes = probe.knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
         found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
         assert {k: row[k] for k in found} == found and found["top1"] != found["top5"]
     with pytest.raises(engine.UserError, match="another run .*bf16.* differ"):
@@ -313,7 +313,7 @@ def test_run__normalises_as_told(tmp_path):
              tmp_path / "cache", "--mean", "0.2,0.4,0.6", "--layers", "2"]  # fmt: skip
     assert run(*flags, "--std", "0.5,1,0.25", "--output", tmp_path / "a") == 0
     model = classify.build(parse("--checkpoint", path)).eval()
-    rgb = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)[0, 7]["rgb"][None] / 255
+    rgb = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)[0, 7]["rgb"][None] / 255
     mean, std = torch.tensor([[0.2, 0.4, 0.6], [0.5, 1.0, 0.25]])[..., None, None]
     with torch.no_grad():
         ((tokens, _),) = model.encoder.forward_features((rgb - mean) / std, [2])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import data
+import shapes
 import engine
 from downstream import classify, encoders, robustness
 
@@ -133,7 +133,7 @@ def test_tiny__ours():
 
 
 def test_shapes__its_classes():
-    assert json.loads(resolved("cfmae base").classes) == list(data.SHAPES)
+    assert json.loads(resolved("cfmae base").classes) == list(shapes.SHAPES)
 
 
 # ----------------------------------------------------------------------------- input statistics

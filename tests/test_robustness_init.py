@@ -10,6 +10,7 @@ from test_robustness import write_images
 
 import common
 import data
+import shapes
 import engine
 from downstream import encoders, robustness
 
@@ -21,11 +22,11 @@ def test_main__of_a_public_classifier(tmp_path):
     (tmp_path / "vit").mkdir()
     state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
              for k, v in TIMM["vit"]["state_dict"].items()}  # fmt: skip
-    head = {"head.weight": torch.randn(len(data.SHAPES), 32), "head.bias": torch.zeros(10)}
+    head = {"head.weight": torch.randn(len(shapes.SHAPES), 32), "head.bias": torch.zeros(10)}
     torch.save({"model": state | head}, tmp_path / "vit/pytorch_model.bin")
     told = {"num_heads": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
     (tmp_path / "vit/config.json").write_text(json.dumps(told))
-    write_images(tmp_path / "root/val", sorted(data.SHAPES), 1)
+    write_images(tmp_path / "root/val", sorted(shapes.SHAPES), 1)
     write_images(tmp_path / "a", ["ring", "bar"])
     init = str(tmp_path / "vit/pytorch_model.bin")
     flags = ["--init", init, "--data", str(tmp_path / "root"), "--workers", "0", "--device", "cpu",
@@ -33,9 +34,9 @@ def test_main__of_a_public_classifier(tmp_path):
     assert robustness.main([*flags, "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out/robustness.json").read_text())
     encoder, description, head = encoders.open_classifier(init)
-    normalize, classes, hits = common.Normalize([0.5] * 3, [0.25] * 3), sorted(data.SHAPES), []
+    normalize, classes, hits = common.Normalize([0.5] * 3, [0.25] * 3), sorted(shapes.SHAPES), []
     for path in sorted((tmp_path / "a").glob("*/*.png")):
-        rgb = data.decode_image(data._read(str(path)))[None]
+        rgb = data.decode_image(data.read_bytes(str(path)))[None]
         rgb = F.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
         with torch.no_grad():
             x = encoder.forward_features(normalize(rgb), [2])[0][0].mean(1)

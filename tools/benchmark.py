@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 import data
+import shapes
 from engine import UserError
 from tools import peers
 from tools.loader import loader
@@ -128,7 +128,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
 def scenes(cfg: engine.Config, size: int) -> dict[str, torch.Tensor]:
     """A batch of ShapeScenes, with the granularities that the method asks for."""
     granularities = cfg.data_options()["granularities"]
-    scenes = data.ShapeScenes("train", cfg.image_size, cfg.patch_size, granularities)
+    scenes = shapes.ShapeScenes("train", cfg.image_size, max(cfg.patch_size // 4, 1), granularities)
     return data.collate([scenes[0, i] for i in range(size)])
 
 
@@ -388,17 +388,17 @@ def memory(args: argparse.Namespace) -> list[dict]:
         print(f"{row or args.method}, {args.precision}: largest micro-batch {low} ({shown})")
     count = 1_281_167
     name = b"n%08d/n%08d_%d.JPEG"
-    names = [name % (i % 1000, i % 1000, i) for i in range(count)]
-    offsets = array("q", [0, *np.cumsum([len(n) for n in names]).tolist()])
-    labels = array("i", [i % 1000 for i in range(count)])
+    names = np.array([name % (i % 1000, i % 1000, i) for i in range(count)])
+    labels = np.arange(count, dtype=np.int32) % 1000
     with tempfile.TemporaryDirectory() as folder:
-        files = data.FileList.build(b"".join(names), offsets, labels, {"rgb": "train"}, [])
+        files = data.FileList(names, labels, {"rgb": "train"}, [])
         files.save(folder)
         began = time.perf_counter()
         data.FileList.open(folder)
         opened = time.perf_counter() - began
-    print(f"file list of {count} names: {len(files.block) / 2**20:.1f} MiB, "
-          f"{len(files.block) / count:.1f} bytes each, opened in {1e3 * opened:.1f} ms")
+    size = names.nbytes + labels.nbytes
+    print(f"file list of {count} names: {size / 2**20:.1f} MiB, {size / count:.1f} bytes each, "
+          f"opened in {1e3 * opened:.1f} ms")
     return results + [{"files": count, "bytes": len(files.block), "open_s": opened}]
 
 

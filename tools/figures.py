@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
+import shapes
 from engine import UserError
 from pictures import colorize, hide
 
@@ -92,7 +93,7 @@ def class_names(folder: str) -> Sequence[str]:
     Both files lie beside train/ and val/; without them, no names.
     """
     if folder == "shapes":
-        return data.ShapeScenes.SEMANTIC_NAMES
+        return shapes.ShapeScenes.SEMANTIC_NAMES
     if (path := Path(folder, "classes.txt")).is_file():
         return path.read_text(errors="replace").splitlines()
     if (path := Path(folder, "categories.json")).is_file():

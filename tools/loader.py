@@ -15,13 +15,14 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
 import data
+import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
 
 
 def photographs(root: Path, count: int) -> None:
     """Write scenes as 496 x 368 JPEG of photographs' size, about 43 kB, with both maps as PNG."""
-    scenes = data.ShapeScenes("train", (368, 496), 4)
+    scenes = shapes.ShapeScenes("train", (368, 496), 1)
     for i in range(count):
         sample = scenes[0, i]
         for name in data.GRANULARITIES:
@@ -84,13 +85,13 @@ def loader_parts(root: str, names: tuple[str, ...], count: int, feed: float | No
     for g, folder in dataset.folders.items():
         decode[g] = data.decode_image if g == "rgb" else data.decode_map
         paths[g] = [f"{folder}/{s if g == 'rgb' else s.rpartition('.')[0] + '.png'}" for s in stems]
-    raw = {g: [data._read(p) for p in paths[g]] for g in paths}
+    raw = {g: [data.read_bytes(p) for p in paths[g]] for g in paths}
     decoded = [dataset.load(i) for i in chosen[:64]]
     samples = [dataset[0, i] for i in chosen[:64]]
     parts = {
-        "read": 1 / rate(lambda i: [data._read(paths[g][i]) for g in paths], n),
+        "read": 1 / rate(lambda i: [data.read_bytes(paths[g][i]) for g in paths], n),
         "decode": 1 / rate(lambda i: [decode[g](raw[g][i]) for g in paths], n),
-        "crop": 1 / rate(lambda i: dataset.augment(*decoded[i], i), len(decoded)),
+        "crop": 1 / rate(lambda i: dataset.crop(*decoded[i], i), len(decoded)),
         "collate": 1 / rate(lambda i: data.collate(samples), 4) / len(samples),
     }
     ours = rate(lambda i: dataset[0, chosen[i]], n)
