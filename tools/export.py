@@ -51,7 +51,6 @@ def timm_state(
         pool: timm's `global_pool`: "avg", "token" or, without head, "".
     """
     state = {k: v for k, v in encoder.state_dict().items() if k.split(".")[:1] not in MAPS}
-    state.pop("pos_embed", None)
     if getattr(encoder, "relative", False):  # BEiT: a key's bias changes nothing, timm has none
         for k in [k for k in state if k.endswith("qkv.bias")]:
             q, _, v = state.pop(k).chunk(3)
