@@ -23,7 +23,6 @@ As printed the curriculum is a switch, not a ramp, and often hides the chosen ob
   GPU:  torchrun --nproc_per_node=8 cfmae.py --data data/imagenet --epochs 400
 """
 
-from collections import namedtuple
 from dataclasses import dataclass, replace
 
 import engine  # before torch: it sets how threads wait
@@ -35,18 +34,13 @@ from torch import Tensor, nn
 from common import DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize
 from common import PatchEmbed, ViT, fill, gather, init_weights, patchify, pixel_picture
 from common import pixel_target, sincos_2d, split, uniform, unpatchify
-from data import MAX_INSTANCES, UNLABELLED, ShapeScenes
+from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED
 from engine import arg, cosine, decay_groups, divides, parse, require
+from shapes import ShapeScenes
 
-# letter in the flags; kind of embedding, head and loss; channels or classes (--semantic-classes)
-Row = namedtuple("Row", "letter kind size")
-GRANULARITIES = {
-    "rgb": Row("R", "pixels", 3),
-    "instance": Row("I", "labels", MAX_INSTANCES + 1),  # NOTE paper unclear: instance ids. By size.
-    "semantic": Row("S", "labels", None),
-}
-NAMES = {row.letter: name for name, row in GRANULARITIES.items()}
-MAPS = [name for name, row in GRANULARITIES.items() if row.kind == "labels"]
+NAMES = {g[0].upper(): g for g in GRANULARITIES}  # letters in --granularities, --order, --lambda-*
+MAPS = [g for g, row in GRANULARITIES.items() if row.kind == "labels"]  # the others are "pixels"
+SIZES = {"rgb": 3, "instance": MAX_INSTANCES + 1}  # NOTE paper unclear: instance ids. By size.
 LABELS = 16  # NOTE paper unclear: resolution of label maps. 4 x 4 a patch, as MultiMAE's.
 Tensors = dict[str, Tensor]  # by granularity
 
@@ -200,7 +194,10 @@ def schedule(cfg: Config, progress: Tensor) -> dict[str, Tensor]:
 
 
 def make_mask(cfg: Config, batch: Tensors, progress: Tensor) -> tuple[Tensor, Tensors]:
-    """Mask (B, M, N), True = hidden, and logs; `--masking RD` reads neither maps nor progress."""
+    """Mask (B, M, N), True = hidden, exactly `cfg.num_visible` False a sample; and logs.
+
+    `progress` is 0-d in [0, 1]; `--masking RD` reads neither it nor label maps.
+    """
     seed, M, N = batch["seed"], len(cfg.names), cfg.num_patches
     n = N - visible_counts(seed, cfg.num_visible, M)[..., None]  # r_m N, (B, M, 1)
     order = uniform(seed, M * N, MASK).view(-1, M, N).argsort(dim=-1, stable=True).argsort(-1)
@@ -250,7 +247,8 @@ class Encoder(ViT):
     def __init__(self, cfg: Config, **kwargs):
         shape = {k: getattr(cfg, k) for k in ("patch_size", "embed_dim", "depth", "num_heads")}
         super().__init__(**{"image_size": (cfg.image_size,) * 2, **shape, **kwargs})
-        self.sizes = {g: GRANULARITIES[g].size or cfg.semantic_classes for g in cfg.names}
+        sizes = SIZES | {"semantic": cfg.semantic_classes}  # channels or classes
+        self.sizes = {g: sizes[g] for g in cfg.names}
         for g, n in self.sizes.items():
             if g in MAPS:
                 self.add_module(f"{g}_embed", LabelEmbed(n, self.embed_dim))
@@ -272,7 +270,7 @@ class Encoder(ViT):
         return torch.cat(tokens, dim=1)
 
 
-class DecoderBlock(nn.Module):  # NOTE paper unclear: decoder block. App. E.1's.
+class DecoderBlock(nn.Module):  # NOTE paper unclear: decoder block. App. E.1's, not Sec. 3.2's.
     def __init__(self, cfg: Config):
         super().__init__()
         D, heads = cfg.decoder_embed_dim, cfg.decoder_num_heads
@@ -355,7 +353,7 @@ class CFMAE(nn.Module):
                 target, valid = pixel_target(imgs[g], cfg.patch_size, cfg.norm_pix_loss), hidden
                 error = (x - target).square().mean(-1)  # (B, N)
             loss = sample_mean(error, valid)
-            terms.append(getattr(cfg, f"lambda_{GRANULARITIES[g].letter.lower()}") * loss)
+            terms.append(getattr(cfg, f"lambda_{g[0]}") * loss)
             logs[f"loss_{g}"] = loss.detach()
         # One term of weight 1 must not be the tensor that is logged: compiled, it has no gradient.
         return torch.stack(terms).sum(), logs  # Eq. (5)
@@ -386,7 +384,7 @@ def evaluate(model: CFMAE, batch: Tensors) -> Tensors:
         if g in MAPS:
             labels, guess = patch_labels(imgs[g]), pred[g].unflatten(-1, (LABELS, -1)).argmax(-1)
             valid = hidden[..., None] & (labels != UNLABELLED)
-            frequent = labels[valid].bincount(minlength=1).argmax()
+            frequent = labels[valid].bincount(minlength=1).argmax()  # of all hidden ones
             nearest = gather(labels, (distance + hidden[:, None] * 10**6).argmin(-1))
             nearest = nearest.where(~hidden.all(-1)[:, None, None], frequent)
             for name, x in {"": guess, "_frequent": frequent, "_nearest": nearest}.items():

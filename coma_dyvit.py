@@ -10,22 +10,30 @@ Unified Pre-training Framework". Idea:
   5. where tokens are many, they attend to summaries of windows of several sizes in each patch.
 
 Equation -> code
-  Eq. 1       complementary masks         CoMA.forward, complement
-  Eqs. 2, 3   assembled image, its error  assemble, CoMA.loss
-  Eq. 4       frozen evaluation model     CoMA.before_step
-  Eq. 5       stages' sizes               SIDES, DyViT
-  Eq. 6       Positional Downsampling     PositionalDownsampling
-  Eqs. 7-10   DM-MSA                      WindowAttention
-  Fig. 2      masking frequency           masking_frequency
-  Tables 1-4  sizes; MAE; ViT             PRESETS; --method mae; --backbone vit
+  Eq. 1          complementary masks       CoMA.forward, CoMA.complement
+  Eq. 2          assembled image           assemble
+  Eq. 3          its error                 CoMA.loss
+  Eq. 4          frozen evaluation model   CoMA.before_step
+  Eq. 5          stages' sizes             DyViT.run
+  Eq. 6          Positional Downsampling   PositionalDownsampling.forward
+  Eqs. 7, 9, 10  DM-MSA                    WindowAttention.forward
+  Eq. 8          windows of a stage        DyViT.__init__
+  Fig. 2         masking frequency         masking_frequency
+  Tables 1-4     sizes; MAE; ViT           PRESETS; --method mae; --backbone vit
 
-The frozen branch gives no gradient. So it changes the loss that is reported and not the weights:
-`--evaluation none` leaves it out and trains the same model at less cost; `--evaluation shared` lets
-both branches learn. Where the paper is silent a `NOTE paper unclear` stands.
+What CoMA adds is a choice of reading, `--evaluation`. Eqs. 2, 3 are sums over patches, each of one
+branch, and the evaluation branch is frozen. So CoMA as printed is MAE at 60 % with plain pixels,
+weight for weight; its gradient is MAE's times hidden / all patches, 30/49.
+  frozen   the paper's text: the second branch changes the loss in the log, nothing else
+  none     without that branch: the same weights at less cost
+  common   a frozen encoder, one decoder that both branches train ("passed to *the* decoder")
+  shared   both branches learn
+common and shared are ahead of none after as many steps, none after as long (docs/ablations.md).
+Where the paper is silent a `NOTE paper unclear` stands; docs/decisions.md lists them.
 
   CPU:  python coma_dyvit.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --epochs 300
-  MAE:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --method mae --backbone vit
+  MAE:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --model mae-large
 """
 
 import os
@@ -47,7 +55,7 @@ from common import (
 from data import sample_seed
 from engine import UserError, arg
 
-SIDES = (8, 4, 2, 1)  # Eq. (5): tokens along a patch's side in the four stages, p_i
+SIDES = (8, 4, 2, 1)  # p_i of Eq. (5): tokens along a patch's side in the four stages
 
 
 @dataclass
@@ -57,11 +65,14 @@ class Config(engine.Config):
     method: str = arg("coma", "coma, or plain MAE to compare with (Tables 2, 4)", ["coma", "mae"])
     backbone: str = arg("dyvit", "dyvit, or vit (Table 4)", ["dyvit", "vit"])
     evaluation: str | None = arg(
-        None, "second branch: frozen (Eq. 4), none (same weights, cheaper), shared (learns too); "
-        "default: frozen; mae: none", ["frozen", "none", "shared"],
+        None, "second branch: frozen (Eq. 4), none (same weights, cheaper), common (frozen "
+        "encoder, one decoder), shared (learns too); default: frozen; mae: none",
+        ["frozen", "none", "common", "shared"],
     )  # fmt: skip
-    init: str | None = arg(None, "checkpoint to start from: a public MAE's (.pth), or ours")
+    init: str | None = arg(None, "weights to start from: a public MAE's file, or one of ours")
+    init_key: str | None = arg(None, "where in that file they are, e.g. model_ema")
     epochs: int = arg(300, "Table 2 (300 or 800)")
+    # NOTE paper unclear: learning rate, weight decay, warm-up, crop, decoder width. MAE's.
     warmup_epochs: float = arg(40, "not given; MAE's")
     batch_size: int = arg(4096, "Implementation Details; the global batch")
     base_lr: float = arg(1.5e-4, "not given; MAE's; lr = base_lr * batch_size / 256")
@@ -76,7 +87,8 @@ class Config(engine.Config):
     dims: str = arg("112-224-448-896", "DyViT: Table 1, #Channels")
     blocks: str = arg("2-3-16-3", "DyViT: Table 1, #Blocks")
     heads: str = arg("2-4-8-16", "DyViT: Table 1, #Heads")
-    windows: str = arg("8,4,2", "DyViT: the set of k (Eq. 8); a stage takes those up to its side")
+    windows: str = arg("8,4,2", "DyViT: the set of k (Eq. 8), those up to a stage's side; 8,4 has "
+                       "Table 2's FLOPs")  # fmt: skip
     stem_mask: str = arg(
         "before", "DyViT: hide pixels before the stem, whose kernel looks into the next patch; or "
         "tokens after it, as printed", ["before", "after"],
@@ -92,6 +104,8 @@ class Config(engine.Config):
     decoder_depth: int = arg(8, "Fig. 5, Decoder Depth")
     decoder_embed_dim: int = arg(512, "not given; MAE's")
     decoder_num_heads: int = arg(16, "not given; MAE's")
+
+    FREE = (*engine.Config.FREE, "init", "init_key")  # a run goes on without the file
 
     def resolve(self) -> None:
         """Fill in what depends on other fields, and refuse what cannot work.
@@ -152,7 +166,7 @@ class Config(engine.Config):
     @property
     def num_visible(self) -> int:
         """Patches that the adaptive model sees: 19 of 49; the evaluation model sees the others."""
-        # NOTE paper unclear: 60 % of 49 patches are 29.4. MAE's rounding hides 30.
+        # NOTE paper unclear: 60 % of 49 patches. They are 29.4; MAE's rounding hides 30.
         return int(self.num_patches * (1 - self.mask_ratio) + 1e-6)
 
 
@@ -182,7 +196,8 @@ def masking_frequency(cfg: Config, iterations: int = 1600, seed: int = 0) -> dic
     N, h = cfg.num_patches, cfg.image_size // cfg.patch_size
     mask = random_mask(uniform(seeds, N, MASK), N - cfg.num_visible)
     first, second = mask.sum(0), (~mask).sum(0)
-    taught = first + second if cfg.evaluation == "shared" else first
+    # NOTE paper unclear: the flat map. Fig. 2 counts both branches; what teaches is `gradient`.
+    taught = first + second if cfg.evaluation in ("common", "shared") else first
     maps = {"random": first, "complementary": first + second, "gradient": taught}
     return {name: counts.view(h, h) for name, counts in maps.items()}
 
@@ -226,14 +241,11 @@ class WindowAttention(nn.Module):
         windows: the set of k; each divides `side`.
     """
 
-    # NOTE paper unclear: does k = 1 belong to the set? Eq. (8) admits it, but then stage 1 would be
-    # full attention over 3136 tokens, and DyViT-B 19 GMAC, not Table 2's 12. An option, off.
-
     def __init__(self, dim: int, num_heads: int, side: int, windows: Sequence[int]):
         super().__init__()
         self.num_heads, self.side = num_heads, side
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        # NOTE paper unclear: the kind of convolution. Depthwise, one Conv_k for K and V as Eq. (9)
+        # NOTE paper unclear: convolution in DM-MSA. Depthwise, one Conv_k for K and V as Eq. (9)
         # writes it: that gives Table 2's 35 M and 70 M. No bias: softmax would not see the keys',
         # and the values' is `proj`'s.
         self.convs = nn.ModuleList(
@@ -289,11 +301,12 @@ class DyViT(nn.Module):
         patch_size: side of what is hidden as one; the stem's stride is an eighth of it.
         dims, depths, num_heads: of the four stages.
         windows: the set of k; stages 1 and 2 take those up to their side.
-        stem_mask: "before" or "after", see `visible_stem`.
+        stem_mask: "before" or "after", see `embed`.
         drop_path: the last block's rate, used when `seed` is given.
     """
 
     num_prefix = 0
+    trained_norm, probe_layer = False, None  # the norm is trained on the fused stages
 
     def __init__(
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 32,
@@ -313,20 +326,23 @@ class DyViT(nn.Module):
         self.register_buffer("pos_embed", self.sincos(*self.grid), persistent=False)
         self.stages = nn.ModuleList()
         for side, dim, depth, heads in zip(SIDES, dims, depths, num_heads):
-            fitting = [k for k in windows if k <= side]
+            # NOTE paper unclear: the set of k. Eq. (8) admits 8, 4, 2, 1, but 1 is full attention
+            # over 3136 tokens, no sparse sampling. DyViT-B has 13.7 GMAC without it, 19.1 with it;
+            # 8, 4 alone 12.4, Table 2's 12. Table 2 does not say what it counts, Eq. (8) does.
+            fitting = [k for k in windows if k <= side]  # Eq. (8)
             windowed = side > 2  # stages 1, 2; the others attend globally
             self.stages.append(nn.ModuleList(
                 WindowBlock(dim, heads, side, fitting) if windowed else Block(dim, heads)
                 for _ in range(depth)
             ))  # fmt: skip
-        # NOTE paper unclear: how channels grow between stages. A linear layer after the pooling.
+        # NOTE paper unclear: channels between stages. A linear layer after the pooling.
         self.downsample = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims, dims[1:]))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
 
     def sincos(self, h: int, w: int) -> Tensor:
         """Fixed position embedding of the stem's grid, by patch: (h*w, 64 * C)."""
-        # NOTE paper unclear: the embedding, "reinserted" for other sizes. Fixed; other sizes take
-        # their coordinates from the grid that was trained.
+        # NOTE paper unclear: position embedding. "Reinserted" for other sizes; fixed here, and
+        # other sizes take their coordinates from the grid that was trained.
         trained = [n * SIDES[0] for n in self.trained_grid]
         x = sincos_2d(self.dims[0], h * SIDES[0], w * SIDES[0], trained).T
         return patchify(x.unflatten(1, (h * SIDES[0], w * SIDES[0]))[None], SIDES[0])[0]
@@ -336,35 +352,20 @@ class DyViT(nn.Module):
 
     grid_of = ViT.grid_of
 
-    def visible_stem(self, imgs: Tensor, mask: Tensor, ids_keep: Tensor) -> Tensor:
-        """The stem on visible patches alone: (B, 3, H, W), (B, N), (B, V) to (B, V, 64 * C).
-
-        The kernel reaches s - 1 pixels over a patch's left and upper edge (s its stride) and not
-        over the others, so each patch is taken with that margin and convolved by itself.
-        """
-        # NOTE paper unclear: masks apply after the stem, so hidden pixels get into visible tokens
-        # next to them. "before" blanks them first, as Hiera does; "after" is the literal text.
-        (h, w), p, s = self.grid_of(imgs), self.patch_size, self.strides[0]
-        if self.stem_mask == "before":
-            cells = imgs.unflatten(3, (w, p)).unflatten(2, (h, p))  # (B, 3, h, p, w, p)
-            imgs = cells.masked_fill(mask.view(-1, 1, h, 1, w, 1), 0).view_as(imgs)
-        imgs = F.pad(imgs, (s - 1, 0, s - 1, 0))
-        cells = imgs.unfold(2, p + s - 1, p).unfold(3, p + s - 1, p)  # (B, 3, h, w, p+s-1, p+s-1)
-        sample = torch.arange(len(imgs), device=imgs.device)[:, None]
-        x = cells[sample, :, ids_keep // w, ids_keep % w].flatten(0, 1)  # (B*V, 3, p+s-1, p+s-1)
-        x = x.contiguous(memory_format=torch.channels_last)
-        x = F.conv2d(x, self.stem.weight, self.stem.bias, stride=s)  # (B*V, C, 8, 8)
-        return x.permute(0, 2, 3, 1).reshape(*ids_keep.shape, -1)
-
     def embed(
         self, imgs: Tensor, mask: Tensor | None = None, ids_keep: Tensor | None = None
     ) -> Tensor:
         """Normalised images (B, 3, H, W) to stage 1's tokens (B, V*64, C); no mask: all patches."""
-        position = self.position(*self.grid_of(imgs))
-        if mask is None:
-            x = patchify(self.stem(imgs), SIDES[0])
-        else:
-            x, position = self.visible_stem(imgs, mask, ids_keep), position[ids_keep]
+        (h, w), p = self.grid_of(imgs), self.patch_size
+        position = self.position(h, w)
+        # NOTE paper unclear: the 7 x 7 stem. Masks apply after it, so hidden pixels get into
+        # visible tokens next to them. "before" blanks them first, as Hiera; "after" is the text.
+        if mask is not None and self.stem_mask == "before":
+            cells = imgs.unflatten(3, (w, p)).unflatten(2, (h, p))  # (B, 3, h, p, w, p)
+            imgs = cells.masked_fill(mask.view(-1, 1, h, 1, w, 1), 0).view_as(imgs)
+        x = patchify(self.stem(imgs), SIDES[0])  # (B, N, 64 * C)
+        if mask is not None:
+            x, position = gather(x, ids_keep), position[ids_keep]
         return (x + position).unflatten(2, (SIDES[0] ** 2, -1)).flatten(1, 2)
 
     def run(
@@ -387,7 +388,7 @@ class DyViT(nn.Module):
                 n += 1
                 if n in layers:
                     outputs[n] = x, side
-            stages.append(x)
+            stages.append(x)  # Eq. (5)
         return stages, outputs
 
     def to_map(self, x: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
@@ -437,9 +438,9 @@ class PositionalDownsampling(nn.Module):
     Convolutions of kernel = stride inside patches, so each is a projection of windows.
     """
 
-    # NOTE paper unclear: Eq. (6) with kernel and stride 2^(4-i) on Y_{i-1} does not give X_{i+1}'s
-    # grid. "printed": kernels 8, 4, 2 on X_1, X_2, X_3, each to one token a patch, summed onto X_4.
-    # "sequential": the recursion with stride 2. Where norms go is open, too: one, after.
+    # NOTE paper unclear: Positional Downsampling. Kernel and stride 2^(4-i) on Y_{i-1} (Eq. 6) do
+    # not give X_{i+1}'s grid. "printed": kernels 8, 4, 2 on X_1, X_2, X_3, each to one token a
+    # patch, summed onto X_4. "sequential": the recursion with stride 2. One norm, after.
 
     def __init__(self, dims: Sequence[int], mode: str):
         super().__init__()
@@ -476,8 +477,8 @@ def make_encoder(cfg: Config, **kwargs) -> nn.Module:
 class ConvNeXtBlock(nn.Module):
     """Depthwise 7 x 7 convolution on the patch grid, then an MLP (the decoder of Fig. 5)."""
 
-    # NOTE paper unclear: ConvNeXt's layer scale of 1e-6. Left out, as in ConvNeXt's own masked
-    # autoencoder: at the start it would cut the encoder off from the gradient.
+    # NOTE paper unclear: layer scale of the ConvNeXt decoder. ConvNeXt has 1e-6; none, as in its
+    # own masked autoencoder: at the start it would cut the encoder off from the gradient.
 
     def __init__(self, dim: int, grid: tuple[int, int]):
         super().__init__()
@@ -531,15 +532,19 @@ class Autoencoder(nn.Module):
         Returns: (B, N, p*p*3).
         """
         ids_keep, _, ids_restore = split(mask, num_visible)
-        x = self.decoder_embed(self.encode(imgs, mask, ids_keep))
-        prefix, x = x[:, :-num_visible], x[:, -num_visible:]
-        hidden = self.mask_token.to(x.dtype).expand(len(x), mask.shape[1] - num_visible, -1)
+        return self.decode(self.encode(imgs, mask, ids_keep), ids_restore)
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict all patches (B, N, p*p*3) from what `encode` returns of the visible ones."""
+        x, P, N = self.decoder_embed(latent), self.encoder.num_prefix, ids_restore.shape[1]
+        prefix, x = x[:, :P], x[:, P:]
+        hidden = self.mask_token.to(x.dtype).expand(len(x), N - x.shape[1], -1)
         x = gather(torch.cat([x, hidden], dim=1), ids_restore) + self.decoder_pos_embed
         if self.cfg.decoder == "vit":  # a convolution has no place for the class token
             x = torch.cat([prefix, x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, -mask.shape[1] :]))
+        return self.decoder_pred(self.decoder_norm(x[:, -N:]))
 
 
 class CoMA(Autoencoder):
@@ -553,11 +558,11 @@ class CoMA(Autoencoder):
         super().__init__(cfg)
         self.normalize = Normalize()
         init_weights(self)
-        if cfg.init:
-            report = load_init(self, cfg.init)
+        if cfg.init and not (cfg.resume and (Path(cfg.output) / "last.pt").exists()):
+            report = load_init(self, cfg.init, cfg.init_key)
             if int(os.environ.get("RANK", 0)) == 0:
                 print(report, flush=True)
-        if cfg.evaluation == "frozen":
+        if cfg.evaluation in ("frozen", "common"):
             evaluation = Autoencoder(cfg).requires_grad_(False)
             evaluation.load_state_dict(self.state_dict())
             self.evaluation = evaluation  # in the checkpoint, not in the optimizer
@@ -569,7 +574,7 @@ class CoMA(Autoencoder):
         One fused copy on the device. In step t the evaluation model so holds the weights with which
         step t - 1 ran forward, in all micro-batches and on all ranks; in step 0 the same as ours.
         """
-        if self.cfg.evaluation == "frozen":
+        if self.cfg.evaluation in ("frozen", "common"):
             names = dict(self.named_parameters())
             ours = [names[name] for name, _ in self.evaluation.named_parameters()]
             torch._foreach_copy_(list(self.evaluation.parameters()), ours)  # Eq. (4)
@@ -580,12 +585,14 @@ class CoMA(Autoencoder):
         return random_mask(uniform(seed, N, MASK), N - self.cfg.num_visible)
 
     def complement(self, imgs: Tensor, mask: Tensor) -> Tensor:
-        """Predict from the patches that `mask` hides (Eq. 1): (B, N, p*p*3)."""
-        hidden = self.cfg.num_patches - self.cfg.num_visible
-        if self.cfg.evaluation == "frozen":
-            with torch.no_grad():
-                return self.evaluation.predict(imgs, ~mask, hidden)
-        return self.predict(imgs, ~mask, hidden)
+        """Predict from the patches that `mask` hides: (B, N, p*p*3)."""
+        # NOTE paper unclear: the frozen branch. It gives no gradient, so it teaches nothing, unless
+        # "the decoder" that its features go to is the one that learns.
+        encoder = self.evaluation if self.cfg.evaluation in ("frozen", "common") else self
+        decoder = self.evaluation if self.cfg.evaluation == "frozen" else self
+        complement = ~mask  # Eq. (1)
+        ids_keep, _, ids_restore = split(complement, self.cfg.num_patches - self.cfg.num_visible)
+        return decoder.decode(encoder.encode(imgs, complement, ids_keep), ids_restore)
 
     def target(self, imgs: Tensor) -> Tensor:
         """What is predicted: patches (B, N, p*p*3), normalised one by one with `norm_pix_loss`."""
@@ -605,40 +612,48 @@ class CoMA(Autoencoder):
                 would predict count as errors of 0: the gradient is the same.
             target: (B, N, p*p*3); mask: (B, N) bool, hidden from `pred`.
         """
-        # NOTE paper unclear: Eq. (3) is a sum; a mean over all pixels is the same up to a factor.
+        # NOTE paper unclear: norm of the loss. Eq. (3) is a sum; a mean over all pixels is the same
+        # up to a factor.
         image = assemble(pred, target if other is None else other, mask)
         error = (image - target).square().mean(-1)  # (B, N)
         hidden = self.cfg.num_patches - self.cfg.num_visible
         logs = {"loss_adaptive": error.where(mask, 0).sum(1).mean() / hidden}
         if other is not None:
             logs["loss_evaluation"] = error.where(~mask, 0).sum(1).mean() / self.cfg.num_visible
-        total = logs["loss_adaptive"] if self.cfg.method == "mae" else error.mean()  # Eq. (3)
+        total = error.mean()  # Eq. (3)
+        if self.cfg.method == "mae":  # not the log's own tensor, which torch.compile would detach
+            total = error.where(mask, 0).mean() * (self.cfg.num_patches / hidden)
         return total, {k: v.detach() for k, v in logs.items()}
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
         """Loss of a batch (see data.py for its keys), and logs; `progress` is not needed."""
         imgs, mask = self.normalize(batch["rgb"]), self.make_mask(batch["seed"])
-        pred = self.predict(imgs, mask, self.cfg.num_visible)
+        pred = self.predict(imgs, mask, self.cfg.num_visible)  # Eq. (1): X^M
         other = None if self.cfg.evaluation == "none" else self.complement(imgs, mask)
         return self.loss(pred, other, self.target(imgs), mask)
 
 
-def load_init(model: Autoencoder, path: str | Path) -> str:
-    """Start from a public MAE checkpoint (encoder alone, or whole) or from one of this script.
+def load_init(model: Autoencoder, path: str | Path, key: str | None = None) -> str:
+    """Start from a public MAE file or from one of ours: whole, or the encoder alone.
 
-    The encoder must be there in full; the decoder may be absent. No code in the file is run.
-
+    Args:
+        path: a file as `engine.read_state` takes it; no code in it is run.
+        key: where in it the weights are; None: where public code puts them.
     Returns: a report of what was loaded, left out, and missing.
     Errors: UserError, and nothing is loaded.
     """
-    state, _ = engine.read_state(path, "--init")
+    state, note = engine.read_state(path, "--init", key)
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
-            raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
-    decoder = ("decoder_", "mask_token")
-    return "init        " + engine.load_weights(
-        model, state, path, lambda k: k.startswith(decoder), may_stay=lambda k: True
-    )
+            raise UserError(f"--init {path}: {k} was learned, as fine-tuning does it, and is fixed "
+                            "here: start from a pre-trained file (downstream.classify --init takes "
+                            "this one)")  # fmt: skip
+    own = {k.split(".")[0] for k in model.encoder.state_dict()}  # to be there whole, no more
+    report = engine.load_weights(
+        model, state, path, lambda k: k.startswith(("fusion.", "decoder_", "mask_token")),
+        lambda k: k.split(".")[0] not in own,
+    )  # fmt: skip
+    return "; ".join(filter(None, ["init        " + report, note]))
 
 
 # ------------------------------------------------------------------------------- looking at a model
@@ -710,6 +725,7 @@ def load_encoder(path: str | Path, **overrides) -> nn.Module:
 
 # ---------------------------------------------------------------------------------------- presets
 
+MAE = dict(method="mae", backbone="vit", epochs=800, val_epochs=1)
 PRESETS = {
     # Ours, for a laptop: 64 x 64 scenes of 16 patches, stem of stride 2; two minutes on two cores.
     "tiny": dict(
@@ -724,6 +740,11 @@ PRESETS = {
         micro_batch=256, val_epochs=1,
     ),
     "base": dict(val_epochs=1),  # Table 1, DyViT-B; ViT-B
+    # Plain MAE as its public code has it: models_mae.py, PRETRAIN.md (64 images a GPU).
+    "mae-base": MAE,
+    "mae-large": {**MAE, "embed_dim": 1024, "depth": 24, "num_heads": 16, "micro_batch": 64},
+    "mae-huge": {**MAE, "embed_dim": 1280, "depth": 32, "num_heads": 16, "micro_batch": 64,
+                 "patch_size": 14},
 }  # fmt: skip
 
 

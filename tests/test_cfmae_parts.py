@@ -9,7 +9,9 @@ from torch.testing import assert_close
 
 import cfmae
 import common
-from data import ShapeScenes, UserError, collate
+import data
+from data import UserError, collate
+from shapes import ShapeScenes
 from test_cfmae import SOLE, build, cut, parse
 
 MAPS = ("instance", "semantic")
@@ -17,7 +19,7 @@ MAPS = ("instance", "semantic")
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    scenes = ShapeScenes("train", 64, 8)
+    scenes = ShapeScenes("train", 64, 2)
     return collate([scenes[0, i] for i in range(4)])
 
 
@@ -271,8 +273,10 @@ def test_granularities__a_new_one_is_a_row_and_a_weight(batch, monkeypatch):
     class Config(cfmae.Config):
         lambda_d: float = 2.0
 
-    monkeypatch.setitem(cfmae.GRANULARITIES, "depth", cfmae.Row("D", "pixels", 1))
-    monkeypatch.setitem(cfmae.NAMES, "D", "depth")
+    row = data.Granularity("pixels", lambda pixels: pixels)
+    monkeypatch.setitem(data.GRANULARITIES, "depth", row)
+    monkeypatch.setitem(cfmae.NAMES, "D", "depth")  # made of that table
+    monkeypatch.setitem(cfmae.SIZES, "depth", 1)
     values = dataclasses.asdict(parse("--model tiny --image-size 64 --embed-dim 32 --depth 1"))
     values |= {"granularities": "R+I+S+D", "order": "S-I-D-R"}
     torch.manual_seed(0)

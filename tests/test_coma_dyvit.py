@@ -7,6 +7,7 @@ import torch
 
 import coma_dyvit as cd
 import data
+import shapes
 import engine
 from data import UserError
 
@@ -62,15 +63,26 @@ def same(a, b):
 def test_masks__complements_partition_the_patches(flags, visible, hidden):
     model = make(*flags)
     seen = []
-    predict = cd.Autoencoder.predict
+    encode = cd.Autoencoder.encode
     for net in (model, getattr(model, "evaluation", model)):
-        net.predict = lambda *a, net=net: (seen.append(a[1:]), predict(net, *a))[1]
+        net.encode = lambda *a, net=net: (seen.append(a[1:]), encode(net, *a))[1]
     model(make_batch(), torch.tensor(0.0))
     model.complement(model.normalize(make_batch()["rgb"]), seen[0][0])
-    (mask, n), (complement, m) = seen[0], seen[-1]
-    assert (n, m) == (visible, hidden) and mask.shape == complement.shape
+    (mask, first), (complement, second) = seen[0], seen[-1]
     assert ((~mask).sum(1) == visible).all() and ((~complement).sum(1) == hidden).all()
-    assert (mask ^ complement).all()
+    both = torch.cat([first, second], dim=1).sort(1).values  # what the branches see, Eq. (1)
+    assert torch.equal(both, torch.arange(visible + hidden).expand(4, -1))
+
+
+def test_make_mask__is_drawn_from_the_sample_seed_alone():
+    model = make()
+    seed = torch.tensor([3, 9, 2**40 + 3, 3])
+    masks = model.make_mask(seed)
+    alone = torch.cat([model.make_mask(s[None]) for s in seed])
+    assert torch.equal(masks, alone) and torch.equal(masks[0], masks[3])
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    steps = model.make_mask(torch.tensor([data.sample_seed(0, step, 5) for step in range(20)]))
+    assert len(steps.unique(dim=0)) > 15
 
 
 def test_loss__takes_each_patch_from_the_branch_that_did_not_see_it():
@@ -84,16 +96,56 @@ def test_loss__takes_each_patch_from_the_branch_that_did_not_see_it():
     total, logs = model.loss(pred, other, target, mask)
     assert float(total) == pytest.approx((10 * 4 + 6 * 1) / 16)
     assert (float(logs["loss_adaptive"]), float(logs["loss_evaluation"])) == (4.0, 1.0)
+    total, _ = make("--method", "mae").loss(pred, other, target, mask)
+    assert float(total) == pytest.approx(4.0)  # over hidden patches alone
 
 
 @pytest.mark.parametrize("backbone", ["dyvit", "vit"])
 def test_evaluation__frozen_trains_the_weights_of_none_and_shared_does_not(backbone):
     ends = {}
-    for evaluation in ("frozen", "none", "shared"):
+    for evaluation in ("frozen", "none", "common", "shared"):
         ends[evaluation] = train(make("--backbone", backbone, "--evaluation", evaluation), 20)
     assert same(ends["frozen"], ends["none"])
     assert not same(ends["frozen"], ends["shared"])
+    assert not same(ends["frozen"], ends["common"]) and not same(ends["common"], ends["shared"])
     assert not same(ends["none"], snapshot(make("--backbone", backbone)))
+
+
+def gradients(*flags):
+    model = make(*flags)
+    model(make_batch(), torch.tensor(0.0))[0].backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("backbone", ["dyvit", "vit"])
+def test_evaluation__none_and_frozen_have_the_gradient_of_mae_at_the_same_ratio(backbone):
+    """As printed, CoMA is MAE at 60 % with plain pixels: 10 of 16 patches are hidden here."""
+    size = ("--backbone", backbone, "--mask-ratio", "0.6", "--patch-size", "16")
+    none = gradients("--evaluation", "none", *size)
+    assert same(none, gradients("--evaluation", "frozen", *size))
+    mae = gradients("--method", "mae", "--no-norm-pix-loss", *size)
+    for name, grad in none.items():
+        torch.testing.assert_close(grad, mae[name] * 10 / 16, atol=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", ["dyvit", "vit"])
+def test_evaluation__common_teaches_the_encoder_in_one_branch_and_the_decoder_in_both(backbone):
+    none, common, shared = (
+        gradients("--backbone", backbone, "--evaluation", e) for e in ("none", "common", "shared")
+    )
+    after = ("decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred")
+    for name, grad in common.items():
+        # at the start the frozen encoder is ours, so the decoder's gradient is that of `shared`
+        torch.testing.assert_close(grad, (shared if name.startswith(after) else none)[name])
+        assert not torch.allclose(shared[name], none[name], rtol=1e-3), name
+    model = make("--backbone", backbone, "--evaluation", "common")
+    args = torch.ones(1, 3, 64, 64), model.make_mask(torch.ones(1).long())
+    before = model.complement(*args)
+    with torch.no_grad():
+        model.encoder.norm.weight.zero_()  # a step's change
+    assert torch.equal(model.complement(*args), before)  # seen a step later
+    model.before_step()
+    assert not torch.equal(model.complement(*args), before)
 
 
 def test_before_step__evaluation_holds_the_weights_of_the_forward_pass_a_step_earlier():
@@ -127,6 +179,7 @@ def test_frozen__evaluation_model_has_no_gradient_and_no_optimizer_state():
 @pytest.mark.parametrize("flags", [
     (), ("--fusion", "sequential", "--decoder", "convnext"), ("--windows", "4,1"),
     ("--backbone", "vit", "--decoder", "convnext"), ("--method", "mae"), ("--evaluation", "shared"),
+    ("--evaluation", "common"),
     ("--norm-pix-loss", "--stem-mask", "after"),
 ])  # fmt: skip
 def test_forward__gradients_reach_every_trainable_parameter(flags):
@@ -140,7 +193,7 @@ def test_forward__gradients_reach_every_trainable_parameter(flags):
 
 def test_tiny__loss_falls_below_the_mean_colour():
     model = make("--evaluation", "none", "--dims", "16-32-64-128")
-    scenes = data.ShapeScenes("train", 64, 16, ("rgb",))
+    scenes = shapes.ShapeScenes("train", 64, 4, ("rgb",))
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=2e-3)
     first = cd.evaluate(model, data.collate([scenes[1, 10_000 + i] for i in range(64)]))["loss"]
     for step in range(100):
@@ -179,6 +232,10 @@ def test_load_encoder__rebuilds_what_was_saved(tmp_path):
     engine.save(tmp_path / "last.pt", checkpoint)
     encoder = cd.load_encoder(tmp_path / "last.pt", image_size=(96, 64), drop_path=0.1)
     assert same(encoder.state_dict(), model.encoder.state_dict()) and encoder.grid == (6, 4)
+    assert encoder.trained_grid == (4, 4)  # which positions of other sizes refer to
+    imgs = torch.randn(1, 3, 96, 64)
+    torch.testing.assert_close(encoder.embed(imgs), model.encoder.embed(imgs))
+    assert torch.equal(cd.load_encoder(tmp_path / "last.pt").pos_embed, model.encoder.pos_embed)
     engine.save(tmp_path / "last.pt", checkpoint | {"method": "cfmae"})
     with pytest.raises(UserError, match="cfmae"):
         cd.load_encoder(tmp_path / "last.pt")

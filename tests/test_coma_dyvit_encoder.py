@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import coma_dyvit as cd
+import common
 from common import split
 
 
@@ -105,7 +106,7 @@ def test_positional_downsampling__equals_strided_convolutions(mode):
 
 @pytest.mark.parametrize("patch_size", [32, 16, 8])
 @pytest.mark.parametrize("stem_mask", ["before", "after"])
-def test_visible_stem__equals_the_stem_on_the_whole_image(patch_size, stem_mask):
+def test_embed__of_visible_patches_is_that_of_the_whole_image(patch_size, stem_mask):
     encoder = dyvit(patch_size=patch_size, stem_mask=stem_mask, image_size=(64, 96))
     h, w, p = 64 // patch_size, 96 // patch_size, patch_size
     imgs, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, h * w, dtype=torch.bool)
@@ -180,6 +181,65 @@ def test_drop_path__needs_seeds_and_drops_whole_branches():
     assert torch.equal(dropped, again) and not torch.isclose(plain, dropped).any(-1).any()
     single = encoder.forward_features(imgs[1:], seed=seed[1:])[0][0]
     torch.testing.assert_close(single, dropped[1:])
+
+
+def test_drop_path__each_block_has_its_own_draw():
+    """Blocks one by one, over all stages, each with its own row of `common.drop_path`."""
+    encoder, seed = dyvit(drop_path=0.9), torch.arange(8)
+    imgs = torch.randn(8, 3, 64, 64)
+    scales = common.drop_path(seed, 6, 0.9)  # 1 + 2 + 2 + 1 blocks
+    x, n = encoder.embed(imgs), 0
+    for i, blocks in enumerate(encoder.stages):
+        if i > 0:
+            x = encoder.downsample[i - 1](cd.max_pool(x, cd.SIDES[i - 1]))
+        for block in blocks:
+            x, n = block(x, scales[n]), n + 1
+    torch.testing.assert_close(encoder.run(encoder.embed(imgs), seed=seed)[0][-1], x)
+    assert len({tuple(s.flatten().tolist()) for s in scales}) == 6  # no two blocks alike
+
+
+@pytest.mark.parametrize("h, w, h0, w0", [(4, 4, 4, 4), (8, 8, 7, 7), (2, 3, 7, 7), (3, 5, 2, 4)])
+def test_position__lies_on_each_token_of_each_patch_by_the_trained_grid(h, w, h0, w0):
+    """Each token of the stem, by hand: sines, cosines of its column and row on the trained grid."""
+    encoder = dyvit(image_size=(16 * h, 16 * w), trained_size=(16 * h0, 16 * w0))
+    for p in encoder.stem.parameters():
+        torch.nn.init.zeros_(p)  # nothing but positions enters stage 1
+    tokens = encoder.embed(torch.randn(1, 3, 16 * h, 16 * w))[0]
+    for n in range(h * w * 64):
+        patch, at = divmod(n, 64)
+        row, column = patch // w * 8 + at // 8, patch % w * 8 + at % 8
+        y, x = (row + 0.5) * h0 / h - 0.5, (column + 0.5) * w0 / w - 0.5
+        angles = [x, x * 10000**-0.5, y, y * 10000**-0.5]
+        expected = [f(a) for i in (0, 2) for f in (math.sin, math.cos) for a in angles[i : i + 2]]
+        assert tokens[n].tolist() == pytest.approx(expected, abs=1e-5), (row, column)
+    seen = torch.arange(h * w)[None, ::2]  # visible patches keep their own
+    mask = torch.ones(1, h * w, dtype=torch.bool).scatter(1, seen, False)
+    some = encoder.embed(torch.randn(1, 3, 16 * h, 16 * w), mask, seen)
+    assert torch.equal(some[0], tokens.view(h * w, 64, 8)[seen[0]].flatten(0, 1))
+
+
+def test_position__another_image_size_refers_to_the_grid_of_this_one():
+    encoder = dyvit(image_size=(64, 64))
+    twin = dyvit(image_size=(96, 128), trained_size=(64, 64))
+    imgs = torch.randn(1, 3, 96, 128)
+    assert torch.equal(encoder.embed(imgs), twin.embed(imgs))
+    assert encoder.position(6, 8).max() <= 1 and twin.trained_grid == (4, 4)
+    fixed = common.sincos_2d(8, 32, 32).T.unflatten(1, (32, 32))  # nothing moves at its own size
+    assert torch.equal(encoder.pos_embed, common.patchify(fixed[None], 8)[0])
+
+
+def test_convnext_block__is_a_residual_around_convolution_norm_and_mlp():
+    torch.manual_seed(0)
+    block, x = cd.ConvNeXtBlock(4, (2, 3)), torch.randn(2, 6, 4)
+    weight, bias = block.dwconv.weight, block.dwconv.bias
+    for b in range(2):
+        for n in range(6):
+            y = bias.clone()
+            for m in range(6):  # 7 x 7 reaches all of a 2 x 3 grid
+                di, dj = m // 3 - n // 3, m % 3 - n % 3
+                y = y + weight[:, 0, 3 + di, 3 + dj] * x[b, m]
+            expected = x[b, n] + block.mlp(F.layer_norm(y, (4,), eps=1e-6))
+            torch.testing.assert_close(block(x)[b, n], expected)
 
 
 def test_layer_ids__grow_with_depth():
