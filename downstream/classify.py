@@ -53,6 +53,7 @@ RECIPES = {
     # "the default finetuning parameters of the original MAE except for the layer-wise decay (0.65,
     # 0.75, 0.85)", Sec. 3.1. NOTE paper unclear: which value is for what; the middle one.
     "mcmae": MAE | dict(layer_decay=0.75),
+    "mae": MAE,
     "coma_dyvit": MAE,  # not given; MAE's
     "vit": MAE,
 }

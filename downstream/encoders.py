@@ -24,13 +24,15 @@ from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
+import mae
 import mcmae
 import semanticmim
 from common import init_weights, is_sincos
 from downstream import public
 from engine import UserError
 
-METHODS = {"cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae, "coma_dyvit": coma_dyvit}
+METHODS = {"mae": mae, "cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae}
+METHODS["coma_dyvit"] = coma_dyvit
 FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes
 
 
@@ -49,7 +51,7 @@ def describe(
         method, model: a key of METHODS and the name of one of its presets.
         changes: fields of the config to override, e.g. granularities="R" (CFMAE without the map
             embeddings, which images alone would not train), num_heads (of --init, where the file
-            does not tell), backbone="vit" (of coma_dyvit's presets).
+            does not tell).
     Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}}.
     Errors: UserError.
     """

@@ -58,7 +58,8 @@ RECIPES = {
     # MCMAE's Sec. 3.3, which departs from MAE's decay of 0.65.
     "coma_dyvit": dict(lr=1e-4, layer_decay=0.65),
 }
-RECIPES |= {"vit": RECIPES["coma_dyvit"], "beit": RECIPES["semanticmim"]}  # public encoders
+RECIPES |= {"mae": RECIPES["coma_dyvit"], "vit": RECIPES["coma_dyvit"]}
+RECIPES |= {"beit": RECIPES["semanticmim"]}  # public encoders, as "vit"
 # SemanticMIM Table 6, for every method. NOTE paper unclear: "step", no steps; a tenth after 80 %.
 LINEAR = dict(
     image_size=448, batch_size=120, lr=0.01, weight_decay=0.0, drop_path=0.0, layer_decay=1.0,
