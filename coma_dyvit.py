@@ -185,7 +185,7 @@ class DyViT(nn.Module):
         sizes = zip(self.stages, SIDES, dims, self.depths, num_heads)
         for blocks, side, dim, depth, heads in sizes:
             # NOTE paper unclear: the set of k. Eq. (8) admits 8, 4, 2, 1, but 1 is full attention
-            # over 3136 tokens, no sparse sampling. DyViT-B has 13.7 GMAC without it, 19.1 with it;
+            # over 3136 tokens, no sparse sampling. DyViT-B has 13.7 GMAC without it, 18.9 with it;
             # 8, 4 alone 12.4, Table 2's 12. Table 2 does not say what it counts, Eq. (8) does.
             windows = [k for k in numbers(cfg.windows) if k <= side]  # Eq. (8)
             for _ in range(depth):
