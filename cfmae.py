@@ -46,7 +46,8 @@ from common import (
     DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize, ViT, gather,
     init_weights, patch_statistics, patchify, sincos_2d, split, uniform, unpatchify,
 )
-from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED, ShapeScenes
+from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED
+from shapes import ShapeScenes
 from engine import UserError, arg
 
 # NOTE paper unclear: resolution of label maps. A quarter of the image's side, as MultiMAE's.

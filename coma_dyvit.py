@@ -167,6 +167,7 @@ class DyViT(nn.Module):
     """Hierarchical encoder that survives pre-training (Table 1, Fig. 4a); used as `common.ViT`."""
 
     num_prefix, grid_of = 0, ViT.grid_of
+    trained_norm, probe_layer = False, None  # the norm is trained on the fused stages
 
     def __init__(
         self, cfg: Config, image_size: Ints, trained_size: Ints | None = None, drop_path: float = 0
@@ -310,9 +311,8 @@ class CoMA(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4).
-
-        In step t it so holds those of step t - 1, in all micro-batches and on all ranks.
+        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4): in
+        step t it holds those of step t - 1, in all micro-batches and on all ranks.
         """
         if self.evaluation is not None:
             theirs, ours = list(self.evaluation.parameters()), list(self.parameters())

@@ -105,9 +105,7 @@ def fill(x: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
 class Normalize(nn.Module):
     """Map (B, 3, H, W) uint8 to float32 by a mean and standard deviation of [0, 1] pixels."""
 
-    def __init__(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-    ):
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
         mean, std = torch.tensor(mean), torch.tensor(std)
         self.register_buffer("mean", mean[:, None, None], persistent=False)
@@ -196,6 +194,15 @@ def is_sincos(x: Tensor) -> bool:
         return False
     fixed = sincos_2d(x.shape[2], side, side)
     return torch.allclose(x[0, -(side**2) :].float(), fixed, atol=1e-3)
+
+
+def resize_position(x: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Bicubic resize of a learned position embedding (1, L, D) from one grid (h, w) to another."""
+    if tuple(old) == tuple(new):
+        return x
+    maps = x.unflatten(1, tuple(old)).permute(0, 3, 1, 2)  # (1, D, h, w)
+    maps = F.interpolate(maps, tuple(new), mode="bicubic", antialias=True)
+    return maps.flatten(2).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------- blocks
@@ -354,6 +361,9 @@ class ViT(nn.Module):
         class_token, reg_tokens: timm's prefix tokens, before the patches and without position.
     """
 
+    trained_norm = True  # pre-training's final norm sees what features are taken from
+    probe_layer: float | None = None  # where a linear probe reads, of the depth; None: after it
+
     def __init__(
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
         depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,
@@ -386,7 +396,9 @@ class ViT(nn.Module):
         return H // p, W // p
 
     def position(self, h: int, w: int) -> Tensor:
-        """Position embedding of a grid, (h*w, D)."""
+        """Position embedding of a grid, (h*w, D); a learned one, (1, L, D), is resized."""
+        if isinstance(self.pos_embed, nn.Parameter):
+            return resize_position(self.pos_embed, self.grid, (h, w))
         if (h, w) == self.grid:
             return self.pos_embed
         return sincos_2d(self.embed_dim, h, w, self.trained_grid).to(self.pos_embed)
@@ -449,6 +461,7 @@ class ViT(nn.Module):
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter for layer-wise decay: 0 embedding, 1.. blocks, last the norm."""
+
         def depth(name: str) -> int:
             if name.startswith("blocks."):
                 return int(name.split(".")[1]) + 1

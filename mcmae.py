@@ -21,7 +21,8 @@ computes every position, as the paper tells it. `Sparse`, the default, leaves ou
 the loss: a hidden position is zeroed before each depthwise convolution and dropped before stage 3,
 so all but that convolution runs on visible tokens alone, a quarter of the work.
 
-Where the paper is silent or contradicts itself a `NOTE paper unclear` stands; README lists them.
+Where paper and public code leave a point open a `NOTE paper unclear` stands; docs/decisions.md
+lists them, and where the two differ.
 
   CPU:  python mcmae.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 mcmae.py --data data/imagenet
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 
 import pictures
 from common import (
-    MASK, Block, Normalize, ViT, drop_path, gather, init_weights, is_sincos,
+    MASK, Attention, Block, Normalize, ViT, drop_path, gather, init_weights, is_sincos,
     patch_statistics, patchify, random_mask, sincos_2d, split, uniform, unpatchify,
 )  # fmt: skip
 from engine import UserError, arg
@@ -66,8 +67,7 @@ class Config(engine.Config):
     mlp_ratios: str = arg("4,4,4", "Table 7: P1,P2,P3")
     num_heads: int = arg(12, "Table 7: Ha, of stage 3")
     kernel_size: int = arg(5, "of the depthwise convolutions; Table 5", choices=[5, 7, 9])
-    # NOTE paper unclear: "mask ratio 25 %" is what stays visible ("Encoder 25 %" in Table 1).
-    mask_ratio: float = arg(0.75, "hidden share; Secs. 2.2, 3.1")
+    mask_ratio: float = arg(0.75, "hidden share, Sec. 2.2; Sec. 3.1's 25 % is the visible one")
     masking: str = arg("block", "drawn at stage 3, or token by token at stage 1; Table 5",
                        choices=["block", "token"])  # fmt: skip
     masked_conv: bool = arg(True, "hide positions from the depthwise convolutions; Table 5")
@@ -76,10 +76,13 @@ class Config(engine.Config):
                               "block masking and masked convolution")  # fmt: skip
     decoder_embed_dim: int = arg(512, "Sec. 3.1")
     decoder_depth: int = arg(8, "Sec. 3.1")
-    # NOTE paper unclear: "12 attention heads", which do not divide 512 features. 16, as MAE.
-    decoder_num_heads: int = arg(16, "MAE's; Sec. 3.1 has 12, which do not divide 512")
-    norm_pix_loss: bool = arg(True, "not given; MAE's per-patch normalised pixels")
+    decoder_num_heads: int = arg(16, "public code; Sec. 3.1 has 12, which do not divide 512")
+    norm_pix_loss: bool = arg(True, "per-patch normalised pixels; the published command")
+    learned_position: bool = arg(False, "train stage 3's positions, as public fine-tuning does")
     init: str | None = arg(None, "start from the authors' checkpoint, whole or the encoder alone")
+    init_key: str | None = arg(None, "where in the file of --init the weights are, e.g. model_ema")
+
+    FREE = (*engine.Config.FREE, "init", "init_key")  # a run that goes on does not read the file
 
     def resolve(self) -> None:
         """Fill in what depends on other fields, and refuse what cannot work.
@@ -111,6 +114,8 @@ class Config(engine.Config):
             raise UserError("--sparse needs --masking block and --masked-conv: without them hidden "
                             "positions reach the loss; use --no-sparse")  # fmt: skip
         self.sparse = exact if self.sparse is None else self.sparse
+        if self.init_key and not self.init:
+            raise UserError("--init-key is for --init, which is not given")
         if self.init and not self.resume and not Path(self.init).is_file():
             raise UserError(f"--init {self.init}: no such file")
 
@@ -233,9 +238,7 @@ def merge(x: Tensor, k: int) -> Tensor:
 
 
 class Stem(nn.Module):
-    """Into a stage: non-overlapping strided convolution, LayerNorm, GELU."""
-
-    # NOTE paper unclear: what follows the convolution. As the public code.
+    """Into a stage: non-overlapping convolution, and as the public code LayerNorm, GELU."""
 
     def __init__(self, stride: int, in_dim: int, dim: int):
         super().__init__()
@@ -278,6 +281,33 @@ class ConvBlock(nn.Module):
         return x + (y if drop is None else drop[1] * y)
 
 
+class RelativeAttention(Attention):
+    """Attention with a learned bias for each head and offset of two positions of a grid (h, w)."""
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int]):
+        super().__init__(dim, num_heads)
+        self.grid = self.now = grid  # `now`: of the images at hand, set by Encoder.all_stages
+        table = torch.zeros((2 * grid[0] - 1) * (2 * grid[1] - 1), num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at, w, index = torch.arange(x.shape[1], device=x.device), self.now[1], 0
+        for n, axis in zip(self.grid, (at // w, at % w)):  # an offset beyond the grid: its largest
+            index = index * (2 * n - 1) + (axis[:, None] - axis).clamp(1 - n, n - 1) + n - 1
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)  # (heads, L, L)
+        q, k, v = self.heads(x)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def resize_position(x: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a position embedding (1, L, D) from one grid to another."""
+    if old == new:
+        return x
+    maps = x.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
+    return F.interpolate(maps, new, mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+
+
 class Encoder(nn.Module):
     """Three stages, at a quarter, a half and the whole of `patch_size` (Table 7).
 
@@ -286,16 +316,23 @@ class Encoder(nn.Module):
             computing it anew.
         trained_size: (H, W) that pre-training saw, as `common.ViT`; None: `image_size`.
         drop_path: the last block's rate, used when `seed` is given (fine-tuning).
+        learned_position: whether `pos_embed` is a parameter, (1, L, C3).
+        relative_bias, init_values, fourth: the public code's for segmentation: a bias for each
+            offset in stage 3's attention; LayerScale there, None = none; how E4 comes from E3,
+            "pool" (Sec. 2.3) or "conv", trained.
     """
 
     num_prefix = 0  # Sec. 2.2: no class token
-    grid_of, position = ViT.grid_of, ViT.position  # of stage 3, where an encoder is a plain ViT
+    trained_norm, probe_layer = False, None  # the norm is trained on E1 + E2 + E3
+    grid_of = ViT.grid_of  # of stage 3, where an encoder is a plain ViT
 
     def __init__(
         self, image_size: Sequence[int] = (224, 224), patch_size: int = 16,
         embed_dims: Sequence[int] = (256, 384, 768), depths: Sequence[int] = (2, 2, 11),
         mlp_ratios: Sequence[int] = (4, 4, 4), num_heads: int = 12, kernel_size: int = 5,
         drop_path: float = 0.0, trained_size: Sequence[int] | None = None,
+        learned_position: bool = False, relative_bias: bool = False,
+        init_values: float | None = None, fourth: str = "pool",
     ):  # fmt: skip
         super().__init__()
         (C1, C2, C3), (P1, P2, P3), (L1, L2, L3) = embed_dims, mlp_ratios, depths
@@ -308,15 +345,30 @@ class Encoder(nn.Module):
         self.patch_embed4 = nn.Linear(C3, C3)
         self.blocks1 = nn.ModuleList(ConvBlock(C1, P1, kernel_size) for _ in range(L1))
         self.blocks2 = nn.ModuleList(ConvBlock(C2, P2, kernel_size) for _ in range(L2))
-        self.blocks3 = nn.ModuleList(Block(C3, num_heads, P3) for _ in range(L3))
+        self.blocks3 = nn.ModuleList(Block(C3, num_heads, P3, init_values) for _ in range(L3))
+        self.relative_bias = relative_bias
+        for block in self.blocks3 if relative_bias else ():
+            block.attn = RelativeAttention(C3, num_heads, self.grid)
         position = sincos_2d(C3, *self.grid, self.trained_grid)
-        self.register_buffer("pos_embed", position, persistent=False)
+        if learned_position:
+            self.pos_embed = nn.Parameter(position[None])
+        else:
+            self.register_buffer("pos_embed", position, persistent=False)
         self.norm = nn.LayerNorm(C3, eps=1e-6)
+        self.fourth = nn.MaxPool2d(2) if fourth == "pool" else nn.Sequential(
+            nn.Conv2d(C3, C3, 3, stride=2, padding=1), nn.BatchNorm2d(C3), nn.GELU()
+        )
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The blocks that `layers` counts: stage 3's."""
         return self.blocks3
+
+    def position(self, h: int, w: int) -> Tensor:
+        """Position embedding of a grid, (h*w, C3); learned ones are resized."""
+        if isinstance(self.pos_embed, nn.Parameter):
+            return resize_position(self.pos_embed, self.grid, (h, w))[0]
+        return ViT.position(self, h, w)
 
     def stages(
         self, imgs: Tensor, form: Dense | Sparse, cells: Tensor | None = None, drop: Sequence = ()
@@ -351,6 +403,8 @@ class Encoder(nn.Module):
 
     def all_stages(self, imgs: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Fine-tuning: E1, E2 and the outputs of stage 3's blocks, everything visible."""
+        for block in self.blocks3 if self.relative_bias else ():
+            block.attn.now = self.grid_of(imgs)
         convs, drop = len(self.blocks1) + len(self.blocks2), []
         if seed is not None and self.drop_path > 0:
             drop = list(drop_path(seed, convs + len(self.blocks3), self.drop_path))  # (2, B, 1, 1)
@@ -375,46 +429,45 @@ class Encoder(nn.Module):
     def forward_pyramid(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """E1, E2, E3, E4 at `strides`, (B, C, h, w) each; E4 is E3 max-pooled 2x2 (Sec. 2.3).
 
+        E3 does not pass the norm, as in the public code: pre-training has it after the scales met.
+
         Errors: ValueError where the last stride, twice the patch size, does not divide H and W.
         """
         (H, W), stride = imgs.shape[-2:], self.strides[3]
         if H % stride or W % stride:
             raise ValueError(f"image size {H}x{W} is not divisible by the last stride, {stride}")
-        # NOTE paper unclear: whether E3 passes the norm, which pre-training puts after the scales
-        # have met. It does not, as E1 and E2 do not.
         E1, E2, (*_, x) = self.all_stages(imgs, seed)
         E3 = x.transpose(1, 2).unflatten(2, self.grid_of(imgs))
-        return [E1.permute(0, 3, 1, 2), E2.permute(0, 3, 1, 2), E3, F.max_pool2d(E3, 2)]
+        return [E1.permute(0, 3, 1, 2), E2.permute(0, 3, 1, 2), E3, self.fourth(E3)]
 
     def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter for layer-wise decay: 0 the stem, 1.. the blocks of all stages,
-        last the norm. What leads into a stage counts as its first block.
+        """Depth of every parameter for layer-wise decay: 0 up to stage 3, 1.. its blocks, then what
+        follows. Public code, util/lr_decay.py.
         """
-        # NOTE paper unclear: how the stages share the decay; Sec. 3.1 has its values alone.
-        first = [1, 1 + len(self.blocks1), 1 + len(self.blocks1) + len(self.blocks2)]
-        into = {"patch_embed1": 0, "patch_embed2": first[1], "patch_embed3": first[2]}
-        into |= {"patch_embed4": first[2], "norm": first[2] + len(self.blocks3)}
+        last = len(self.blocks3) + 1
 
-        def depth(part: str, number: str) -> int:
-            return into[part] if part in into else first[int(part[-1]) - 1] + int(number)
+        def depth(name: str) -> int:
+            if name.startswith("blocks3."):
+                return int(name.split(".")[1]) + 1
+            return last if name.startswith(("norm.", "fourth.")) else 0
 
-        return {name: depth(*name.split(".")[:2]) for name, _ in self.named_parameters()}
+        return {name: depth(name) for name, _ in self.named_parameters()}
 
 
 def make_encoder(cfg: Config, **overrides) -> Encoder:
-    """Encoder of a configuration; overrides: image_size (H, W) and drop_path."""
+    """Encoder of a configuration; overrides: image_size (H, W) and others of `Encoder`."""
     kwargs = {k: triple(cfg, k) for k in ("embed_dims", "depths", "mlp_ratios")}
-    kwargs |= {k: getattr(cfg, k) for k in ("patch_size", "num_heads", "kernel_size")}
+    same = ("patch_size", "num_heads", "kernel_size", "learned_position")
+    kwargs |= {k: getattr(cfg, k) for k in same}
     return Encoder(**{"image_size": (cfg.image_size,) * 2, **kwargs, **overrides})
 
 
 def init_hybrid(model: nn.Module) -> None:
-    """Initialise as MAE; convolutions that are linear layers start as those do."""
+    """Initialise as the public code: as MAE, the last stem's weight too; torch's convolutions."""
     init_weights(model)
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d) and m.groups == 1:
-            nn.init.xavier_uniform_(m.weight.flatten(1))
-            nn.init.zeros_(m.bias)
+    for name, p in model.named_parameters():
+        if name.endswith("patch_embed3.proj.weight"):
+            nn.init.xavier_uniform_(p.flatten(1))
 
 
 class MCMAE(nn.Module):
@@ -433,6 +486,8 @@ class MCMAE(nn.Module):
         if cfg.masking == "block":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.register_buffer("decoder_pos_embed", sincos_2d(D, *self.grid), persistent=False)
+        # NOTE paper unclear: decoder MLP ratio. 4, as MAE, in every size. The public code takes
+        # stage 1's, which is 4 in B, the only size it has, and would be 8 in B*, L and H.
         self.decoder_blocks = nn.ModuleList(
             Block(D, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth)
         )
@@ -452,8 +507,8 @@ class MCMAE(nn.Module):
             visible = visible.view(-1, 1, h, w)
             maps = [F.interpolate(visible, (k * h, k * w)) for k in (4, 2)]
         else:
-            # NOTE paper unclear: input-token masking. Each token of stage 1 is hidden on its own;
-            # one of stage 2 is hidden where all four below it are; stage 3 keeps all its tokens.
+            # NOTE paper unclear: input-token random masking. Each token of stage 1 is hidden on its
+            # own; one of stage 2 where all four below it are; stage 3 keeps all its tokens.
             visible = visible.view(-1, 1, 4 * h, 4 * w)
             maps = [visible, F.max_pool2d(visible, 2)]
         return {v.shape[2]: v.permute(0, 2, 3, 1) for v in maps}
@@ -478,8 +533,7 @@ class MCMAE(nn.Module):
         if cfg.multi_scale:
             x = x + form.tokens(form.strided(self.stage1_output_decode, E1))  # Eq. (1)
             x = x + form.tokens(form.strided(self.stage2_output_decode, E2))  # Eq. (1)
-        # NOTE paper unclear: normalisation. One LayerNorm over the sum, as the public code.
-        return self.encoder.norm(x)
+        return self.encoder.norm(x)  # one norm over the sum, as the public code
 
     def predict(self, imgs: Tensor, mask: Tensor) -> Tensor:
         """Predict pixels of every patch: (B, L, p*p*3); arguments as `encode` takes them."""
@@ -542,35 +596,44 @@ def preview(model: MCMAE, batch: dict[str, Tensor], path: Path, step: int) -> No
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def load_init(model: MCMAE, path: str | Path) -> str:
+def load_init(model: MCMAE, path: str | Path, key: str | None = None) -> str:
     """Load a state dict with the public code's names: whole, or the encoder alone.
 
     The stages must be there and fit. The final norm, the fusion convolutions and the decoder may be
     absent, each as a whole, and keep their fresh weights. What the model has no part for is left
-    out, and so are position embeddings, once seen to be the fixed ones, which are computed.
+    out, and so are fixed position embeddings: a run computes those of its own grid and adapts to
+    them. Learned ones are resized to it.
 
     Returns: a report of what was loaded, left out and missing.
     Errors: UserError listing what does not fit; then nothing was loaded.
     """
-    state, _ = engine.read_state(path, "--init")
-    for k in ("pos_embed", "decoder_pos_embed"):
-        if k in state and not is_sincos(state[k]):
-            raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
-    stages = {f"{part}{i}" for part in ("patch_embed", "blocks") for i in (1, 2, 3)}
+    state, note = engine.read_state(path, "--init", key)
+    state = {k.removeprefix("encoder."): v for k, v in state.items()}
+    x, learned = state.get("pos_embed"), model.cfg.learned_position
+    if x is not None and not (learned or is_sincos(x)):
+        raise UserError(f"--init {path}: pos_embed was trained; --learned-position takes it over")
+    if "decoder_pos_embed" in state and not is_sincos(state["decoder_pos_embed"]):
+        raise UserError(f"--init {path}: decoder_pos_embed was learned; here it is fixed")
+    side = math.isqrt(x.shape[1]) if x is not None and x.ndim == 3 else 0
+    if learned and side and side**2 == x.shape[1]:
+        state["pos_embed"] = resize_position(x.float(), (side, side), model.grid)
+    parts = ("patch_embed", "blocks")
+    stages = {"patch_embed4", *(f"{part}{i}" for part in parts for i in (1, 2, 3))}
     own, found = ({k.removeprefix("encoder.").split(".")[0] for k in names}
                   for names in (model.state_dict(), state))  # fmt: skip
     whole = stages | found  # a part is there in full, or not at all
-    return "init        " + engine.load_weights(
+    report = engine.load_weights(
         model, state, path, may_miss=lambda k: k.split(".")[0] not in whole,
         may_stay=lambda k: k.split(".")[0] not in own,
     )  # fmt: skip
+    return f"init        {report}" + (f"; {note}" if note else "")
 
 
 def build(cfg: Config) -> MCMAE:
     """The model of a run, from --init where that is given and no checkpoint will be resumed."""
     model = MCMAE(cfg)
     if cfg.init and not (cfg.resume and (Path(cfg.output) / "last.pt").exists()):
-        report = load_init(model, cfg.init)
+        report = load_init(model, cfg.init, cfg.init_key)
         if os.environ.get("RANK", "0") == "0":
             print(report)
     return model
@@ -581,12 +644,14 @@ def load_encoder(path: str | Path, **overrides) -> Encoder:
 
     Args:
         path: a checkpoint that a run of this script wrote.
-        overrides: image_size (H, W) and drop_path, as `Encoder` takes them.
+        overrides: image_size (H, W), drop_path and others, as `Encoder` takes them.
     Errors: UserError where the file is no such checkpoint.
     """
     cfg, state = engine.load_encoder(path, "mcmae", Config)
     size = (cfg.image_size,) * 2  # positions of another size refer to it
     encoder = make_encoder(cfg, **{"image_size": size, "trained_size": size, **overrides})
+    if cfg.learned_position:
+        state["pos_embed"] = resize_position(state["pos_embed"], encoder.trained_grid, encoder.grid)
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -23,6 +23,17 @@ def colorize(label_map: Tensor) -> Tensor:
     return table[label_map.long()].movedim(-1, -3)
 
 
+def hide(x: Tensor, hidden: Tensor) -> Tensor:
+    """Hatch a picture (..., H, W) uint8 where `hidden` (..., H, W) is True: grey lines on white.
+
+    Nothing that is visible looks so; plain grey could be a label map's background.
+    """
+    H, W = x.shape[-2:]
+    step = max(4, H // 14)
+    lines = (torch.arange(H)[:, None] + torch.arange(W)) % step < step // 4
+    return torch.where(hidden, torch.where(lines, 160, 240).to(x), x)
+
+
 def contact_sheet(columns: dict[str, Tensor], path: Path, caption: str, side: int = 192) -> None:
     """Write a PNG with one column a caption and one row a sample.
 

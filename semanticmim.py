@@ -11,24 +11,29 @@ Representation" (under review). Idea:
 
 Equation -> code
   Eq. 1    loss on [MASK] tokens            SemanticMIM.loss
-  Eq. 2    plain MIM, --proxies 0           SemanticMIM.tokens, first branch
-  Eq. 3    [IMG], [PROXY]: compression      SemanticMIM.tokens; common.Block; first_rows
-  Eq. 4    [MASK]: reconstruction           SemanticMIM.tokens; ReconstructionBlock
+  Eq. 2    plain MIM, --proxies 0           SemanticMIM.tokens
+  Eq. 3    [IMG], [PROXY]: compression      SemanticMIM.tokens
+  Eq. 4    [MASK]: reconstruction           ReconstructionBlock.forward
   Table 2  recipes of both targets          RECIPES
   Fig. 5   number of proxies                --proxies N
   Fig. 6   share of hidden patches          --mask-ratio R
   Figs. 7-9, 13, 14  attention              Encoder.attention
 
-Where the paper is silent or contradicts itself a `NOTE paper unclear` stands.
+Where the paper and its public code contradict each other a `NOTE paper unclear` stands.
 
   CPU:       python semanticmim.py --data shapes --model tiny
   MaskFeat:  torchrun --nproc_per_node=8 semanticmim.py --data data/imagenet
   BEiT:      torchrun --nproc_per_node=8 semanticmim.py --data data/imagenet --model base-beit
              --tokenizer dalle_encoder.pth
   Baseline:  the same with --proxies 0: one class token, 40 % hidden
+
+dalle_encoder.pth, 74 tensors, is where the public configurations have it from:
+  https://download.openmmlab.com/mmselfsup/1.x/target_generator_ckpt/dalle_encoder.pth
+--tokenizer random tries BEiT without it, on codes that mean nothing, and labels them so.
 """
 
 import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +52,10 @@ from common import (
 from engine import UserError, arg
 
 BINS = 9  # of a HOG (MaskFeat)
+DALLE = "https://download.openmmlab.com/mmselfsup/1.x/target_generator_ckpt/dalle_encoder.pth"
 
-# Table 2, by target; base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. Layer scale: BEiT.
-# NOTE paper unclear: the row of stochastic depth is garbled; 0.1 and none, as in BEiT and MaskFeat.
+# Table 2, by target; base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. Drop path and layer
+# scale as the public code.
 RECIPES = {
     "hog": dict(base_lr=2e-4, min_lr=1e-6, warmup_epochs=30.0, clip_grad=0.02, crop_scale_min=0.5,
                 color_jitter=0.0, drop_path=0.0, layer_scale=0.0),
@@ -63,10 +69,20 @@ class Config(engine.Config):
     """Every value the paper sets, with its source. None: what RECIPES has for the target."""
 
     target: str = arg("hog", "Sec. 4.1: HOG (MaskFeat) or dVAE codes (BEiT)", ["hog", "dvae"])
-    tokenizer: str | None = arg(None, "for dvae: state dict of DALL-E's image encoder")
+    tokenizer: str | None = arg(None, "for dvae: dalle_encoder.pth (see above), or random: a trial")
+    tokenizer_precision: str = arg(
+        "auto", "of the dVAE; auto: the step's. bf16 changes 1.8 % of a random encoder's codes",
+        ["auto", "fp32", "bf16"],
+    )  # fmt: skip
+    # NOTE paper unclear: ratio and proxies. The public code hides 0.8 on MaskFeat and has one proxy
+    # on BEiT; the paper's 0.6 and 8 here.
     proxies: int = arg(8, "Sec. 4.1; Fig. 5. 0: plain MIM (Eq. 2), one class token")
     mask_ratio: float | None = arg(None, "Sec. 4.1: 0.6 (Fig. 6), 0.4 for plain MIM")
     loss: str = arg("l2", "for hog: l1 (Sec. 3.1) or l2, the public code's", ["l2", "l1"])
+    first_weights: str = arg(
+        "public", "the public code's, or MAE's with sine-cosine positions, ahead in short runs",
+        ["public", "mae"],
+    )  # fmt: skip
     epochs: int = arg(300, "Sec. 4.1; Table 2 is garbled")
     warmup_epochs: float | None = arg(None, "Table 2: 30 (hog), 10 (dvae)")
     batch_size: int = arg(2048, "Table 2; the global batch")
@@ -87,6 +103,8 @@ class Config(engine.Config):
     layer_scale: float | None = arg(None, "BEiT: 0.1 (dvae) to begin with; 0 = none")
     skip_last: bool = arg(True, "leave out the last layer's [IMG] rows, which reach no loss")
 
+    FREE = (*engine.Config.FREE, "tokenizer")  # another place for the same file
+
     def resolve(self) -> None:
         """Fill in what depends on the target and on the proxies; refuse what cannot work.
 
@@ -95,8 +113,9 @@ class Config(engine.Config):
         for name, value in RECIPES[self.target].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.clip_grad = self.clip_grad or None
+        clip_grad, self.clip_grad = self.clip_grad, self.clip_grad or None
         super().resolve()
+        self.clip_grad = clip_grad  # 0 stays 0: the next call would take None for the recipe's
         if self.proxies < 0:
             raise UserError(f"--proxies {self.proxies} must be 0 (plain MIM) or above, e.g. 8")
         if self.mask_ratio is None:
@@ -110,15 +129,15 @@ class Config(engine.Config):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{engine.flag(name)} {getattr(self, name)} is outside [0, 1)")
         engine.divides(self, "embed_dim", "num_heads")
-        what = "DALL-E's image encoder as a state dict (dalle_encoder.pth, as BEiT uses it)"
-        if self.target == "dvae" and not (self.tokenizer and Path(self.tokenizer).is_file()):
+        known = self.tokenizer == "random" or (self.tokenizer and Path(self.tokenizer).is_file())
+        if self.target == "dvae" and not known:
             raise UserError(
-                f"--target dvae needs --tokenizer PATH, {what}; "
+                f"--target dvae needs --tokenizer PATH, DALL-E's image encoder, {DALLE}; "
                 + (f"there is no file {self.tokenizer}; " if self.tokenizer else "")
-                + "--target hog needs no file"
+                + "--tokenizer random tries it without, --target hog needs no file"
             )
         if self.target == "hog" and self.tokenizer:
-            raise UserError(f"--tokenizer is {what} for --target dvae; --target hog needs none")
+            raise UserError("--tokenizer is for --target dvae; --target hog needs none")
 
     @property
     def num_patches(self) -> int:
@@ -126,8 +145,7 @@ class Config(engine.Config):
 
     @property
     def num_visible(self) -> int:
-        """V: 78 of 196 at 60 % and 117 at 40 %, so that 118 and 79 are hidden."""
-        # NOTE paper unclear: rounding. App. C has 78 + 118, so the visible patches round down.
+        """V, rounded down: 78 of 196 at 60 % (App. C) and 117 at 40 %, as the public code."""
         return math.floor((1 - self.mask_ratio) * self.num_patches + 1e-9)
 
 
@@ -201,10 +219,15 @@ class Tokenizer(nn.Module):
         state: `{name}.w` and `{name}.b` of each convolution, with the names in OpenAI's encoder;
             widths are read off them (released: 256 channels at first, 8192 codes).
         image_size, grid: sides of image and patch grid; the encoder sees 8 * grid pixels.
+        precision: auto follows the step's autocast, fp32 and bf16 do not. The resize and the logits
+            are fp32 in any case; as in OpenAI's module, which runs the rest in fp16.
     """
 
-    def __init__(self, state: dict[str, Tensor], image_size: int, grid: int):
+    def __init__(
+        self, state: dict[str, Tensor], image_size: int, grid: int, precision: str = "auto"
+    ):
         super().__init__()
+        self.precision = precision
         self.blocks = sum(k.startswith("blocks.group_1.") and k.endswith("conv_1.w") for k in state)
         self.num_codes = state["blocks.output.conv.b"].numel()
         for name, value in state.items():
@@ -227,16 +250,20 @@ class Tokenizer(nn.Module):
                     x = self.conv(f"{name}.id_path", x)
                 x = x + y / (4 * self.blocks) ** 2
             x = F.max_pool2d(x, 2) if group < 4 else x
-        return self.conv("blocks.output.conv", x.relu())
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv("blocks.output.conv", x.float().relu())
 
     @torch.no_grad()
     def forward(self, rgb: Tensor) -> Tensor:
-        """Codes of images (B, 3, H, W) uint8, (B, L) int64, in fp32 whatever autocast says."""
-        # NOTE paper unclear: the second view. BEiT cuts its 112 pixels out of the photograph, by
-        # Lanczos. Ours is the crop of 224 pixels reduced by Lanczos: the same view, filtered twice.
-        with torch.autocast(rgb.device.type, enabled=False):
+        """Codes of images (B, 3, H, W) uint8, (B, L) int64."""
+        # The public code cuts its 112 pixels out of the photograph, by Lanczos. Ours is the crop of
+        # 224 pixels reduced by Lanczos: the same view, filtered twice.
+        kind, precision = rgb.device.type, self.precision
+        bf16 = torch.is_autocast_enabled(kind) if precision == "auto" else precision == "bf16"
+        with torch.autocast(kind, enabled=False):
             x = self.resize @ rgb.float() @ self.resize.T  # rows, then columns
             x = x.round().clamp(0, 255) / 255
+        with torch.autocast(kind, torch.bfloat16, enabled=bf16):
             return self.logits(0.8 * x + 0.1).argmax(1).flatten(1)  # [0.1, 0.9], as DALL-E
 
 
@@ -249,15 +276,30 @@ def lanczos(n_in: int, n_out: int) -> Tensor:
     return (weight / weight.sum(1, keepdim=True)).float()
 
 
-def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
-    """Read the state dict of a DALL-E encoder, of any width.
+def load_tokenizer(
+    path: str | Path, image_size: int, grid: int, precision: str = "auto"
+) -> Tokenizer:
+    """Read the state dict of a DALL-E encoder, of any width; "random" is `random_state`.
 
     Errors: UserError where the file is none, or does not hold exactly an encoder's tensors.
     """
-    state = engine.read(path)
+    try:
+        state = random_state() if str(path) == "random" else engine.read(path, "--tokenizer")
+    except UserError:
+        # a whole zip, which torch.save writes, or what begins as pickles did before
+        if Path(path).is_file() and (
+            zipfile.is_zipfile(path) or Path(path).read_bytes()[:1] == b"\x80"
+        ):
+            raise UserError(
+                f"--tokenizer {path} is a pickled module, as OpenAI's encoder.pkl, which cannot be "
+                f"read safely; take {DALLE}, or where you trust it, after pip install DALL-E attrs:"
+                " python -c \"import torch; torch.save(torch.load('encoder.pkl', 'cpu', "
+                "weights_only=False).state_dict(), 'dalle_encoder.pth')\""
+            ) from None
+        raise
     try:
         state = state.get("state_dict", state)
-        tokenizer = Tokenizer(state, image_size, grid)
+        tokenizer = Tokenizer(state, image_size, grid, precision)
         tokenizer.logits(torch.zeros(1, 3, 8, 8))  # fails where a tensor is missing or misshapen
         if len(state) != (wanted := 2 * (5 + 16 * tokenizer.blocks)):
             raise ValueError(f"it has {len(state)} tensors, an encoder of its depth {wanted}")
@@ -265,6 +307,30 @@ def load_tokenizer(path: str | Path, image_size: int, grid: int) -> Tokenizer:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise UserError(f"{path} is not a DALL-E encoder's state dict: {why}") from None
     return tokenizer
+
+
+def random_state(width: int = 16, codes: int = 512) -> dict[str, Tensor]:
+    """Fresh weights of a small DALL-E encoder (released: 256 and 8192), always the same."""
+    noise, state = torch.Generator().manual_seed(0), {}
+
+    def conv(name: str, n_in: int, n_out: int, k: int) -> None:
+        weight = torch.randn(n_out, n_in, k, k, generator=noise) / (n_in * k * k) ** 0.5
+        state.update({f"blocks.{name}.w": weight, f"blocks.{name}.b": torch.zeros(n_out)})
+
+    conv("input", 3, width, 7)
+    for group, (n, m) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), start=1):
+        n, m, q, name = n * width, m * width, m * width // 4, f"group_{group}.block_1"
+        if n != m:
+            conv(f"{name}.id_path", n, m, 1)
+        for i, sizes in enumerate(((n, q, 3), (q, q, 3), (q, q, 3), (q, m, 1)), start=1):
+            conv(f"{name}.res_path.conv_{i}", *sizes)
+    conv("output.conv", m, codes, 1)
+    # standardised over smooth noise: otherwise one code takes nearly all patches
+    imgs = F.interpolate(torch.rand(8, 3, 8, 8, generator=noise), 64, mode="bilinear")
+    std, mean = torch.std_mean(Tokenizer(state, 64, 8).logits(0.8 * imgs + 0.1), (0, 2, 3))
+    state["blocks.output.conv.w"] /= std[:, None, None, None]
+    state["blocks.output.conv.b"] -= mean / std
+    return state
 
 
 def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
@@ -276,8 +342,8 @@ def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
     Returns: (B, 3, H, W) uint8. Each is torchvision's blend of the image with black, with its mean
         grey or with its own grey version.
     """
-    # NOTE paper unclear: where the jitter stands. BEiT has it before the crop, we after it, so that
-    # contrast moves about the mean grey of the crop. Model and tokenizer see the same.
+    # The public code has the jitter before the crop, we after it, so that contrast moves about the
+    # mean grey of the crop. Model and tokenizer see the same.
     u = uniform(seed, 6, AUGMENT)
     factors, order = 1 + strength * (2 * u[:, :3] - 1), u[:, 3:].argsort(dim=1, stable=True)
     x = rgb.float()
@@ -300,13 +366,13 @@ class Encoder(ViT):
     Fig. 8, their mean over images Fig. 9.
     """
 
+    trained_norm, probe_layer = False, 7 / 12  # the norm sees [MASK] alone; Sec. 4.2
+
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # NOTE paper unclear: how positions start. BEiT and MaskFeat learn them from N(0, 0.02),
-        # a fiftieth of a patch token. Ours start as MAE's: they tell patches apart from step one.
         pos_embed = self.pos_embed[None].clone()
         del self.pos_embed  # the fixed one
-        self.pos_embed = nn.Parameter(pos_embed)
+        self.pos_embed = nn.Parameter(pos_embed)  # learned; `init` says how it starts
 
     def position(self, h: int, w: int) -> Tensor:
         """Position embedding of a grid, (1, h*w, D)."""
@@ -319,7 +385,7 @@ class Encoder(ViT):
             imgs, layers: as `forward_features` takes them. Table 1: layer 7 (VOC: 6), 1-based.
             kind: "patch" averages the patches, "proxy" the proxies (plain MIM: the class token).
         """
-        # NOTE paper unclear: the "CLS" feature of 8 proxies. Their mean.
+        # as the public code: the "CLS" feature of 8 proxies is their mean
         return [x[kind == "proxy"].mean(1) for x in self.forward_features(imgs, layers)]
 
 
@@ -358,7 +424,7 @@ def first_rows(block: Block, x: Tensor, n: int, drop: Tensor | None = None) -> T
 class ReconstructionBlock(nn.Module):
     """One layer of the second stack (Eq. 4): [MASK] tokens read [PROXY] and [MASK] tokens."""
 
-    # NOTE paper unclear: norms. The first one serves queries and what they read, as in public code.
+    # As the public code: the first norm serves queries and what they read.
 
     def __init__(self, dim: int, num_heads: int, init_values: float):
         super().__init__()
@@ -370,7 +436,7 @@ class ReconstructionBlock(nn.Module):
     def forward(self, x: Tensor, proxies: Tensor, drop: Tensor | None = None) -> Tensor:
         """[MASK] tokens x (B, M, D) and this layer's [PROXY^{i+1}] (B, P, D) give (B, M, D)."""
         context = self.norm1(torch.cat([proxies, x], dim=1))  # (B, P + M, D)
-        y = self.ls1(self.attn(context[:, proxies.shape[1] :], context))
+        y = self.ls1(self.attn(context[:, proxies.shape[1] :], context))  # Eq. (4)
         x = x + (y if drop is None else drop[0] * y)
         y = self.ls2(self.mlp(self.norm2(x)))
         return x + (y if drop is None else drop[1] * y)
@@ -384,8 +450,8 @@ class SemanticMIM(nn.Module):
         self.cfg, D = cfg, cfg.embed_dim
         self.normalize = Normalize()
         self.encoder = make_encoder(cfg, image_size=(cfg.image_size,) * 2)
-        # NOTE paper unclear: the final norm. It sees only [MASK] in the loss, so it is thrown away
-        # (decoder_norm); the encoder keeps a fresh one, which transfer trains.
+        # The final norm sees only [MASK] in the loss, so it is thrown away (decoder_norm); the
+        # encoder keeps a fresh one, which transfer trains, as the public code.
         self.encoder.norm.requires_grad_(False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.decoder_blocks = nn.ModuleList(
@@ -397,12 +463,41 @@ class SemanticMIM(nn.Module):
             self.hog = HOG(cfg.patch_size, cfg.image_size)
         else:
             grid = cfg.image_size // cfg.patch_size
-            self.tokenizer = load_tokenizer(cfg.tokenizer, cfg.image_size, grid)
+            where = cfg.tokenizer, cfg.image_size, grid
+            self.tokenizer = load_tokenizer(*where, cfg.tokenizer_precision)
+        self.label = "random_codes_" if cfg.tokenizer == "random" else ""  # of all it says of them
         size = 12 * BINS if cfg.target == "hog" else self.tokenizer.num_codes
         self.decoder_pred = nn.Linear(D, size)
-        # NOTE paper unclear: first weights. MAE's, as in the other scripts. BEiT has no key bias:
-        # it would add one number to all logits of a query, so ours changes nothing.
+        self.init()
+
+    @torch.no_grad()
+    def init(self) -> None:
+        """Set first weights as the public code, or as MAE; those of the head in either case."""
+        # BEiT has no key bias: it adds one number to all logits of a query, so ours does nothing.
         init_weights(self)
+        if self.cfg.first_weights == "public":
+            for m in self.modules():
+                if isinstance(m, (nn.Linear, nn.Conv2d)):
+                    nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.trunc_normal_(self.encoder.pos_embed, std=0.02)
+            if self.cfg.target == "dvae":  # BEiT
+                for stack in (self.encoder.blocks, self.decoder_blocks):
+                    for i, block in enumerate(stack, start=1):
+                        block.attn.proj.weight /= math.sqrt(2 * i)
+                        block.mlp.fc2.weight /= math.sqrt(2 * i)
+        # the public code's; Xavier's predict 8 to 16 times a HOG's mean square and shrink first
+        nn.init.trunc_normal_(self.decoder_pred.weight, std=0.02)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """With decay and without, as the public code: of tokens and positions, MaskFeat spares
+        [MASK] alone, BEiT all but [MASK]."""
+        spared = {"hog": ("mask_token",), "dvae": ("cls_token", "reg_token", "pos_embed")}
+        groups = [{"params": [], "weight_decay": d} for d in (weight_decay, 0.0)]
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                plain = p.ndim <= 1 or name.endswith(spared[self.cfg.target])
+                groups[plain]["params"].append(p)
+        return groups
 
     def tokens(self, imgs: Tensor, mask: Tensor, seed: Tensor | None = None) -> Tensor:
         """Run both stacks side by side.
@@ -434,8 +529,12 @@ class SemanticMIM(nn.Module):
                 x = first_rows(compress, x, P, scale)  # Eq. (3), its [PROXY] rows
             else:
                 x = compress(x, scale)  # Eq. (3)
-            hidden = reconstruct(hidden, x[:, :P], scale_2)  # Eq. (4)
+            hidden = reconstruct(hidden, x[:, :P], scale_2)
         return self.decoder_norm(hidden)
+
+    def predict(self, imgs: Tensor, mask: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Head's numbers of hidden patches, (B, M, 108 or codes); arguments as `tokens`."""
+        return self.decoder_pred(self.tokens(imgs, mask, seed))
 
     def make_mask(self, seed: Tensor) -> Tensor:
         """Hide patches at random (Sec. 4.1): (B, N) bool from the samples' seeds."""
@@ -454,7 +553,7 @@ class SemanticMIM(nn.Module):
         pred = pred.float()
         if self.cfg.target == "dvae":
             return F.cross_entropy(pred.transpose(1, 2), target[..., 0], reduction="none")
-        # NOTE paper unclear: Sec. 3.1 names l1 for HOG, the public code has l2.
+        # NOTE paper unclear: HOG loss. Sec. 3.1 names l1, the public code has l2.
         difference = pred - target
         return (difference.abs() if self.cfg.loss == "l1" else difference.square()).mean(-1)
 
@@ -465,7 +564,7 @@ class SemanticMIM(nn.Module):
         """
         logs = {}
         if self.cfg.target == "dvae":
-            logs["accuracy"] = (pred.argmax(-1) == target[..., 0]).float().mean()
+            logs[f"{self.label}accuracy"] = (pred.argmax(-1) == target[..., 0]).float().mean()
         return self.error(pred, target).mean(), logs  # Eq. (1)
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
@@ -474,9 +573,7 @@ class SemanticMIM(nn.Module):
         if self.training and self.cfg.color_jitter:
             rgb = color_jitter(rgb, seed, self.cfg.color_jitter)
         mask = self.make_mask(seed)
-        pred = self.decoder_pred(
-            self.tokens(self.normalize(rgb), mask, seed if self.training else None)
-        )
+        pred = self.predict(self.normalize(rgb), mask, seed if self.training else None)
         ids_mask = split(mask, self.cfg.num_visible)[1]
         return self.loss(pred, gather(self.make_target(rgb), ids_mask))
 
@@ -486,27 +583,31 @@ class SemanticMIM(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss on random masks beside two guesses that learn nothing.
+    """Loss on random masks beside guesses that learn nothing of the image.
 
-    HOG: the mean over the image's visible patches, and the nearest visible patch. Codes: accuracy
-    of the most frequent code among the batch's hidden ones, and of the nearest visible patch's.
+    `loss_other`: the model's own, where it sees the visible patches of the next image of the batch.
+    HOG: `loss_position`, the mean HOG at that position in the batch's other images (what the
+    training set's mean would score, worse by one in the batch's size), and the nearest visible
+    patch. Codes: accuracy of the most frequent code among the batch's hidden ones, and of the
+    nearest visible patch's. A batch of one has no others: `loss_other` is the loss.
     """
+    B, imgs, label = len(batch["rgb"]), model.normalize(batch["rgb"]), model.label
     mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
-    ids_keep, ids_mask, _ = split(mask, model.cfg.num_visible)
-    pred = model.decoder_pred(model.tokens(model.normalize(batch["rgb"]), mask))
+    ids_mask = split(mask, model.cfg.num_visible)[1]
     truth = gather(target, ids_mask)
-    total, logs = model.loss(pred, truth)
+    total, logs = model.loss(model.predict(imgs, mask), truth)
+    logs["loss_other"] = model.loss(model.predict(imgs.roll(1, 0), mask), truth)[0]
     side = model.cfg.image_size // model.cfg.patch_size
     at = torch.cartesian_prod(*(torch.arange(side, device=mask.device),) * 2).float()
     far = torch.cdist(at, at) + mask[:, None] * 1e6  # (B, N, N), from each patch to visible ones
     nearest = gather(gather(target, far.argmin(-1)), ids_mask)
     if model.cfg.target == "dvae":
         frequent = truth.flatten().mode().values
-        logs |= {"accuracy_frequent": (truth == frequent).float().mean()}
-        logs |= {"accuracy_nearest": (truth == nearest).float().mean()}
+        logs |= {f"{label}accuracy_frequent": (truth == frequent).float().mean()}
+        logs |= {f"{label}accuracy_nearest": (truth == nearest).float().mean()}
     else:
-        mean = gather(target, ids_keep).mean(1, keepdim=True).expand_as(truth)
-        logs |= {"loss_mean": model.error(mean, truth).mean()}
+        others = (target.sum(0) - target) / max(B - 1, 1)  # (B, N, 108), each without its own
+        logs |= {"loss_position": model.error(gather(others, ids_mask), truth).mean()}
         logs |= {"loss_nearest": model.error(nearest, truth).mean()}
     return {"loss": total, **logs}
 
@@ -520,7 +621,7 @@ def preview(model: SemanticMIM, batch: dict[str, Tensor], path: Path, step: int)
     cfg, rgb = model.cfg, batch["rgb"]
     h = w = cfg.image_size // cfg.patch_size
     mask, target = model.make_mask(batch["seed"]), model.make_target(rgb)
-    pred = model.decoder_pred(model.tokens(model.normalize(rgb), mask)).float()
+    pred = model.predict(model.normalize(rgb), mask).float()
     ids_mask = split(mask, cfg.num_visible)[1][..., None]
     if cfg.target == "dvae":
         pred = pred.argmax(-1, keepdim=True)
@@ -532,7 +633,8 @@ def preview(model: SemanticMIM, batch: dict[str, Tensor], path: Path, step: int)
     columns = {"input": rgb, "visible": rgb.masked_fill(at_size(rgb.shape[2:]), 128)}
     if cfg.target == "dvae":
         truth, guess = (pictures.colorize(x.view(-1, h, w) % 254 + 1) for x in (target, guess))
-        columns |= {"codes: target": truth, "codes: prediction": guess}
+        kind = "random codes" if model.label else "codes"
+        columns |= {f"{kind}: target": truth, f"{kind}: prediction": guess}
     else:
         truth, guess = (draw_hog(x, (h, w)) for x in (target, guess))
         blue = guess.new_tensor([0.3, 0.5, 1.0])[:, None, None]
@@ -568,7 +670,7 @@ PRESETS = {
     "tiny": dict(
         image_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, proxies=4, epochs=2,
         warmup_epochs=0.2, batch_size=64, base_lr=1.6e-2, clip_grad=1.0, data="shapes",
-        val_epochs=1,
+        val_epochs=1, first_weights="mae",
     ),
     # ViT-S, not in the paper.
     "small": dict(embed_dim=384, num_heads=6, micro_batch=256),

@@ -3,71 +3,125 @@
     RandAugment, Augmented     what happens to a training image after crop and flip
     draw_mix, mix              mixup and cutmix of a micro-batch with itself in reverse order
     soft_targets               label smoothing, and the mixed targets
-    Spread                     an evenly spaced part of a split
 
 All draws come from the sample's seed. What the papers cite by name alone follows timm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import engine  # before torch: it sets how threads wait
 
+import numpy as np
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 import data
-from common import AUGMENT, IMAGENET_MEAN, IMAGENET_STD, uniform
+from common import AUGMENT, uniform
 
 
 # -------------------------------------------------------------------------------- in the loader
 
-GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
-GREY = [round(255 * x) for x in IMAGENET_MEAN]
+def _affine(im: Image.Image, fill: tuple, *matrix: float) -> Image.Image:
+    return im.transform(im.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=fill)
+
+
+def _add(im: Image.Image, amount: int) -> Image.Image:
+    return im.point([min(i + amount, 255) if i < 128 else i for i in range(256)] * 3)
+
+
+def _posterize(im: Image.Image, bits: int) -> Image.Image:
+    return im.point([i & -(2 ** (8 - bits)) for i in range(256)] * 3)  # Pillow's refuses 0 bits
+
+
+def _enhance(kind: type) -> Callable:
+    return lambda im, x, sign, fill: kind(im).enhance(max(0.1, 1 + 0.9 * x * sign))
+
+
+# What timm's "increasing" RandAugment chooses from, as functions of (image, x, sign, fill): x in
+# [0, 1] is a tenth of the magnitude, sign is -1 or 1, fill the colour of what comes from outside.
+OPERATIONS = {
+    "AutoContrast": lambda im, x, sign, fill: ImageOps.autocontrast(im),
+    "Equalize": lambda im, x, sign, fill: ImageOps.equalize(im),
+    "Invert": lambda im, x, sign, fill: ImageOps.invert(im),
+    "Posterize": lambda im, x, sign, fill: _posterize(im, 4 - int(4 * x)),
+    "Solarize": lambda im, x, sign, fill: ImageOps.solarize(im, 256 - int(256 * x)),
+    "SolarizeAdd": lambda im, x, sign, fill: _add(im, int(110 * x)),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "Rotate": lambda im, x, sign, fill: im.rotate(30 * x * sign, Image.BICUBIC, fillcolor=fill),
+    "ShearX": lambda im, x, sign, fill: _affine(im, fill, 1, 0.3 * x * sign, 0, 0, 1, 0),
+    "ShearY": lambda im, x, sign, fill: _affine(im, fill, 1, 0, 0, 0.3 * x * sign, 1, 0),
+    "TranslateX": lambda im, x, sign, fill: _affine(
+        im, fill, 1, 0, 0.45 * x * sign * im.size[0], 0, 1, 0
+    ),
+    "TranslateY": lambda im, x, sign, fill: _affine(
+        im, fill, 1, 0, 0, 0, 1, 0.45 * x * sign * im.size[1]
+    ),
+}
+GEOMETRIC = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}  # maps could not follow
+JITTER = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 class RandAugment:
-    """timm's rand-m9-mstd0.5 with torchvision's operations; draws from torch's CPU generator.
+    """timm's rand-m9-mstd0.5-inc1, as MAE and SemanticMIM fine-tune; draws from torch's generator.
 
     Two times: with probability 1/2 one operation, its magnitude normal around `magnitude` of 10 and
-    clipped to [0, 10]. torchvision's own class has neither that probability nor the deviation, and
-    counts magnitudes to 30. Its list has Identity, and lacks timm's Invert and SolarizeAdd.
+    clipped to [0, 10]. torchvision's class has neither that probability nor the deviation, leaves
+    Posterize 4 bits where this leaves 1, and lacks Invert and SolarizeAdd.
     """
 
-    def __init__(self, magnitude: float, std: float, geometric: bool = True):
-        self.magnitude, self.std = magnitude, std
-        self.op = T.RandAugment(1, num_magnitude_bins=101, fill=GREY,
-                                interpolation=InterpolationMode.BILINEAR)  # fmt: skip
-        if not geometric:  # label maps could not follow
-            space = self.op._AUGMENTATION_SPACE.items()
-            self.op._AUGMENTATION_SPACE = {k: v for k, v in space if k not in GEOMETRIC}
+    def __init__(
+        self, magnitude: float, std: float, fill: tuple[int, int, int], geometric: bool = True
+    ):
+        self.magnitude, self.std, self.fill = magnitude, std, fill
+        self.names = [n for n in OPERATIONS if geometric or n not in GEOMETRIC]
 
-    def __call__(self, rgb: Tensor) -> Tensor:
+    def __call__(self, im: Image.Image) -> Image.Image:
         for _ in range(2):
             if torch.rand(()) < 0.5:
-                level = self.magnitude + self.std * torch.randn(()).item()
-                self.op.magnitude = round(10 * min(max(level, 0.0), 10.0))  # of 101 bins
-                rgb = self.op(rgb)
-        return rgb
+                level = min(max(self.magnitude + self.std * torch.randn(()).item(), 0.0), 10.0)
+                name = self.names[torch.randint(len(self.names), ())]
+                sign = 1 if torch.rand(()) < 0.5 else -1
+                im = OPERATIONS[name](im, level / 10, sign, self.fill)
+        return im
+
+
+def color_jitter(im: Image.Image, strength: float) -> Image.Image:
+    """Brightness, contrast, saturation in random order, factors uniform in 1 -+ strength."""
+    for i in torch.randperm(3).tolist():
+        im = JITTER[i](im).enhance(1 + strength * (2 * torch.rand(()).item() - 1))
+    return im
 
 
 class Augmented(data.Dataset):
-    """A training split with RandAugment and random erasing after crop and flip.
+    """A training split with RandAugment, colour jitter, random erasing after crop and flip.
 
-    Both run on the uint8 image, under torch's CPU generator seeded from the sample and put back.
+    They run on the uint8 image, under torch's CPU generator seeded from the sample and put back.
     Erased pixels are normal noise in normalised units, as timm's, here clipped to what uint8 holds.
+
+    Args:
+        cfg: rand_augment, rand_augment_std, color_jitter, reprob, and names (the granularities).
+        mean, std: (3,) of pixels in [0, 1]; the mean fills what an operation moves in.
     """
 
-    def __init__(self, dataset: data.Dataset, cfg: engine.Config):
-        self.dataset, self.reprob = dataset, cfg.reprob
+    def __init__(
+        self, dataset: data.Dataset, cfg: engine.Config, mean: Sequence[float],
+        std: Sequence[float],
+    ):  # fmt: skip
+        self.dataset, self.reprob, self.jitter = dataset, cfg.reprob, cfg.color_jitter
         self.classes, self.granularities = dataset.classes, dataset.granularities
         self.files = getattr(dataset, "files", None)
+        fill = tuple(min(255, round(255 * x)) for x in mean)
         geometric = len(cfg.names) == 1
-        self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, geometric)
-        self.erase = T.RandomErasing(cfg.reprob, scale=(0.02, 1 / 3), value="random")
-        self.mean = torch.tensor(IMAGENET_MEAN)[:, None, None]
-        self.std = torch.tensor(IMAGENET_STD)[:, None, None]
+        self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, fill, geometric)
+        self.erase = T.RandomErasing(
+            cfg.reprob, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"
+        )
+        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (mean, std))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -78,25 +132,15 @@ class Augmented(data.Dataset):
             return sample
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(sample["seed"]))  # the CPU's alone
-            if self.rand_augment.magnitude:
-                sample["rgb"] = self.rand_augment(sample["rgb"])
+            if self.rand_augment.magnitude or self.jitter:
+                im = Image.fromarray(sample["rgb"].permute(1, 2, 0).contiguous().numpy())
+                im = self.rand_augment(im) if self.rand_augment.magnitude else im
+                im = color_jitter(im, self.jitter) if self.jitter else im
+                sample["rgb"] = torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
             if self.reprob:
                 rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
                 sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
         return sample
-
-
-class Spread(data.Dataset):
-    """`count` evenly spaced samples of a split: the first ones would be of the first classes."""
-
-    def __init__(self, dataset: data.Dataset, count: int):
-        self.dataset, self.count = dataset, min(count, len(dataset))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return self.dataset[key[0], key[1] * len(self.dataset) // self.count]
 
 
 # ------------------------------------------------------------------------------ mixup and cutmix

@@ -3,12 +3,19 @@
     describe      what an encoder is, as plain JSON: {"method": ..., "config": {...}}
     build         the module that a description stands for, with fresh weights
     load          its weights, and a report of what was loaded, left out and missing
-    open_encoder  the three in one
+    open_encoder  the three in one; open_classifier, with the head of a public classifier
     layer_decay_groups   parameter groups for fine-tuning
 
 A description is all that a run must remember of its encoder: with it the run is resumed and
 evaluated without the file it started from. Such a run keeps it in the field `description` of its
 Config, as JSON, and its model has the encoder as `encoder`; then its checkpoints are sources, too.
+It has, beside the encoder's config:
+
+    trained_size      (H, W) that the positions were trained at; fixed ones refer to it
+    learned_position  whether they are a parameter, then of config["image_size"]
+    mean, std, input  of the pixels that the encoder expects, and who says so
+    options           of `make_encoder`, beyond the config; {} unless a transfer sets some
+
 Every encoder keeps the contract of `common.ViT`. `public.py` knows the public state dicts.
 """
 
@@ -20,6 +27,7 @@ from types import ModuleType
 
 import engine  # before torch: it sets how threads wait
 
+import torch
 from torch import Tensor, nn
 
 import cfmae
@@ -27,7 +35,7 @@ import coma_dyvit
 import mae
 import mcmae
 import semanticmim
-from common import init_weights, is_sincos
+from common import IMAGENET_MEAN, IMAGENET_STD, init_weights, resize_position
 from downstream import public
 from engine import UserError
 
@@ -41,35 +49,45 @@ FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change 
 
 def describe(
     checkpoint: str | Path | None = None, init: str | Path | None = None,
-    method: str | None = None, model: str | None = None, **changes,
+    method: str | None = None, model: str | None = None, key: str | None = None,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **changes,
 ) -> dict:  # fmt: skip
     """Describe the encoder of one source, in plain JSON types.
 
     Args:
         checkpoint: one of ours, of pre-training or of a transfer.
-        init: a public state dict.
+        init, key: a public state dict; which of several in that file (see `public.open_public`).
         method, model: a key of METHODS and the name of one of its presets.
+        mean, std: three numbers each, of pixels in [0, 1]; None: what the source tells.
         changes: fields of the config to override, e.g. granularities="R" (CFMAE without the map
             embeddings, which images alone would not train), num_heads (of --init, where the file
             does not tell).
-    Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}}.
+    Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}, ...}: see above.
     Errors: UserError.
     """
     if sum(source is not None for source in (checkpoint, init, method)) != 1:
         raise UserError("where is the encoder from? give one of --checkpoint, --init, --method")
     if model is not None and method is None:
         raise UserError(f"--encoder {model} is a preset of --method, which is not given")
-    if "num_heads" in changes and init is None:
-        raise UserError("--num-heads is for --init: every other source knows its own")
+    for name, value in (("num_heads", changes.get("num_heads")), ("init_key", key)):
+        if value is not None and init is None:
+            raise UserError(f"{engine.flag(name)} is for --init: other sources know their own")
     if init is not None:
-        kind, state, _ = public.open_public(init)
-        return public.describe(kind, state, init, **changes)
-    if checkpoint is not None:
-        description, _, _ = _open(checkpoint)
-        return {**description, "config": {**description["config"], **changes}}
+        out = public.describe(public.open_public(init, key), **changes)
+    elif checkpoint is not None:
+        out, _, _ = _open(checkpoint)
+        out["config"] |= changes
+    else:
+        out = _preset(method, model or "base", changes)
+    given = {k: list(v) for k, v in (("mean", mean), ("std", std)) if v is not None}
+    source = {"input": f"{' and '.join(given)} as given; else {out['input']}"} if given else {}
+    return {"options": {}, **out, **given, **source}
+
+
+def _preset(method: str, model: str, changes: dict) -> dict:
     if method not in METHODS:
         raise UserError(f"--method {method}: choose from {', '.join(METHODS)}")
-    script, model = METHODS[method], model or "base"
+    script = METHODS[method]
     if model not in script.PRESETS:
         raise UserError(f"--encoder {model}: {method} has {', '.join(script.PRESETS)}")
     values = {"model": model, **script.PRESETS[model], **changes}
@@ -77,7 +95,19 @@ def describe(
         values = {**semanticmim.RECIPES[values.pop("target", "hog")], **values}
     cfg = _config(script, values)
     cfg.resolve()
-    return {"method": method, "config": dataclasses.asdict(cfg)}
+    return _ours(method, dataclasses.asdict(cfg))
+
+
+def _ours(method: str, config: dict) -> dict:
+    """Description of a pre-trained encoder of ours."""
+    known = all(isinstance(config.get(k), (list, tuple)) for k in ("mean", "std"))
+    return {
+        "method": method, "config": config, "trained_size": list(pair(config["image_size"])),
+        "learned_position": False,
+        "mean": list(config["mean"] if known else IMAGENET_MEAN),
+        "std": list(config["std"] if known else IMAGENET_STD),
+        "input": "as in pre-training" if known else "ImageNet's, as in pre-training",
+    }  # fmt: skip
 
 
 def _config(script: ModuleType, values: dict) -> engine.Config:
@@ -95,16 +125,23 @@ def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
         raise UserError(f"{path} is no checkpoint of this project; public weights: --init {path}")
     if content["format"] != engine.FORMAT:
         raise UserError(f"{path} has format {content['format']}; wanted {engine.FORMAT}")
-    description = {k: content[k] for k in ("method", "config")}
-    if content["method"] not in (*METHODS, "vit", "beit"):  # a transfer's
-        run = content["config"]
-        if not run.get("description"):
-            raise UserError(f"{path}: a checkpoint of {content['method']} describes no encoder")
-        description = json.loads(run["description"])
-        H, W = run["image_size"], run.get("crop_width") or run["image_size"]
-        description["config"]["image_size"] = H if H == W else [H, W]  # what it was trained at
     state = {k.removeprefix("encoder."): v for k, v in content["model"].items()
              if k.startswith("encoder.")}  # fmt: skip
+    run = content["config"]
+    if content.get("description"):  # tools.export's
+        description = content["description"]
+    elif content["method"] in (*METHODS, "vit", "beit"):
+        description = _ours(content["method"], run)
+    else:  # a transfer's
+        if not run.get("description"):
+            raise UserError(f"{path}: a checkpoint of {content['method']} describes no encoder")
+        kept = json.loads(run["description"])
+        H, W = run["image_size"], run.get("crop_width") or run["image_size"]
+        description = {**_ours(kept["method"], kept["config"]), **kept}
+        description["config"]["image_size"] = H if H == W else [H, W]
+    description["learned_position"] = "pos_embed" in state  # maybe since this transfer alone
+    if "pos_embed" in state:
+        description["trained_size"] = list(pair(description["config"]["image_size"]))
     # SemanticMIM: the norm that pre-training used saw [MASK] tokens alone; transfer starts afresh.
     has_norm = content["method"] != "semanticmim" or "decoder_norm.weight" not in content["model"]
     return json.loads(json.dumps(description)), state, has_norm
@@ -128,14 +165,18 @@ def kept_description(cfg: engine.Config) -> str | None:
 
 
 def build(
-    description: dict, image_size: int | Sequence[int] | None = None, drop_path: float = 0.0
-) -> nn.Module:
+    description: dict, image_size: int | Sequence[int] | None = None, drop_path: float = 0.0,
+    train_position: bool = False, **options,
+) -> nn.Module:  # fmt: skip
     """Build an encoder with fresh weights, drawn as its method draws them.
 
     Args:
         description: as `describe` returns it.
         image_size: (H, W) or one number, for which it keeps positions; None = as described.
         drop_path: the last block's rate.
+        train_position: make fixed positions a parameter, as public fine-tuning does (MAE,
+            ConvMAE). It starts as they are; checkpoints have it. Learned ones are trained anyway.
+        options: of `make_encoder`, over those in the description.
     Errors: UserError where the patch size does not divide the image size.
     """
     method, config = description["method"], description["config"]
@@ -145,11 +186,20 @@ def build(
         raise UserError(f"image size {size[0]} x {size[1]} is not divisible by the encoder's patch "
                         f"size {p}; nearest that works: {near}")  # fmt: skip
     kwargs = {"image_size": size, "drop_path": drop_path}
+    kwargs |= {"trained_size": description.get("trained_size"), **description.get("options", {})}
+    kwargs |= options
     if method in METHODS:
         encoder = METHODS[method].make_encoder(_config(METHODS[method], config), **kwargs)
     else:
         encoder = public.PublicViT(**{**config, **kwargs})
     (mcmae.init_hybrid if method == "mcmae" else init_weights)(encoder)
+    fixed = "pos_embed" in dict(encoder.named_buffers())
+    if fixed and (train_position or description.get("learned_position")):
+        if isinstance(encoder, coma_dyvit.DyViT):
+            raise UserError("positions cannot be trained in DyViT, which computes them")
+        position = encoder.pos_embed
+        del encoder.pos_embed
+        encoder.pos_embed = nn.Parameter(position[None])  # (1, L, D), as timm's
     return encoder
 
 
@@ -164,7 +214,7 @@ def num_layers(encoder: nn.Module) -> int:
 
 def load(
     encoder: nn.Module, description: dict, checkpoint: str | Path | None = None,
-    init: str | Path | None = None,
+    init: str | Path | None = None, key: str | None = None,
 ) -> str:  # fmt: skip
     """Load the weights of a checkpoint of ours or of a public file: all of them or nothing.
 
@@ -174,41 +224,48 @@ def load(
     Returns: a report of what was loaded, left out, and missing and so fresh.
     Errors: UserError listing what does not fit.
     """
-    path, other, notes = checkpoint or init, [], []
+    path, other, may_miss = checkpoint or init, [], set()
     if init is not None:
-        kind, state, other = public.open_public(init)
+        found = public.open_public(init, key)
         heads = description["config"]["num_heads"]
-        source = public.describe(kind, state, init, num_heads=heads)["config"]
-        if not source.get("relative"):
+        source = public.describe(found, num_heads=heads)
+        state, other, notes = dict(found.state), found.other, list(found.notes)
+        if not public.known_heads(found):
             notes.append(f"{heads} heads, which the file does not tell")
-        if kind == "mcmae" and "pos_embed" in state and not is_sincos(state["pos_embed"]):
-            raise UserError(f"--init {init}: pos_embed was learned, and MCMAE computes a fixed one")
-        if kind == "mcmae" and state.pop("pos_embed", None) is not None:
+        if found.kind == "mcmae" and "pos_embed" in state and not source["learned_position"]:
+            del state["pos_embed"]
             notes.append("pos_embed is the fixed one, which is computed")
+        may_miss = {"norm", "pos_embed"}
     else:
-        whose, state, has_norm = _open(checkpoint)
-        source = whose["config"]
+        source, state, has_norm = _open(checkpoint)
+        notes = []
         if not has_norm:
             state = {k: v for k, v in state.items() if not k.startswith("norm.")}
-    grid = tuple(n // source["patch_size"] for n in pair(source["image_size"]))
+            may_miss = {"norm"}
+    p = source["config"]["patch_size"]
+    grid = tuple(n // p for n in pair(source["config"]["image_size"]))
     own, resized = encoder.state_dict(), {}
-    for k, v in state.items():
-        if grid != encoder.grid and k in own and k == "pos_embed":
-            resized[k] = semanticmim.resize_position(v.float(), grid, encoder.grid)
-        elif grid != encoder.grid and k.endswith(public.TABLE):
+    for k, v in state.items() if grid != encoder.grid else ():
+        if k in own and k == "pos_embed":
+            resized[k] = resize_position(v.float(), grid, encoder.grid)
+        elif k.endswith(public.TABLE):
             resized[k] = public.resize_table(v.float(), grid, encoder.grid)
     if resized:
         state |= resized
         notes.append("positions resized from {}x{} to {}x{}".format(*grid, *encoder.grid))
-    names = {k.split(".")[0] for k in own}
+    mean, std = (", ".join(f"{x:.4g}" for x in description[k]) for k in ("mean", "std"))
+    notes.append(f"images less ({mean}), by ({std}): {description['input']}")
+    # What this run adds to the source's encoder (trained positions, options) starts afresh.
+    with torch.device("meta"):
+        known = build({**description, "options": {}, "learned_position": False}).state_dict()
+    parts = {k.split(".")[0] for k in own}
     if init is not None:  # heads and decoders stay there, and nothing that an encoder computes
-        may_miss, own_parts = ("norm", "pos_embed"), {*FOREIGN, *names}
+        own_parts = {*FOREIGN, *parts}
     else:
-        may_miss = () if has_norm else ("norm",)
         own_parts = {k.split(".")[0] for k in state} - {"instance_embed", "semantic_embed"}
     report = engine.load_weights(
         encoder, state | dict.fromkeys(other), path,
-        may_miss=lambda k: k.split(".")[0] in may_miss,
+        may_miss=lambda k: k.split(".")[0] in may_miss or k not in known,
         may_stay=lambda k: k in other or k.split(".")[0] not in own_parts,
     )  # fmt: skip
     return "; ".join([f"encoder     {report}", *notes])
@@ -217,25 +274,49 @@ def load(
 def open_encoder(
     checkpoint: str | Path | None = None, init: str | Path | None = None,
     method: str | None = None, model: str | None = None, random: bool = False,
-    image_size: int | Sequence[int] | None = None, drop_path: float = 0.0, **changes,
+    image_size: int | Sequence[int] | None = None, drop_path: float = 0.0,
+    key: str | None = None, train_position: bool = False, **changes,
 ) -> tuple[nn.Module, dict, str]:  # fmt: skip
     """Describe, build and load: (encoder, description, report).
 
     Args:
         random: fresh weights for the architecture of `checkpoint` or `init`.
-        image_size, drop_path: as `build` takes them; all others as `describe`.
+        image_size, drop_path, train_position: as `build` takes them; all others as `describe`.
     Returns: in the description, `image_size` is the one that the encoder was built for.
     """
-    description = describe(checkpoint, init, method, model, **changes)
+    description = describe(checkpoint, init, method, model, key, **changes)
     size = pair(image_size or description["config"]["image_size"])
-    encoder = build(description, size, drop_path)
+    encoder = build(description, size, drop_path, train_position)
     if method or random:
         name = checkpoint or init or f"{method} {description['config']['model']}"
         report = f"encoder     {name}: fresh weights"
     else:
-        report = load(encoder, description, checkpoint, init)
+        report = load(encoder, description, checkpoint, init, key)
     description["config"]["image_size"] = size[0] if size[0] == size[1] else list(size)
+    if isinstance(encoder.pos_embed, nn.Parameter):  # now they are of this grid
+        description |= {"learned_position": True, "trained_size": list(size)}
     return encoder, description, report
+
+
+def open_classifier(
+    init: str | Path, image_size: int | Sequence[int] | None = None, key: str | None = None,
+    **changes,
+) -> tuple[nn.Module, dict, dict[str, Tensor]]:  # fmt: skip
+    """A public classifier, fine-tuned: MAE's, ConvMAE's, BEiT's, timm's and transformers' ViT.
+
+    Args: as `open_encoder`.
+    Returns: the encoder; its description, with `pool` and `report`, a line; `head.*` and the norm
+        before it. With pool "patch" logits are head(fc_norm(mean of the patches)), with "prefix"
+        head(norm(class token)), of the last block's output before the encoder's own norm.
+    Errors: UserError, also where the file has no head or one of another form.
+    """
+    head, pool = public.classifier(public.open_public(init, key))
+    encoder, description, report = open_encoder(
+        init=init, image_size=image_size, key=key, **changes
+    )
+    tokens = "mean of the patches" if pool == "patch" else "class token"
+    report += f"; with its head: {tokens}, norm, {len(head['head.bias'])} classes"
+    return encoder, {**description, "pool": pool, "report": report}, head
 
 
 # ---------------------------------------------------------------------------------- fine-tuning

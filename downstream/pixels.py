@@ -24,10 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from data import UNLABELLED, ShapeScenes
+from data import UNLABELLED
+from shapes import ShapeScenes
 from engine import UserError
-
-MEAN_COLOUR = (124, 116, 104)  # 0 after normalisation: what images are padded with
 
 
 # --------------------------------------------------------------------------------------- training
@@ -50,37 +49,42 @@ def scaled(rgb: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(rgb, size, mode="bilinear", antialias=True)[0]
 
 
-def padded(rgb: Tensor, size: tuple[int, int]) -> Tensor:
+def padded(rgb: Tensor, size: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
     """Pad an image (3, h, w) at the bottom and the right to at least `size`."""
     h, w = (max(n, m) for n, m in zip(rgb.shape[1:], size))
     if (h, w) == tuple(rgb.shape[1:]):
         return rgb
-    out = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, h, w)
+    out = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, h, w)
     out[:, : rgb.shape[1], : rgb.shape[2]] = rgb
     return out
 
 
 class Augment:
-    """What data.FolderDataset.augment does, for segmentation: image and labels to one crop.
+    """What data.FolderDataset.crop does, for segmentation: image and labels to one crop.
 
-    Training: scale, pad, crop so that no class covers more than three quarters of the labels, flip,
-    colours; all from the sample's seed. Otherwise: the centre.
+    Training: scale, crop so that no class covers more than three quarters of the labels, flip,
+    colours, pad, as mmsegmentation for ADE20K; or, where `crop_scale_min` is given, torchvision's
+    RandomResizedCrop and flip. All from the sample's seed. Otherwise: the centre.
     """
 
     def __init__(self, cfg: engine.Config, train: bool):
         self.crop, self.train, self.photometric = cfg.crop, train, cfg.photometric
-        self.scale = cfg.scale_min, cfg.scale_max
+        self.scale, self.area = (cfg.scale_min, cfg.scale_max), cfg.crop_scale_min
+        self.colour = cfg.colour
 
     def __call__(self, rgb: Tensor, maps: dict[str, np.ndarray], seed: int) -> dict[str, Tensor]:
         """rgb (3, H, W) uint8 and maps["semantic"] (H, W) give `rgb` and `semantic` of the crop."""
         draw = random.Random(seed).random
         labels = torch.from_numpy(maps["semantic"].astype(np.uint8))
-        low, high = self.scale if self.train else (1, 1)
-        size = cover(rgb.shape[1:], self.crop, low + (high - low) * draw())
-        labels = F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
-        rgb = padded(scaled(rgb, size), self.crop)
-        (H, W), (h, w) = rgb.shape[1:], self.crop
-        labels = F.pad(labels, (0, W - size[1], 0, H - size[0]), value=UNLABELLED)
+        if self.train and self.area:
+            top, left, h, w = data.random_crop(draw, *labels.shape, (self.area, 1.0))
+            rgb, labels = (x[..., top : top + h, left : left + w] for x in (rgb, labels))
+            size = self.crop
+        else:
+            low, high = self.scale if self.train else (1, 1)
+            size = cover(rgb.shape[1:], self.crop, low + (high - low) * draw())
+        rgb, labels = scaled(rgb, size), nearest(labels, size)
+        (H, W), (h, w) = size, (min(n, m) for n, m in zip(size, self.crop))
         top, left = (H - h) // 2, (W - w) // 2
         for _ in range(10 if self.train else 0):
             top, left = int(draw() * (H - h + 1)), int(draw() * (W - w + 1))
@@ -93,28 +97,46 @@ class Augment:
             rgb, labels = rgb.flip(-1), labels.flip(-1)
         if self.train and self.photometric:
             rgb = distort(draw, rgb)
+        labels = F.pad(labels, (0, self.crop[1] - w, 0, self.crop[0] - h), value=UNLABELLED)
+        rgb = padded(rgb, self.crop, self.colour)
         return {"rgb": rgb.contiguous(), "semantic": labels.contiguous()}
 
 
+def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize labels (H, W): each takes the one under its middle, as Pillow does."""
+    return F.interpolate(labels[None, None], size, mode="nearest-exact")[0, 0]
+
+
 def distort(draw: Callable[[], float], rgb: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation, hue, each half of the time; `draw()` in [0, 1)."""
+    """Distort colours as mmsegmentation's PhotoMetricDistortion; `draw()` is uniform in [0, 1).
+
+    Brightness, saturation, hue and, before or after these two, contrast, each half of the time.
+    """
     if draw() < 0.5:
-        rgb = (rgb.int() + round(64 * draw() - 32)).clamp(0, 255).byte()
+        rgb = (rgb + (64 * draw() - 32)).clamp(0, 255).byte()
+    contrast = [draw() < 0.5 for _ in range(2)]  # at all; before saturation
+    if all(contrast):
+        rgb = (rgb * (0.5 + draw())).clamp(max=255).byte()
+    if draw() < 0.5:  # HSV's: the largest channel stays, the others' distance to it is scaled
+        top, low = rgb.amax(0).float(), rgb.amin(0)
+        factor = (top / (top - low)).clamp(max=0.5 + draw()).nan_to_num()
+        rgb = (top - (top - rgb) * factor).round().byte()
     if draw() < 0.5:
-        rgb = TF.adjust_contrast(rgb, 0.5 + draw())
-    if draw() < 0.5:
-        rgb = TF.adjust_saturation(rgb, 0.5 + draw())
-    return TF.adjust_hue(rgb, 0.2 * draw() - 0.1) if draw() < 0.5 else rgb
+        rgb = TF.adjust_hue(rgb, 0.2 * draw() - 0.1)
+    if contrast[0] and not contrast[1]:
+        rgb = (rgb * (0.5 + draw())).clamp(max=255).byte()
+    return rgb
 
 
 class Whole(data.Dataset):
-    """Images of a split as evaluation takes them: `rgb` (3, H, W) and `semantic` as it is on disk.
+    """Images of a split as evaluation takes them: `rgb` (3, H, W) and `semantic` as it is on disk,
+    or both at the crop's size (`evaluation` crop).
 
     An unreadable image is {"unreadable": message}; a map that does not fit {"error": message}.
     """
 
     def __init__(self, cfg: engine.Config, dataset: data.Dataset):
-        self.dataset, self.crop, self.slide = dataset, cfg.crop, cfg.evaluation == "slide"
+        self.dataset, self.crop, self.evaluation = dataset, cfg.crop, cfg.evaluation
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -128,8 +150,9 @@ class Whole(data.Dataset):
             return {"unreadable": str(e)}
         except UserError as e:
             return {"error": str(e)}
-        size = cover(rgb.shape[1:], self.crop) if self.slide else self.crop
+        size = cover(rgb.shape[1:], self.crop) if self.evaluation == "slide" else self.crop
         labels = torch.from_numpy(maps["semantic"].astype(np.uint8))  # a copy; ids are below 256
+        labels = nearest(labels, self.crop) if self.evaluation == "crop" else labels
         return {"rgb": scaled(rgb, size), "semantic": labels}
 
 
@@ -198,6 +221,14 @@ def link(source: Path, target: Path) -> None:
         os.symlink(source.resolve(), target)
 
 
+def read_map(path: Path) -> np.ndarray:
+    """Ids (H, W) of a label map; UserError where it cannot be read."""
+    try:
+        return data.decode_map(np.fromfile(path, np.uint8))
+    except Exception as error:  # Pillow raises anything on broken files
+        raise UserError(f"{path}: {error or type(error).__name__}") from None
+
+
 def folders(dst: Path) -> dict[str, tuple[Path, Path]]:
     """Create DST/{train,val}/{rgb,semantic}; {split: (rgb, semantic)}."""
     made = {s: (dst / s / "rgb", dst / s / "semantic") for s in ("train", "val")}
@@ -215,7 +246,7 @@ def prepare_ade(argv: list[str]) -> int:
 
         def one(image: Path, part=part, rgb=rgb, semantic=semantic) -> None:
             name = f"{image.stem}.png"
-            ids = data.decode_map(np.fromfile(src / "annotations" / part / name, np.uint8))
+            ids = read_map(src / "annotations" / part / name)
             Image.fromarray(ids.astype(np.uint8) - np.uint8(1)).save(semantic / name)
             link(image, rgb / image.name)
 
@@ -237,10 +268,9 @@ VOC = (
 def prepare_voc(argv: list[str]) -> int:
     """Lay out VOCdevkit/VOC2012 by links: its palette maps, with 255 as border, fit as they are.
 
-    The usual larger training set, 10,582 images, is taken where its list, trainaug.txt, and its
-    maps, SegmentationClassAug, have been put beside VOC's own.
+    SemanticMIM's probe is trained on the larger set of 10,582 images: put its list, trainaug.txt,
+    and its maps, SegmentationClassAug, beside VOC's own 1,464, which are taken otherwise.
     """
-    # NOTE paper unclear: SemanticMIM does not say which of the two its Table 6 is trained on.
     src, dst = _source(argv, "prepare-voc", prepare_voc.__doc__, "ImageSets/Segmentation")
     for split, (rgb, semantic) in folders(dst).items():
         lists, maps = src / "ImageSets" / "Segmentation", "SegmentationClass"
@@ -248,9 +278,13 @@ def prepare_voc(argv: list[str]) -> int:
             split, maps = "trainaug", "SegmentationClassAug"
         names = (lists / f"{split}.txt").read_text().split()
         for name in names:
+            own = (src / maps / f"{name}.png").is_file()  # else VOC's
+            png = src / (maps if own else "SegmentationClass") / f"{name}.png"
             link(src / "JPEGImages" / f"{name}.jpg", rgb / f"{name}.jpg")
-            link(src / maps / f"{name}.png", semantic / f"{name}.png")
+            link(png, semantic / f"{name}.png")
         print(f"{split}: {len(names)} images")
+        if split == "train":
+            print(f"  VOC's own: there is no {lists}/trainaug.txt, SemanticMIM's training set")
     (dst / "classes.txt").write_text("\n".join(VOC) + "\n")
     return 0
 

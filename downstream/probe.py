@@ -1,18 +1,22 @@
 """Probes of a frozen encoder: its features once through the data, then a linear layer or knn.
 
     columns, extract     features of several layers, averaged, in memory-mapped files
-    LARS, train_heads    BatchNorm without affine and a linear layer, many rates at a time
+    LARS, train_heads    a norm without parameters and a linear layer, many rates at a time
     knn                  weighted nearest neighbours by cosine, streamed over the bank
     run                  what `python -m downstream.classify --protocol linear | knn` does
 
 A feature is a layer and what is taken from it: the mean of its patch tokens (`patch`), of its
 prefix tokens, the class token or the proxies (`prefix`), or both side by side (`both`). Layers are
-1-based block outputs, `norm` the last one after the encoder's final norm.
+1-based block outputs; `norm` is the last one after the norm that was trained with it: the encoder's
+final norm, before the mean, or fine-tuning's, after it. Where pre-training's norm saw something
+else (SemanticMIM's, MCMAE's), it is a fresh LayerNorm after the mean, as their public code has it.
 
-The protocol is MAE's: LARS, rate 0.1 x batch / 256, batch 16384, 90 epochs, 10 of warm-up, no
-decay; for SemanticMIM its Table 5: AdamW, 4e-3 at batch 1024, decay 1e-4, 100 epochs, layer 7.
-One thing differs: those crop each image anew in every epoch, here the features are those of the
-centre crop, or of `--views` augmented passes that take turns.
+The protocol is MAE's: BatchNorm, LARS, rate 0.1 x batch / 256, batch 16384 (MCMAE's: 4096), 90
+epochs, 10 of warm-up, no decay. SemanticMIM's is its Table 5, AdamW, 4e-3 at batch 1024, decay
+1e-4, 100 epochs, with the frozen LayerNorm of its public code in the place of BatchNorm, at layer 7
+(Sec. 4.2; the public configuration takes the last). One thing differs: those crop each image anew
+in every epoch, here the features are those of the centre crop, or of `--views` augmented passes
+that take turns.
 
   CPU:  python -m downstream.classify --protocol knn --data shapes --model tiny --checkpoint ...
   GPU:  torchrun --nproc_per_node=8 -m downstream.classify --protocol linear --layers all
@@ -36,7 +40,7 @@ from tqdm import tqdm
 
 import data
 from common import Normalize
-from downstream import encoders
+from downstream import encoders, public
 from downstream.scores import shares, tally, write_result
 from engine import UserError
 
@@ -46,10 +50,12 @@ IN_MEMORY = 8 * 2**30  # bytes of features that are read into memory; more stay 
 # --------------------------------------------------------------------------------------- features
 
 
-def choose_layers(text: str | None, method: str, depth: int) -> list[str]:
+def choose_layers(text: str | None, encoder: nn.Module) -> list[str]:
     """Layers of `--layers`: numbers, `norm`, or `all`; UserError on others."""
-    if text is None:  # SemanticMIM Sec. 4.2: layer 7 of 12; its final norm was never trained
-        return [str(math.ceil(depth * 7 / 12))] if method == "semanticmim" else ["norm"]
+    depth = encoders.num_layers(encoder)
+    if text is None:
+        share = encoder.probe_layer
+        return ["norm"] if share is None else [str(math.ceil(depth * share))]
     known = [str(n) for n in range(1, depth + 1)] + ["norm"]
     chosen = known if text == "all" else [x.strip() for x in text.split(",")]
     if wrong := [x for x in chosen if x not in known]:
@@ -69,24 +75,49 @@ def choose_rates(text: str) -> list[float]:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, imgs: Tensor, layers: list[str]) -> list[tuple[str, Tensor]]:
-    """Averaged tokens of some layers, one pass: [(name, (B, D)), ...], patch before prefix."""
+def features(
+    encoder: nn.Module, imgs: Tensor, layers: list[str], norm: nn.Module | None = None
+) -> list[tuple[str, Tensor]]:
+    """Averaged tokens of some layers, one pass: [(name, (B, D)), ...], patch before prefix.
+
+    Args:
+        norm: what `norm` means after the mean (see `pooled_norm`); None: the encoder's, before it.
+    """
     depth, found = encoders.num_layers(encoder), []
     outputs = encoder.forward_features(imgs, [depth if n == "norm" else int(n) for n in layers])
     for name, (tokens, prefix) in zip(layers, outputs):
         for kind, x in (("patch", tokens), ("prefix", prefix)):
             if x.shape[1]:
-                x = encoder.norm(x) if name == "norm" else x
-                found.append((f"{name}/{kind}", x.float().mean(1)))
+                final = name == "norm"
+                x = (encoder.norm(x) if final and norm is None else x).float().mean(1)
+                found.append((f"{name}/{kind}", norm(x) if final and norm is not None else x))
     return found
 
 
+def pooled_norm(encoder: nn.Module, state: dict[str, Tensor]) -> nn.Module | None:
+    """The norm that belongs after the mean of the last layer; None: the encoder's own, before it.
+
+    It is the trained one of a fine-tuned classifier, or fresh where the encoder's was not trained
+    on what its features are.
+
+    Args:
+        state: what is in the encoder's file; {} without one.
+    """
+    norm = nn.LayerNorm(encoder.norm.normalized_shape[0], eps=1e-6)
+    if "fc_norm.weight" in state:
+        norm.load_state_dict({k: state[f"fc_norm.{k}"] for k in ("weight", "bias")})
+    elif encoder.trained_norm:
+        return None
+    return norm.to(next(encoder.parameters()).device).requires_grad_(False)
+
+
 def columns(
-    encoder: nn.Module, size: int, layers: list[str], kinds: str | None
+    encoder: nn.Module, size: int, layers: list[str], kinds: str | None,
+    norm: nn.Module | None = None,
 ) -> tuple[dict, int]:  # fmt: skip
     """Where each feature lies in a row, {"7/patch": slice}, and the width of a row."""
     device, at, where = next(encoder.parameters()).device, 0, {}
-    for name, x in features(encoder, torch.zeros(1, 3, size, size, device=device), layers):
+    for name, x in features(encoder, torch.zeros(1, 3, size, size, device=device), layers, norm):
         where[name] = slice(at, at := at + x.shape[1])
         if name.endswith("/prefix"):  # its layer's patches lie before it
             layer = name.partition("/")[0]
@@ -104,7 +135,7 @@ def columns(
 
 def extract(
     encoder: nn.Module, dataset: data.Dataset, view: int, layers: list[str], width: int,
-    path: Path, cfg: engine.Config, world: engine.World,
+    path: Path, cfg: engine.Config, world: engine.World, norm: nn.Module | None = None,
 ) -> None:  # fmt: skip
     """Write the features of a split to PATH.npy (N, width) and its labels to PATH.labels.npy.
 
@@ -125,7 +156,7 @@ def extract(
         dataset, batch_sampler=batches, collate_fn=data.collate, worker_init_fn=data.worker_init,
         num_workers=engine.workers(cfg, world) if len(dataset) > 2048 else 0,
     )  # fmt: skip
-    normalize, finite, failed = Normalize().to(world.device), True, {}
+    normalize, finite, failed = Normalize(*cfg.statistics()).to(world.device), True, {}
     bar = tqdm(zip(starts, loader), total=len(batches), disable=world.rank > 0, unit="batch",
                desc=path.stem, mininterval=5)  # fmt: skip
     for start, batch in bar:
@@ -133,7 +164,8 @@ def extract(
             failed = batch
             break
         with world.autocast():
-            found = features(encoder, normalize(batch["rgb"].to(world.device)), layers)
+            imgs = normalize(batch["rgb"].to(world.device))
+            found = features(encoder, imgs, layers, norm)
         block = torch.cat([x for _, x in found], dim=1).cpu().numpy()
         with np.errstate(over="ignore"):
             rows[start : start + len(block)] = block
@@ -184,14 +216,21 @@ class LARS(torch.optim.Optimizer):
 
 
 class Heads(nn.Module):
-    """Linear classifiers that share their input, normalised by BatchNorm without affine."""
+    """Linear classifiers that share their input, normalised without trained parameters.
 
-    def __init__(self, n: int, dim: int, classes: int):
+    Args:
+        n: classifiers. dim: their input's width. std: of their first weights, the same for all.
+        kind: "lars", MAE's BatchNorm, or "adamw", the LayerNorm of SemanticMIM's public code.
+    """
+
+    def __init__(self, n: int, dim: int, classes: int, kind: str = "lars", std: float = 0.01):
         super().__init__()
-        # Frozen features do not drift: running statistics are a plain average (momentum None).
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6, momentum=None)
+        if kind == "lars":  # frozen features do not drift: a plain average of statistics
+            self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6, momentum=None)
+        else:
+            self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         start = torch.empty(dim, classes)
-        nn.init.trunc_normal_(start, std=0.01)  # MAE's; the same for every rate
+        nn.init.trunc_normal_(start, std=std)
         self.weights = nn.ParameterList(start.clone() for _ in range(n))
         self.biases = nn.ParameterList(torch.zeros(classes) for _ in range(n))
 
@@ -211,7 +250,8 @@ def train_heads(
         rows: (N, D), or several views of it that take turns by epoch.
         labels: (N,) int64; -1 is left out.
         rates: lr = rate * batch / 256, the batch bounded by the data.
-        cfg: epochs, warmup_epochs, batch_size, weight_decay, probe ("lars" or "adamw"), seed.
+        cfg: epochs, warmup_epochs, batch_size, weight_decay, probe ("lars" or "adamw"), head_std,
+            seed.
     """
     views, usable = rows if isinstance(rows, list) else [rows], np.flatnonzero(labels >= 0)
     batch = min(cfg.batch_size, len(usable))
@@ -220,7 +260,8 @@ def train_heads(
     per_epoch = len(usable) // batch
     schedule = dataclasses.replace(cfg, base_lr=1.0, batch_size=batch, min_lr=0.0)
     torch.manual_seed(cfg.seed)
-    heads = Heads(len(rates), views[0].shape[1], classes).to(device).train()
+    heads = Heads(len(rates), views[0].shape[1], classes, cfg.probe, cfg.head_std)
+    heads = heads.to(device).train()
     groups = [{"params": [w, b]} for w, b in zip(heads.weights, heads.biases)]
     kind = LARS if cfg.probe == "lars" else torch.optim.AdamW
     optimizer = kind(groups, lr=0.0, weight_decay=cfg.weight_decay)
@@ -297,13 +338,14 @@ def knn(
 
 def cached(
     encoder: nn.Module, layers: list[str], width: int, out: Path, cfg: engine.Config,
-    world: engine.World,
+    world: engine.World, norm: nn.Module | None,
 ) -> Path:  # fmt: skip
     """Folder of the features, which are computed unless they lie there from the same encoder."""
     folder = Path(cfg.cache or out / "features")
     source = cfg.checkpoint or cfg.init
     stat = os.stat(source) if source and os.path.exists(source) else None
-    fields = "data description random seed image_size crop_scale_min crop_pct views cache_dtype"
+    fields = "data description random seed image_size crop_scale_min crop_pct views cache_dtype "
+    fields += "mean std init_key"
     key = {name: getattr(cfg, name) for name in fields.split()} | {"layers": layers, "width": width}
     key |= {"bf16": world.bf16, "source": source, "file": stat and [stat.st_size, stat.st_mtime]}
     train_set, val_set = (engine.open_data(cfg, world, out, s) for s in ("train", "val"))
@@ -323,8 +365,9 @@ def cached(
 
     if not world.from_rank_0(start):
         for view in range(max(cfg.views, 1)):
-            extract(encoder, train_set, view, layers, width, folder / f"train-{view}", cfg, world)
-        extract(encoder, val_set, 0, layers, width, folder / "val", cfg, world)
+            path = folder / f"train-{view}"
+            extract(encoder, train_set, view, layers, width, path, cfg, world, norm)
+        extract(encoder, val_set, 0, layers, width, folder / "val", cfg, world, norm)
         if world.rank == 0:
             (folder / "features.json").write_text(json.dumps(key, indent=1))
     elif world.rank == 0:
@@ -338,17 +381,22 @@ def run(cfg: engine.Config, world: engine.World) -> int:
     classes, description = json.loads(cfg.classes), json.loads(cfg.description)
     torch.manual_seed(cfg.seed)
     encoder = encoders.build(description)
-    report = "encoder     fresh weights"
+    report, state = "encoder     fresh weights", {}
     if not (cfg.random or cfg.method):
-        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init)
+        if cfg.checkpoint:
+            state = engine.read(cfg.checkpoint, "--checkpoint")["model"]
+        else:
+            state = public.open_public(cfg.init, cfg.init_key).state
+        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init, cfg.init_key)
     encoder = encoder.to(world.device).eval().requires_grad_(False)
-    layers = choose_layers(cfg.layers, description["method"], encoders.num_layers(encoder))
-    where, width = columns(encoder, cfg.image_size, layers, cfg.features)
+    layers = choose_layers(cfg.layers, encoder)
+    norm = pooled_norm(encoder, state)
+    where, width = columns(encoder, cfg.image_size, layers, cfg.features, norm)
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         print(f"{report}\nfeatures    {', '.join(where)}: {width} numbers an image\n"
               f"output      {out}", flush=True)  # fmt: skip
-    folder = cached(encoder, layers, width, out, cfg, world)
+    folder = cached(encoder, layers, width, out, cfg, world, norm)
     world.maximum(0)
     if world.rank:
         return 0

@@ -1,19 +1,22 @@
 """Public encoders: what their state dicts hold, and a ViT that computes the same.
 
-    open_public     kind and tensors of a state dict, under our names
+    open_public     tensors of a file under our names, and what else it tells
     describe        the architecture, read off the shapes
+    classifier      the norm and the linear layer of a fine-tuned one
     PublicViT       MAE's and timm's ViT, BEiT; ConvMAE is `mcmae.Encoder`, with the same names
 
 Kinds are told apart by their keys. Wrappers around a state dict ("model", "state_dict", MoCo's
-"module.base_encoder.", ...) are taken off. Heads, decoders and mask tokens are not of an encoder.
+"module.base_encoder.", ...) are taken off. Decoders and mask tokens are not of an encoder.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import engine  # before torch: it sets how threads wait
 
@@ -22,19 +25,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mcmae
-from common import Attention, ViT
-from semanticmim import resize_position
+from common import IMAGENET_MEAN, IMAGENET_STD, Attention, ViT, is_sincos
 
 UserError = engine.UserError
 
 STEM, STEM1 = "patch_embed.proj.weight", "patch_embed1.proj.weight"
 KINDS = (
     f"ViT as timm and MAE name it ({STEM}, blocks.0.attn.qkv.weight, ...), BEiT (the same, with "
-    f"blocks.0.attn.q_bias, blocks.0.gamma_1, ...), ConvMAE ({STEM1}, blocks1.0.conv1.weight, ...)"
+    f"blocks.0.attn.q_bias, blocks.0.gamma_1, ...), ConvMAE ({STEM1}, blocks1.0.conv1.weight, "
+    "...), transformers' ViTMAE, ViT, Beit, Dinov2 as save_pretrained writes them "
+    "(embeddings.cls_token, encoder.layer.0.layernorm_before.weight, ...)"
 )
 TABLE = "relative_position_bias_table"
 # Public ViTs have heads of 64 features, but for these widths (so400m, ViT-H, ViT-g, ViT-G).
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+TRANSFORMERS = [  # its names and timm's, in this order
+    (r"^(vit|beit|dinov2|dinov2_with_registers|deit)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.", ""),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
+    (r"\.attention\.attention\.(relative_position_bias\.)?", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.lambda_([12])$", r".ls\1.gamma"),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^pooler\.layernorm\.", "fc_norm."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+]
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -97,12 +122,16 @@ def spread(old: int, new: int) -> Tensor:
 
 
 def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Resize a table of relative positions (rows, heads) from one grid to another, see `spread`."""
+    """Resize a table of relative positions (rows, heads) from one grid to another, see `spread`.
+
+    The rows of the class token, where it has any, come last and stay.
+    """
     if tuple(old) == tuple(new):
         return table
     rows, cols = (spread(a, b).to(table) for a, b in zip(old, new))
-    offsets = table[:-3].T.reshape(-1, rows.shape[1], cols.shape[1])
-    return torch.cat([(rows @ offsets @ cols.T).flatten(1).T, table[-3:]])
+    n = rows.shape[1] * cols.shape[1]
+    offsets = table[:n].T.reshape(-1, rows.shape[1], cols.shape[1])
+    return torch.cat([(rows @ offsets @ cols.T).flatten(1).T, table[n:]])
 
 
 class PublicViT(ViT):
@@ -112,8 +141,13 @@ class PublicViT(ViT):
     when it is read, which is the same.
     """
 
-    def __init__(self, absolute: bool = True, relative: bool = False, **kwargs):
+    def __init__(
+        self, absolute: bool = True, relative: bool = False, norm_eps: float = 1e-6, **kwargs
+    ):
         super().__init__(**kwargs)
+        for m in self.modules():
+            if isinstance(m, nn.LayerNorm):
+                m.eps = norm_eps
         pos_embed = self.pos_embed[None].clone()  # to begin with: MAE's
         del self.pos_embed  # the fixed one
         self.pos_embed = nn.Parameter(pos_embed) if absolute else None
@@ -123,7 +157,7 @@ class PublicViT(ViT):
 
     def position(self, h: int, w: int) -> Tensor | float:
         """Position embedding of a grid, (1, h*w, D)."""
-        return 0.0 if self.pos_embed is None else resize_position(self.pos_embed, self.grid, (h, w))
+        return 0.0 if self.pos_embed is None else super().position(h, w)
 
     def embed(self, imgs: Tensor) -> Tensor:
         for block in self.blocks if self.relative else ():
@@ -134,32 +168,114 @@ class PublicViT(ViT):
 # ------------------------------------------------------------------------------------------ files
 
 
-def open_public(path: str | Path) -> tuple[str, dict[str, Tensor], list[str]]:
+class Public(NamedTuple):
+    """What a public file holds."""
+
+    path: str | Path
+    kind: str  # "vit", "beit", "mcmae"
+    state: dict[str, Tensor]  # under our names
+    other: list[str]  # keys of other networks in the file
+    facts: dict  # what the file, or config.json beside it, tells of itself
+    notes: list[str]  # for the report: which of several models was taken
+
+
+def open_public(path: str | Path, key: str | None = None) -> Public:
     """Read a public state dict.
 
-    Returns: its kind ("vit", "beit", "mcmae"); its tensors under our names; the keys of other
-        networks in the file.
+    Args:
+        key: of the model, where the file holds several: of what is around its state dict, or of its
+            names ("base_encoder"); None: the one that public code would use.
     Errors: UserError where it is of no known kind.
     """
-    content = engine.read(path, "--init")
+    content, name = engine.read(path, "--init"), f"--init {path}"
     if isinstance(content, dict) and {"format", "method", "config", "model"} <= content.keys():
-        raise UserError(f"--init {path} is a checkpoint of this project: --checkpoint {path}")
-    state, _ = engine.unwrap(content, f"--init {path}")
-    stems = [(k, s) for k in state for s in (STEM, STEM1) if k.endswith(s)]
-    prefix = stems[0][0].removesuffix(stems[0][1]) if stems else ""
+        raise UserError(f"{name} is a checkpoint of this project: --checkpoint {path}")
+    try:
+        (state, note), key = engine.unwrap(content, name, key), None
+    except UserError:
+        state, note = engine.unwrap(content, name)
+        if not any(key in k.split(".") for k in state):
+            raise
+    first = ", ".join(list(state)[:6])
+    if any("embeddings.patch_embeddings.projection.weight" in k for k in state):
+        # BEiT's head for pre-training has a `layernorm`, too: the model's own, deeper, comes last
+        state = {rename(k): state[k] for k in sorted(state, key=lambda k: k.count("."))}
+        state = join_qkv(state)
+    prefixes = [k.removesuffix(s) for k in state for s in (STEM, STEM1) if k.endswith(s)]
+    chosen = [p for p in prefixes if key is None or key in p.split(".")]
+    if prefixes and not chosen:
+        raise UserError(f"{name}: no encoder in {key!r}, but in {', '.join(prefixes)}")
+    prefix = (chosen or [""])[0]
     other = [k for k in state if not k.startswith(prefix)]  # e.g. MoCo's momentum encoder
     own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    notes = [note] if note else []
+    if more := [p.rstrip(".") for p in prefixes if p != prefix]:
+        notes.append(f"{prefix.rstrip('.') or 'the names alone'} taken, not {', '.join(more)}")
+    facts = told(path, content)
+    if facts.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{name} computes with {facts['hidden_act']}; only gelu is known here")
     if {STEM1, "blocks1.0.conv1.weight", "blocks3.0.attn.qkv.weight"} <= own.keys():
-        return "mcmae", own, other
-    block = {f"blocks.0.{k}.weight" for k in ("norm1", "attn.qkv", "mlp.fc1")}
-    if not {STEM, *block} <= own.keys():
-        first = ", ".join(list(state)[:6])
-        raise UserError(f"--init {path} is of no known kind: {KINDS}; its first keys: {first}")
+        return Public(path, "mcmae", own, other, facts, notes)
+    block = [f"blocks.0.{k}.weight" for k in ("norm1", "attn.qkv", "mlp.fc1")]
+    if lacking := [k for k in (STEM, *block) if k not in own]:
+        raise UserError(f"{name} is of no known kind: {KINDS}; it lacks {lacking[0]}; its first "
+                        f"keys: {first}")  # fmt: skip
     beit = any(k.endswith((".q_bias", ".gamma_1", TABLE)) for k in own)
-    return "beit" if beit else "vit", _our_names(own, path), other
+    return Public(path, "beit" if beit else "vit", our_names(own, path), other, facts, notes)
 
 
-def _our_names(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def rename(name: str) -> str:
+    """timm's name for one of transformers'."""
+    for theirs, timms in TRANSFORMERS:
+        name = re.sub(theirs, timms, name)
+    return name
+
+
+def join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make timm's one projection of query, key and value; BEiT's key has no bias."""
+    out, parts = dict(state), ("query", "key", "value")
+    for i in range(count(state, "blocks")):
+        for x in ("weight", "bias"):
+            own = [out.pop(f"blocks.{i}.attn.{part}.{x}", None) for part in parts]
+            if own[0] is not None and own[2] is not None:
+                key = torch.zeros_like(own[0]) if own[1] is None else own[1]
+                out[f"blocks.{i}.attn.qkv.{x}"] = torch.cat([own[0], key, own[2]])
+    return out
+
+
+def told(path: str | Path, content: object) -> dict:
+    """What a file tells of its model, and what lies beside it where transformers and timm save."""
+    found = []
+    for k in ("args", "config") if isinstance(content, dict) else ():
+        inner = content.get(k, {})
+        found.append(inner if isinstance(inner, dict) else getattr(inner, "__dict__", {}))
+    for name in ("config.json", "preprocessor_config.json"):
+        beside = Path(path).parent / name
+        if str(path).endswith((".safetensors", ".bin")) and beside.is_file():
+            try:
+                inner = json.loads(beside.read_text())
+                found += [inner, *(inner.get(k) or {} for k in ("pretrained_cfg", "model_args"))]
+            except (ValueError, AttributeError) as e:
+                raise UserError(f"{beside}, beside --init {path}, is no JSON object: {e}") from None
+    return {k: v for facts in found for k, v in facts.items()}
+
+
+def statistics(found: Public) -> tuple[list[float], list[float], str]:
+    """Mean and standard deviation of the pixels that an encoder expects, and who says so."""
+    facts, half = found.facts, [0.5, 0.5, 0.5]
+    for mean, std in (("mean", "std"), ("image_mean", "image_std")):
+        given = facts.get(mean), facts.get(std)
+        if all(isinstance(x, list) and len(x) == 3 for x in given):
+            return *given, "as the file or config.json beside it says"
+    name = "/".join(Path(found.path).parts[-2:]).lower()
+    if word := re.search("augreg|orig_in21k|siglip", name):  # timm's default for a ViT
+        return half, half, f"as timm has it for {word[0]}"
+    if found.kind == "beit" and not re.search("beit_?v?2", name):
+        return half, half, "as BEiT; version 2 has ImageNet's"
+    return list(IMAGENET_MEAN), list(IMAGENET_STD), "ImageNet's; nothing else is known of the file"
+
+
+def our_names(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """A ViT's or BEiT's tensors with the names and shapes of `PublicViT`."""
     computed = (".q_bias", ".v_bias", "relative_position_index", "rel_pos_bias." + TABLE)
     out = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v
@@ -196,17 +312,18 @@ def count(state: Iterable[str], blocks: str) -> int:
     return 1 + max((int(k.split(".")[1]) for k in state if k.startswith(blocks + ".")), default=-1)
 
 
-def describe(kind: str, state: dict[str, Tensor], path: str | Path, **changes) -> dict:
+def describe(found: Public, **changes) -> dict:
     """Read the architecture off the shapes of what `open_public` returns; `changes` win.
 
     Returns: as `encoders.describe`.
     Errors: UserError where the number of heads is neither given nor to be guessed from the width.
     """
+    path, kind, state = found.path, found.kind, found.state
     shape = {k: tuple(v.shape) for k, v in state.items()}
     dim = shape["blocks3.0.norm1.weight" if kind == "mcmae" else "blocks.0.norm1.weight"][0]
     table = shape.get("blocks.0.attn." + TABLE)
-    heads = table[1] if table else HEADS.get(dim, dim // 64)
-    heads = changes.get("num_heads", heads if table or dim in HEADS or dim % 64 == 0 else 0)
+    heads = known_heads(found) or HEADS.get(dim, dim // 64 if dim % 64 == 0 else 0)
+    heads = changes.get("num_heads", heads)
     if heads < 1 or dim % heads:
         raise UserError(f"--init {path}: how many heads make a width of {dim} is not in the file; "
                         "heads of 64 features do not divide it: --num-heads N")  # fmt: skip
@@ -228,12 +345,47 @@ def describe(kind: str, state: dict[str, Tensor], path: str | Path, **changes) -
             "init_values": scale if "blocks.0.ls1.gamma" in shape else None,
             "class_token": "cls_token" in shape, "reg_tokens": shape.get("reg_token", (1, 0))[1],
             "absolute": kind == "vit" or "pos_embed" in shape, "relative": bool(table),
+            "norm_eps": found.facts.get("layer_norm_eps", 1e-6),  # transformers': 1e-12, but Dinov2
         }  # fmt: skip
     if "pos_embed" in shape:
         side = math.isqrt(shape["pos_embed"][1])
     else:
         side = (math.isqrt(table[0] - 3) + 1) // 2 if table else 224 // config["patch_size"]
-    config["image_size"] = side * config["patch_size"]
+    size, learned = side * config["patch_size"], config.get("absolute")
     if kind == "mcmae":
         config = dataclasses.asdict(mcmae.Config(**config))
-    return {"method": kind, "config": {**config, **changes}}
+        learned = "pos_embed" in state and not is_sincos(state["pos_embed"])
+    mean, std, source = statistics(found)
+    return {"method": kind, "config": {**config, "image_size": size, **changes},
+            "trained_size": [size, size], "learned_position": learned,
+            "mean": mean, "std": std, "input": source}  # fmt: skip
+
+
+def known_heads(found: Public) -> int:
+    """The number of attention heads, where the file tells it; else 0."""
+    table = found.state.get("blocks.0.attn." + TABLE)
+    told = [found.facts.get(k) for k in ("num_attention_heads", "num_heads")]
+    return table.shape[1] if table is not None else next((n for n in told if type(n) is int), 0)
+
+
+def classifier(found: Public) -> tuple[dict[str, Tensor], str]:
+    """The head of a fine-tuned public classifier.
+
+    Returns: `head.*` and what comes before it; the tokens that it reads: "patch", their mean, then
+        `fc_norm.*` (MAE, ConvMAE, BEiT), or "prefix", the class token after `norm.*` (timm).
+    Errors: UserError where there is none, or it is of another form.
+    """
+    state, name = found.state, f"--init {found.path}"
+    if not {"head.weight", "head.bias"} <= state.keys():
+        raise UserError(f"{name} has no head and so is no classifier; to make one: fine-tune it")
+    pool = "patch" if "fc_norm.weight" in state else "prefix"
+    norm = "fc_norm" if pool == "patch" else "norm"
+    if f"{norm}.weight" not in state or pool == "prefix" and (
+        "cls_token" not in state or "reg_token" in state
+    ):
+        raise UserError(f"{name}: its head reads neither the mean of the patches, normalised by "
+                        "fc_norm, nor the class token alone, normalised by norm")  # fmt: skip
+    wanted, width = state["head.weight"].shape[1], state[f"{norm}.weight"].shape[0]
+    if wanted != width:
+        raise UserError(f"{name}: its head reads {wanted} numbers of an encoder of width {width}")
+    return {k: v for k, v in state.items() if k.split(".")[0] in (norm, "head")}, pool

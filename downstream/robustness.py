@@ -3,6 +3,7 @@
     python -m downstream.robustness --finetuned runs/.../last.pt --output runs/robust \\
         --imagenet-a DIR --imagenet-r DIR --imagenet-sketch DIR --imagenet-c DIR
     torchrun --nproc_per_node=8 -m downstream.robustness --finetuned ... (the same on 8 GPUs)
+    python -m downstream.robustness --init mae_finetuned_vit_base.pth --data data/imagenet ...
 
 Any subset of the four will do; the score needs all. Folders are as published:
 
@@ -12,10 +13,12 @@ Any subset of the four will do; the score needs all. Folders are as published:
                (noise, blur, weather, digital) between DIR and <corruption> may be there or not.
                Its files are centre crops already and are taken whole
 
-Class folders have the names the model was fine-tuned with. mCE (arXiv 1903.12261) is the mean over
-corruptions of the model's error over a baseline's, errors averaged over the five severities. The
-baseline is AlexNet's, as published, or --baseline FILE: JSON {"corruption": error} or CSV lines
-`corruption,error`, errors as fractions averaged over severities.
+Class folders have the names the model was fine-tuned with; a public file has none, so --data says
+them, by its class folders. A folder of --output with a result in it is left alone.
+
+mCE (arXiv 1903.12261) is the mean over corruptions of the model's error over a baseline's, errors
+averaged over the five severities. The baseline is AlexNet's, as published, or --baseline FILE: JSON
+{"corruption": error} or CSV lines `corruption,error`, errors as fractions averaged over severities.
 
 Map: `mean_corruption_error`, `score`     the arithmetic
      `Folder`                             one test set
@@ -46,6 +49,7 @@ ALEXNET = {
 }  # fmt: skip
 SEVERITIES = ("1", "2", "3", "4", "5")
 SETS = {"imagenet_a": True, "imagenet_r": True, "imagenet_sketch": False}  # restricted?
+PUBLISHED = {"imagenet_a": 200, "imagenet_r": 200}  # classes
 
 
 def mean_corruption_error(errors: dict[str, float], baseline: dict[str, float]) -> float:
@@ -87,8 +91,7 @@ class Folder(data.FolderDataset):
 
     def __init__(self, path: Path, files: data.FileList, cfg: classify.Config, crop_pct: float):
         super().__init__(
-            str(path.parent), path.name, files, cfg.image_size, cfg.patch_size, train=False,
-            crop_pct=crop_pct,
+            str(path.parent), path.name, files, cfg.image_size, train=False, crop_pct=crop_pct,
         )  # fmt: skip
 
     @staticmethod
@@ -152,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, prog="robustness",
     )  # fmt: skip
-    parser.add_argument("--finetuned", required=True, help="last.pt of a fine-tuning run")
+    parser.add_argument("--finetuned", help="last.pt of a fine-tuning run")
+    parser.add_argument("--init", help="instead: a public classifier (MAE, ConvMAE, BEiT, timm)")
+    parser.add_argument("--data", help="for --init: its class folders name the classes")
     parser.add_argument("--output", required=True, help="folder of the result")
     for name in (*SETS, "imagenet_c"):
         parser.add_argument(engine.flag(name), help=f"the folder of {name}")
@@ -168,9 +173,15 @@ def main(argv: list[str] | None = None) -> int:
     if not given:
         flags = ", ".join(engine.flag(name) for name in (*SETS, "imagenet_c"))
         raise UserError(f"nothing to test: give one or more of {flags}")
+    if bool(args.finetuned) == bool(args.init) or bool(args.init) != bool(args.data):
+        raise UserError("which model? --finetuned RUN/last.pt, or --init FILE with --data ROOT")
+    out = Path(args.output)
+    if (out / "robustness.json").exists():
+        raise UserError(f"{out}/robustness.json is a finished result; give another --output")
     baseline = read_baseline(args.baseline)
+    source = {"init": args.init, "data": args.data} if args.init else {"finetuned": args.finetuned}
     cfg = classify.Config(
-        protocol="evaluate", finetuned=args.finetuned, micro_batch=args.micro_batch,
+        protocol="evaluate", **source, micro_batch=args.micro_batch,
         workers=args.workers, device=args.device, precision=args.precision,
     )  # fmt: skip
     cfg.resolve()
@@ -180,7 +191,6 @@ def main(argv: list[str] | None = None) -> int:
     found = corruptions(given["imagenet_c"]) if "imagenet_c" in given else {}
     if found and (lacking := [name for name in baseline if name not in found]):
         raise UserError(f"mCE needs every corruption of the baseline; lacking {', '.join(lacking)}")
-    out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     model = classify.load_finetuned(cfg, world)
     rows = {}
@@ -190,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0:
             print("  ".join([f"{name:<28}", *(f"{k} {v:.5g}" for k, v in rows[name].items())]),
                   flush=True)  # fmt: skip
+            if rows[name]["classes"] < PUBLISHED.get(name, 0):
+                print(f"{name} has {rows[name]['classes']} class folders, the published set "
+                      f"{PUBLISHED[name]}: this is not its figure", flush=True)  # fmt: skip
         return rows[name]["top1"]
 
     chosen = [name for name in SETS if name in given]
@@ -203,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(result) == 4:
         result["score"] = score(**result)
     if world.rank == 0:
-        facts = {"finetuned": args.finetuned, "baseline": args.baseline or "AlexNet"}
+        facts = {"finetuned": args.finetuned, "init": args.init}
+        facts |= {"baseline": args.baseline or "AlexNet"}
         facts |= {"result": result, "corruption_errors": errors, "sets": rows}
         (out / "robustness.json").write_text(json.dumps(facts, indent=1) + "\n")
         with open(out / "robustness.csv", "w", newline="") as f:

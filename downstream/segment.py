@@ -15,12 +15,15 @@ Data: ROOT/{train,val}/{rgb,semantic}/ as data.py has it; labels are read at ful
 is ignored. ROOT/classes.txt, one name a line, names the rows of the per-class table.
 
 A run leaves, beside engine.train's files, result.json, classes.csv and a picture of predictions.
-Where a paper is silent we do what UperNet with BEiT and MAE has made the custom.
+Where a paper is silent we do what its authors' public code does; SemanticMIM's and MCMAE's run on
+mmsegmentation. UperNet's BatchNorm depends on how many samples it sees at a time (--micro-batch, on
+CUDA times the ranks): two runs that differ in it differ by more than rounding.
 """
 
 import csv
 import functools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,9 @@ from torch import Tensor, nn
 
 import data
 import pictures
-from data import UNLABELLED, ShapeScenes
+from common import IMAGENET_MEAN, IMAGENET_STD
+from data import UNLABELLED
+from shapes import ShapeScenes
 from downstream import encoders
 from downstream.pixels import (
     Augment, Whole, confusion, padded, prepare_ade, prepare_voc, scores, slide,
@@ -43,29 +48,37 @@ from engine import UserError, arg
 
 # What --protocol and the checkpoint's method set unless the command line does.
 UPERNET = dict(
-    image_size=512, batch_size=16, weight_decay=0.05, drop_path=0.1, photometric=True,
-    evaluation="slide",
+    image_size=512, batch_size=16, weight_decay=0.05, drop_path=0.1, train_position=False,
+    photometric=True, evaluation="slide",
 )  # fmt: skip
 RECIPES = {
     # Table 10 (drop path, weight decay, batch 16 too). NOTE paper unclear: "base learning rate";
     # taken as the rate itself, as in the three other papers.
     "cfmae": dict(lr=4e-4, layer_decay=0.65),
-    # Table 4. NOTE paper unclear: no layer-wise decay is given; a weak one suits so low a rate.
+    # Table 4; the layer-wise decay is its public configuration's.
     "semanticmim": dict(image_size=640, lr=3e-5, layer_decay=0.9),
-    # Sec. 3.3. NOTE paper unclear: "16k-iteration"; the public configuration says 160k.
-    "mcmae": dict(lr=1e-4, layer_decay=0.75),
-    # "the same fine-tuning protocol as MAE", at 512 x 512 (Table 3); no numbers. MAE's rate is in
-    # MCMAE's Sec. 3.3, which departs from MAE's decay of 0.65.
+    # Sec. 3.3; drop path, trained positions, and 160k where the text has a "16k-iteration"
+    # schedule, are the public configuration's. It also has --relative-bias --init-values 1
+    # --fourth conv: options, as Sec. 2.3 max-pools the fourth map and names neither of the others.
+    "mcmae": dict(lr=1e-4, layer_decay=0.75, drop_path=0.2, train_position=True),
+    # "the same fine-tuning protocol as MAE", at 512 x 512 (Table 3); no numbers. These are
+    # mmsegmentation's for MAE.
     "coma_dyvit": dict(lr=1e-4, layer_decay=0.65),
 }
+# 24 blocks and more: at 0.65 the first would learn at 2e-5 of the rate. 0.75 is MAE's for ViT-L, in
+# its fine-tuning.
+DEEP = RECIPES["coma_dyvit"] | dict(layer_decay=0.75)
 RECIPES |= {"mae": RECIPES["coma_dyvit"], "vit": RECIPES["coma_dyvit"]}
-RECIPES |= {"beit": RECIPES["semanticmim"]}  # public encoders, as "vit"
-# SemanticMIM Table 6, for every method. NOTE paper unclear: "step", no steps; a tenth after 80 %.
+RECIPES |= {"beit": RECIPES["semanticmim"]}  # as "vit", of public encoders
+RECIPES |= dict.fromkeys(("coma_dyvit 24", "mae 24", "mae 32", "vit 24", "vit 32"), DEEP)
+# SemanticMIM's, for every method: Table 6 and, where that is silent or differs, its public code.
 LINEAR = dict(
-    image_size=448, batch_size=120, lr=0.01, weight_decay=0.0, drop_path=0.0, layer_decay=1.0,
-    photometric=False, evaluation="whole",
+    image_size=448, batch_size=120, weight_decay=1e-4, drop_path=0.0, layer_decay=1.0,
+    train_position=False, photometric=False, crop_scale_min=0.8, evaluation="crop",
 )  # fmt: skip
-TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": {}}  # --model tiny, ours
+PROBE_RATE = 0.01 / 60  # for each sample of the batch: 0.02 at 120
+TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print, which also has the layer at half the depth
+TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": dict(lr=0.01)}  # --model tiny, ours
 
 
 @dataclass
@@ -77,11 +90,25 @@ class Config(engine.Config):
                         choices=["upernet", "linear"])  # fmt: skip
     checkpoint: str | None = arg(None, "encoder from a checkpoint of this project")
     init: str | None = arg(None, "encoder from a public state dict: MAE, timm ViT, ConvMAE, BEiT")
+    init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
     method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
     encoder: str | None = arg(None, "... and of this preset of it")
     random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
     num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
     description: str | None = arg(None, "the encoder in JSON; set by the run")
+    recipe: str = arg("public", "of the linear probe: SemanticMIM's public code, or Table 6 as it "
+                      "is printed (rate, decay, layer)", choices=["public", "table6"])  # fmt: skip
+    mean: str | None = arg(None, "R,G,B of [0, 1] pixels, subtracted from images; default: what "
+                                 "the encoder is known to want, else ImageNet's")  # fmt: skip
+    std: str | None = arg(None, "R,G,B by which they are divided; default likewise")
+    train_position: bool | None = arg(None, "train fixed positions; on for MCMAE, its public "
+                                            "configuration; learned ones are, anyway")  # fmt: skip
+    relative_bias: bool = arg(False, "MCMAE: stage 3 gets a relative position bias; on in its "
+                              "public configuration")  # fmt: skip
+    init_values: float | None = arg(None, "MCMAE: stage 3 gets LayerScale that starts here; 1 in "
+                                          "its public configuration")  # fmt: skip
+    fourth: str = arg("pool", "MCMAE: its fourth map by max-pooling, Sec. 2.3, or by a trained "
+                      "convolution, its public configuration", ["pool", "conv"])  # fmt: skip
     classes: int | None = arg(None, "of the maps. UperNet: 150 (ADE20K); linear: 21 (VOC)")
     image_size: int | None = arg(
         None, "height of the crop. 512: CFMAE Sec. E.4, CoMA Table 3; 640: SemanticMIM Table 4; "
@@ -96,31 +123,43 @@ class Config(engine.Config):
     warmup_epochs: float = arg(0.0, "not used here: --warmup-steps")
     batch_size: int | None = arg(None, "16: CFMAE Table 10, SemanticMIM Table 4; linear: 120, "
                                        "SemanticMIM Table 6")  # fmt: skip
-    micro_batch: int = arg(16, "most samples that one device takes at a time")
+    micro_batch: int = arg(16, "most samples that one device takes at a time; UperNet's BatchNorm "
+                               "depends on it")  # fmt: skip
+    norm_batch: int | None = arg(None, "samples that BatchNorm sees at a time; set by the run")
     lr: float | None = arg(
         None, "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table "
-        "4; 1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01, SemanticMIM Table 6")  # fmt: skip
+        "4; 1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01 x batch / 60, SemanticMIM's public code, or "
+        "0.01, its Table 6")  # fmt: skip
     base_lr: float | None = arg(None, "set from --lr")
     layer_decay: float | None = arg(
         None, "rate of a layer / of the next. 0.65: CFMAE Table 10, MAE; 0.75: MCMAE Sec. 3.3; "
-        "0.9: SemanticMIM, not given")  # fmt: skip
-    weight_decay: float | None = arg(None, "0.05: CFMAE Table 10, SemanticMIM Table 4; linear: 0, "
-                                           "SemanticMIM Table 6")  # fmt: skip
+        "0.9: SemanticMIM's public code")  # fmt: skip
+    weight_decay: float | None = arg(
+        None, "0.05: CFMAE Table 10, SemanticMIM Table 4, MCMAE Sec. 3.3; linear: 1e-4, "
+        "SemanticMIM's public code, or 0, its Table 6")  # fmt: skip
     beta2: float = arg(0.999, "CFMAE Table 10, SemanticMIM Table 4")
-    momentum: float = arg(0.9, "of SGD, linear; not given")
-    drop_path: float | None = arg(None, "0.1: CFMAE Table 10, SemanticMIM Table 4; linear: 0")
-    dim: int = arg(768, "UperNet's channels: gives the parameters of MCMAE Table 3")
-    aux_dim: int = arg(256, "auxiliary head's channels; not given")
-    aux_weight: float = arg(0.4, "weight of the auxiliary loss; not given")
-    dropout: float = arg(0.1, "share of channels dropped before the classifiers; not given")
+    momentum: float = arg(0.9, "of SGD, linear; SemanticMIM's public code")
+    drop_path: float | None = arg(None, "0.1: CFMAE Table 10, SemanticMIM Table 4; 0.2: MCMAE's "
+                                        "public code; linear: 0")  # fmt: skip
+    dim: int = arg(768, "UperNet's channels; public code of SemanticMIM and MCMAE")
+    aux_dim: int = arg(256, "auxiliary head's channels; the same code")
+    aux_weight: float = arg(0.4, "weight of the auxiliary loss; the same code")
+    dropout: float = arg(0.1, "share of channels dropped before the classifiers; the same code")
     layer: int | None = arg(
-        None, "linear: which layer, 1-based; half of the depth: 6 of 12, SemanticMIM Table 6")
+        None, "linear: which layer, 1-based. Two thirds of the depth: 8 of 12, SemanticMIM's "
+        "public code; half of it: 6 of 12, its Table 6")  # fmt: skip
     loss_size: int = arg(100, "linear: short side at which the loss is taken, SemanticMIM Table 6")
-    scale_min: float = arg(0.5, "random scale, as a factor of the size that covers the crop")
-    scale_max: float = arg(2.0, "the largest one")
-    photometric: bool | None = arg(None, "random brightness, contrast, saturation, hue; not given")
-    evaluation: str | None = arg(None, "slide: windows over the image as it is; whole: the image "
-                                       "resized to the crop", ["slide", "whole"])  # fmt: skip
+    scale_min: float = arg(0.5, "UperNet: random scale, as a factor of the size that covers the "
+                                "crop; public code of SemanticMIM and MCMAE")  # fmt: skip
+    scale_max: float = arg(2.0, "the largest one; the same code")
+    crop_scale_min: float | None = arg(
+        None, "linear: smallest area of a random resized crop, in the place of that scale; 0.8: "
+        "SemanticMIM's public code")  # fmt: skip
+    photometric: bool | None = arg(None, "random brightness, contrast, saturation, hue; UperNet: "
+                                         "public code of SemanticMIM and MCMAE")  # fmt: skip
+    evaluation: str | None = arg(
+        None, "slide: windows over the image as it is (UperNet); whole: the image resized to the "
+        "crop; crop: its labels, too (linear)", ["slide", "whole", "crop"])  # fmt: skip
 
     def data_options(self) -> dict:
         """What the loader must bring (see data.open_dataset)."""
@@ -131,19 +170,32 @@ class Config(engine.Config):
 
         Errors: UserError naming the field and values that work.
         """
+        asked = {"num_heads": self.num_heads, "key": self.init_key}
+        asked |= {name: triple(self, name) for name in ("mean", "std")}
+        asked = {k: v for k, v in asked.items() if v is not None}
         self.description = self.description or encoders.kept_description(self)
         if self.description is None:
-            heads = {} if self.num_heads is None else {"num_heads": self.num_heads}
             sources = (self.checkpoint, self.init, self.method, self.encoder)
-            encoder = encoders.describe(*sources, **heads)
+            encoder = encoders.describe(*sources, **asked)
             if encoder["method"] == "cfmae":  # images alone do not train the maps' embeddings
                 encoder["config"]["granularities"] = "R"
+            if self.options:
+                encoder["options"] |= self.options
             self.description = json.dumps(encoder)
-        recipe = UPERNET | RECIPES[self.described["method"]]
-        if self.protocol == "linear":
-            recipe = LINEAR
+        shapes, linear, method = self.data == "shapes", self.protocol == "linear", self.kind
+        if self.options and (linear or method != "mcmae"):
+            flags = ", ".join(engine.flag(name) for name in self.options)
+            raise UserError(f"{flags}: for UperNet on MCMAE's encoder alone")
+        with torch.device("meta"):  # no memory, no time
+            encoder = encoders.build(self.described)
+        depth = encoders.num_layers(encoder)
+        recipe = UPERNET | RECIPES.get(f"{method} {depth}", RECIPES[method])
+        if linear:
+            recipe = LINEAR | {"lr": PROBE_RATE * (self.batch_size or LINEAR["batch_size"])}
+            recipe |= TABLE_6 if self.recipe == "table6" else {}
+        elif self.recipe != "public":
+            raise UserError("--recipe table6 is of the linear probe: --protocol linear")
         recipe = recipe | (TINY[self.protocol] if self.model == "tiny" else {})
-        shapes, linear = self.data == "shapes", self.protocol == "linear"
         recipe["classes"] = ShapeScenes.SEMANTIC_CLASSES if shapes else 21 if linear else 150
         for name, value in recipe.items():
             if getattr(self, name) is None:
@@ -161,7 +213,7 @@ class Config(engine.Config):
             raise UserError("--patch-size: leave it at 4, the encoder has its own")
         super().resolve()
         self.base_lr = self.lr * 256 / self.batch_size
-        self.check_encoder()
+        self.check_encoder(encoder)
         low = ShapeScenes.SEMANTIC_CLASSES if shapes else 1
         if not low <= self.classes <= UNLABELLED:
             raise UserError(f"--classes {self.classes} is outside [{low}, {UNLABELLED}]")
@@ -176,10 +228,8 @@ class Config(engine.Config):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"{engine.flag(name)} {value} must be above 0")
 
-    def check_encoder(self) -> None:
+    def check_encoder(self, encoder: nn.Module) -> None:
         """UserError where the crop does not fit the encoder's strides, or it lacks the layer."""
-        with torch.device("meta"):
-            encoder = encoders.build(self.described)
         stride = max(encoder.strides)
         for name, side in (("image_size", self.image_size), ("crop_width", self.crop_width)):
             if side % stride or side < 2 * stride:
@@ -190,8 +240,8 @@ class Config(engine.Config):
                     f"stride, {stride}, and divisible by it; nearest: {' or '.join(map(str, near))}"
                 )
         if self.protocol == "linear":
-            depth = encoders.num_layers(encoder)
-            self.layer = round(depth / 2) if self.layer is None else self.layer
+            depth, share = encoders.num_layers(encoder), 1 / 2 if self.recipe == "table6" else 2 / 3
+            self.layer = round(depth * share) if self.layer is None else self.layer
             if not 1 <= self.layer <= depth:
                 raise UserError(f"--layer {self.layer}: this encoder has layers 1 to {depth}")
         elif self.layer is not None:
@@ -203,6 +253,31 @@ class Config(engine.Config):
         return json.loads(self.description)
 
     @property
+    def kind(self) -> str:
+        """The encoder's method, as RECIPES has it: "vit" also for CoMA's MAE on a plain ViT."""
+        plain = self.described["config"].get("backbone") == "vit"
+        return "vit" if plain else self.described["method"]
+
+    @property
+    def options(self) -> dict:
+        """What MCMAE's encoder gets beyond its pre-training; the description has it, too."""
+        asked = {k: getattr(self, k) for k in ("relative_bias", "init_values", "fourth")}
+        return {k: v for k, v in asked.items() if v != getattr(Config, k)}
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of [0, 1] pixels that the encoder wants; --mean and --std are in the
+        description.
+        """
+        usual, known = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}, self.described
+        return tuple(list(known.get(k) or v) for k, v in usual.items())
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """What images are padded with: 0 after normalisation."""
+        return tuple(round(255 * x) for x in self.statistics[0])
+
+    @property
     def crop(self) -> tuple[int, int]:
         """(H, W)."""
         return self.image_size, self.crop_width
@@ -212,7 +287,7 @@ class Config(engine.Config):
         if isinstance(dataset, ShapeScenes):
             keys = dict(granularities=dataset.granularities, length=len(dataset), seed=self.seed)
             return ShapeScenes("train" if train else "val", self.crop, 4, train=train, **keys)
-        dataset.augment = Augment(self, train)
+        dataset.transform = Augment(self, train)
         return dataset
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -221,11 +296,11 @@ class Config(engine.Config):
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Rate of a step (from 0). UperNet: warm-up, times a line to 0 ("linear decay", polynomial
-        of power 1); linear: steps.
+        of power 1); linear: a tenth after each 10 of 25 epochs (SemanticMIM's public code).
         """
         total, peak = self.total_steps(steps_per_epoch), self.base_lr * self.batch_size / 256
         if self.protocol == "linear":
-            return peak * (0.1 if step >= 0.8 * total else 1.0)
+            return peak * 0.1 ** (5 * step // (2 * total))
         warmup = min(self.warmup_steps, total // 10)
         return peak * min(1.0, (step + 1) / max(warmup, 1)) * (1 - step / total)
 
@@ -234,6 +309,20 @@ class Config(engine.Config):
         if self.protocol == "linear":
             return torch.optim.SGD(groups, lr=0.0, momentum=self.momentum)
         return super().optimizer(groups)
+
+
+def triple(cfg: Config, name: str) -> list[float] | None:
+    """The three numbers of --mean or --std, "R,G,B"; UserError where they are none."""
+    if getattr(cfg, name) is None:
+        return None
+    try:
+        r, g, b = values = [float(x) for x in getattr(cfg, name).split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(0 <= x <= 1 for x in values) or (name == "std" and not all(values)):
+        raise UserError(f"{engine.flag(name)} {getattr(cfg, name)} is not R,G,B of pixels in "
+                        "[0, 1], e.g. 0.5,0.5,0.5")  # fmt: skip
+    return values
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -261,7 +350,8 @@ def evaluate(cfg: Config, world: engine.World, model: Segmenter, dataset: data.D
         for sample in samples:
             groups.setdefault(sample["rgb"].shape, []).append(sample)
         for (_, h, w), group in groups.items():
-            imgs = torch.stack([padded(s["rgb"], cfg.crop) for s in group]).to(world.device)
+            imgs = torch.stack([padded(s["rgb"], cfg.crop, cfg.colour) for s in group])
+            imgs = imgs.to(world.device)
             with world.autocast():
                 y = slide(model.logits, imgs, cfg.crop, cfg.micro_batch)[:, :, :h, :w]
             for logits, sample in zip(y, group):
@@ -327,15 +417,20 @@ def preview(model: Segmenter, batch: dict[str, Tensor], path: Path, step: int) -
 
 def build(cfg: Config, world: engine.World) -> Segmenter:
     """The model of a run, with pre-trained weights unless a checkpoint will be resumed."""
-    encoder = encoders.build(cfg.described, image_size=cfg.crop, drop_path=cfg.drop_path)
+    encoder = encoders.build(cfg.described, cfg.crop, cfg.drop_path, cfg.train_position)
     kept = cfg.resume and Path(cfg.output, "last.pt").exists()
     if not (kept or cfg.random or cfg.method):
-        report = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init)
+        key = {} if cfg.init_key is None else {"key": cfg.init_key}
+        report = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, **key)
         if world.rank == 0:
             print(report)
+    mean, std = cfg.statistics
+    if world.rank == 0:
+        whose = cfg.described.get("input", "ImageNet's")
+        print(f"pixels      mean {mean}, deviation {std}: {whose}")
     model = Segmenter(
         encoder, cfg.classes, cfg.layer if cfg.protocol == "linear" else None, cfg.dim,
-        cfg.aux_dim, cfg.dropout, cfg.aux_weight, cfg.layer_decay, cfg.loss_size,
+        cfg.aux_dim, cfg.dropout, cfg.aux_weight, cfg.layer_decay, cfg.loss_size, mean, std,
     )  # fmt: skip
     if world.size > 1 and world.device.type == "cuda":  # on CPUs each rank has its own statistics
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -351,10 +446,22 @@ def run(argv: list[str]) -> int:
     if micro == 1 and cfg.protocol == "upernet" and not synchronised:
         raise UserError("UperNet's BatchNorm needs two samples at a time: raise --batch-size or "
                         "--micro-batch, or take fewer ranks")  # fmt: skip
+    if cfg.protocol == "upernet":
+        check_norm_batch(cfg, micro * (world.size if synchronised else 1))
     return engine.train(
         "segment", cfg, world, functools.partial(build, world=world), preview=preview,
         finish=functools.partial(finish, cfg, world),
     )  # fmt: skip
+
+
+def check_norm_batch(cfg: Config, now: int) -> None:
+    """Note how many samples BatchNorm sees at a time; UserError where a resumed run saw others."""
+    path = Path(cfg.output or "", "config.json")
+    kept = cfg.resume and path.exists() and json.loads(path.read_text()).get("norm_batch")
+    if kept and kept != now:
+        raise UserError(f"UperNet's BatchNorm saw {kept} samples at a time in {cfg.output} and "
+                        f"would see {now}: resume with its --micro-batch and ranks")  # fmt: skip
+    cfg.norm_batch = now
 
 
 def run_evaluate(argv: list[str]) -> int:
@@ -363,7 +470,7 @@ def run_evaluate(argv: list[str]) -> int:
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--data", help="default: that of the run")
     parser.add_argument("--output", help="default: RUN/evaluation")
-    parser.add_argument("--evaluation", choices=["slide", "whole"])
+    parser.add_argument("--evaluation", choices=["slide", "whole", "crop"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--workers", type=int)
     args = parser.parse_args(argv)

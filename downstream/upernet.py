@@ -4,12 +4,14 @@
     Probe                      a 1x1 convolution on one frozen layer
     Segmenter                  encoder, head and loss: `model(batch, progress)`
 
-None of our four papers describes UperNet; MCMAE's Table 3 gives parameter counts that settle the
-width: 163 M with a plain ViT-B, 153 M with MCMAE-B (768 channels, auxiliary head included). What
-no paper gives is what the UperNets on BEiT and MAE have: 256 channels and weight 0.4 in the
-auxiliary head, dropout 0.1 before the classifiers, the neck.
+None of our four papers describes UperNet. MCMAE's Table 3 counts 163 M parameters with a plain
+ViT-B and 153 M with MCMAE-B; 768 channels give 162.50 and 153.54, 512 would give 126.87 and 118.14.
+What no paper gives is as in the public configurations of SemanticMIM and ConvMAE, which are
+mmsegmentation's: 256 channels and weight 0.4 in the auxiliary head, dropout 0.1 before the
+classifiers, the neck, first weights, the loss's mean over all pixels.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import DROPOUT, Normalize, uniform
+from common import DROPOUT, IMAGENET_MEAN, IMAGENET_STD, Normalize, uniform
 from data import UNLABELLED
 from downstream.encoders import layer_decay_groups
 
@@ -144,10 +146,10 @@ class Probe(nn.Module):
 
 
 def init_head(head: nn.Module) -> None:
-    """He-normal convolutions before a ReLU; classifiers N(0, 0.01)."""
-    # NOTE paper unclear: MCMAE Sec. 3.3 says "Xavier"; which layers and which gain are not said.
+    """He-normal convolutions before a ReLU, classifiers N(0, 0.01); the neck keeps torch's own."""
+    # MCMAE Sec. 3.3 says "Xavier"; this is what its public code does, mmsegmentation's.
     for name, m in head.named_modules():
-        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+        if isinstance(m, nn.Conv2d):
             if name.endswith("classifier"):
                 nn.init.normal_(m.weight, std=0.01)
             else:
@@ -159,19 +161,23 @@ def init_head(head: nn.Module) -> None:
 # -------------------------------------------------------------------------------- the whole model
 
 
-def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in fp32, mean over a sample's labelled pixels, then over samples.
+def pixel_loss(logits: Tensor, labels: Tensor, labelled: bool = False) -> Tensor:
+    """Cross-entropy in fp32; unlabelled pixels have none.
 
     Written out: torch's kernel for maps has no deterministic form on CUDA.
 
     Args:
         logits: (B, C, h, w), resized to the labels.
         labels: (B, H, W) uint8, 255 = unlabelled.
+        labelled: mean over a sample's labelled pixels, then over samples; False: over all pixels,
+            mmsegmentation's default, in which a sample weighs less where it is padded.
     """
     logits = resize(logits.float(), labels.shape[1:])
     valid, target = labels != UNLABELLED, labels.long()
     picked = logits.gather(1, target.where(valid, 0)[:, None])[:, 0]
     error = (logits.logsumexp(1) - picked).where(valid, 0)  # (B, H, W)
+    if not labelled:
+        return error.mean()
     return (error.flatten(1).sum(1) / valid.flatten(1).sum(1).clamp(min=1)).mean()
 
 
@@ -188,26 +194,29 @@ class Segmenter(nn.Module):
         aux_weight: weight of the auxiliary loss.
         layer_decay: the learning rate's factor from one layer to the one below it.
         loss_size: short side at which a probe's loss is taken; 0 = that of the labels.
+        mean, std: (3,) each, of [0, 1] pixels, as the encoder expects them.
     """
 
     def __init__(
         self, encoder: nn.Module, classes: int, layer: int | None = None, dim: int = 768,
         aux_dim: int = 256, dropout: float = 0.1, aux_weight: float = 0.4,
-        layer_decay: float = 1.0, loss_size: int = 0,
+        layer_decay: float = 1.0, loss_size: int = 0, mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ):  # fmt: skip
         super().__init__()
         self.encoder, self.layer, self.loss_size = encoder, layer, loss_size
         self.aux_weight, self.layer_decay = aux_weight, layer_decay
-        self.normalize = Normalize()
-        side = 2 * max(encoder.strides)
-        imgs = torch.zeros(1, 3, side, side, device=next(encoder.parameters()).device)
+        self.normalize = Normalize(mean, std)
+        shapes = copy.deepcopy(encoder).to("meta").eval()  # computes shapes alone
+        imgs = torch.zeros(1, 3, *(n * encoder.patch_size for n in encoder.grid), device="meta")
         if layer:
             encoder.requires_grad_(False)
-            self.head = Probe(self.features(imgs)[0].shape[1], classes)
+            ((tokens, _),) = shapes.forward_features(imgs, [layer])
+            self.head = Probe(tokens.shape[2], classes)
             return
-        maps, params = self.features(imgs), list(encoder.parameters())
+        maps, params = shapes.forward_pyramid(imgs), list(shapes.parameters())
         grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
-        for p, grad in zip(params, grads):
+        for p, grad in zip(encoder.parameters(), grads):
             p.requires_grad_(grad is not None)
         plain = len(set(encoder.strides)) == 1
         self.head = UperNet([m.shape[1] for m in maps], plain, classes, dim, aux_dim, dropout)
@@ -235,7 +244,7 @@ class Segmenter(nn.Module):
             size = [round(n * share) for n in labels.shape[1:]]
             labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].byte()
         x, *aux = self.head(self.features(self.normalize(batch["rgb"]), seed), seed)
-        loss = total = pixel_loss(x, labels)
+        loss = total = pixel_loss(x, labels, labelled=bool(self.layer))
         for y in aux:
             total = total + self.aux_weight * pixel_loss(y, labels)
         logs = {"loss_main": loss.detach()}
@@ -246,5 +255,7 @@ class Segmenter(nn.Module):
         return total, logs
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups by layer, see encoders.layer_decay_groups."""
+        """Groups by layer, see encoders.layer_decay_groups; a probe's is one, biases included."""
+        if self.layer:
+            return [{"params": list(self.head.parameters()), "weight_decay": weight_decay}]
         return layer_decay_groups(self.encoder, [self.head], weight_decay, self.layer_decay)

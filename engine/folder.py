@@ -59,7 +59,7 @@ def open_data(
     def listing() -> bool:
         if split != "train" and not (Path(cfg.data) / split).is_dir():
             return False
-        if not ((out / "last.pt").exists() and (folder / "files.npy").exists()):
+        if not ((out / "last.pt").exists() and (folder / "files.json").exists()):
             files = data.scan(cfg.data, split, keys["granularities"])
             data.check(data.open_dataset(cfg.data, split, files=files, **keys))
             with writing(folder):
@@ -69,7 +69,7 @@ def open_data(
     if not world.from_rank_0(listing):
         return None
     for _ in range(60):  # a network file system shows a new folder late
-        if (folder / "files.npy").exists():
+        if (folder / "files.json").exists():
             break
         time.sleep(0.5)
     else:

@@ -75,13 +75,10 @@ def open_data(cfg, world, out, split):
 
 class LegacyRun(Run):
     def __init__(self, method, cfg, **options):
-        super().__init__(method, cfg, **options)
+        iterations = getattr(cfg, "iterations", None)
+        super().__init__(method, cfg, iterations, wrap=cfg.wrap, **options)
         self.total = cfg.total_steps(self.per_epoch)
         self.sampler.stop_step = self.stop = min(cfg.steps or self.total, self.total)
-
-    def open(self, split, **options):
-        dataset = super().open(split, **options)
-        return dataset if dataset is None else self.cfg.wrap(dataset, split == "train")
 
     def picture(self, preview) -> None:
         path = self.out / f"preview-{self.number:07d}.png"

@@ -48,6 +48,8 @@ class Run:
         method: whose checkpoints these are.
         cfg: settings.
         iterations: length of the schedule in steps; None: `cfg.epochs`.
+        wrap: (data set, whether it is train's) -> data set; a method's own augmentation.
+        facts: plain values that checkpoints keep beside the settings, e.g. what an encoder is.
         options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one.
     Errors: UserError.
     """
@@ -56,9 +58,12 @@ class Run:
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,
+        wrap: Callable | None = None,
+        facts: dict | None = None,
         train: dict | None = None, val: dict | None = None, **options,
     ):  # fmt: skip
         self.method, self.cfg, self.world = method, cfg, World(cfg.device, cfg.precision)
+        self.wrap, self.facts = wrap, facts or {}
         self.lead, self.device = self.world.rank == 0, self.world.device
         self.accum, self.micro = self.world.split_batch(cfg.batch_size, cfg.micro_batch)
         if cfg.deterministic:
@@ -86,7 +91,8 @@ class Run:
         torch.manual_seed(cfg.seed)
 
     def open(self, split: str, **options) -> torch.utils.data.Dataset | None:
-        return open_data(self.cfg, self.world, self.out, split, **options)
+        dataset = open_data(self.cfg, self.world, self.out, split, **options)
+        return dataset if dataset is None or not self.wrap else self.wrap(dataset, split == "train")
 
     def lacks(self, name: str) -> bool:
         """Whether a result is still to be written: there was training, or the file is not there."""
@@ -229,6 +235,7 @@ class Run:
         if self.lead:
             state |= {"format": checkpoint.FORMAT, "method": self.method, "step": self.number}
             state |= {"model": self.model.state_dict(), "config": dataclasses.asdict(self.cfg)}
+            state |= {"facts": self.facts}
             checkpoint.save(self.out / name, state | {"optimizer": self.optimizer.state_dict()})
         self.world.maximum(0)
         self.saved = time.monotonic()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 import engine  # noqa: F401  (first: it sets how threads wait)
@@ -9,6 +10,7 @@ import engine  # noqa: F401  (first: it sets how threads wait)
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from engine import UserError
@@ -16,7 +18,7 @@ from tools import benchmark, peers
 
 STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
             device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
-            json=None, rounds=1, peers=False)  # fmt: skip
+            json=None, rounds=1, peers=False, peers_from=None)  # fmt: skip
 
 
 def options(**changes):
@@ -103,15 +105,35 @@ def by_hand(kind):
     return vit + 2 * 75 * 768 * 8192 + tokenizer
 
 
+def by_hand_multimae():
+    """98 of 3 x 196 tokens and a global one; four decoders of 256, one of whose queries are 196."""
+    patches = 2 * 196 * 768 * (768 + 256 + 16 * 64)  # RGB, depth, 4 x 4 classes embedded in 64
+    decoder = 2 * 99 * 768 * 256 + 2 * 196 * 256**2 + 2 * 99 * 2 * 256**2  # context, q, k and v
+    decoder += 4 * 196 * 99 * 256 + (2 + 16) * 196 * 256**2 + 2 * block(196, 256)
+    heads = 2 * 196 * 256 * (768 + 256 + 16 * 133 + 768)
+    return patches + 12 * block(99, 768) + 4 * decoder + heads
+
+
+def by_hand_convmae():
+    """Stages 1 and 2 and what the decoder takes of them over all patches, stage 3 over 49."""
+    stages = sum(2 * n * c * (into + 2 * 10 * c + 2 * 25)
+                 for n, c, into in ((56**2, 256, 48), (28**2, 384, 4 * 256)))  # fmt: skip
+    tokens = 2 * 196 * 768 * (16 * 256 + 4 * 384) + 2 * 196 * 768 * (4 * 384 + 768)
+    decoder = 2 * 49 * 768 * 512 + 8 * block(196, 512) + 2 * 196 * 512 * 768
+    return stages + tokens + 11 * block(49, 768) + decoder
+
+
+CLONES = os.environ.get("PEERS_FROM")  # a folder of clones, as --peers-from
 KINDS = {"peer-hiera": "Hiera", "peer-mmpretrain-maskfeat": "MaskFeat",
          "peer-mmpretrain-beit": "BEiT"}  # fmt: skip
+HAND = {"peer-multimae": by_hand_multimae, "peer-convmae": by_hand_convmae}
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peers__are_the_published_models(name):
-    if what := peers.missing(name):
+    if what := peers.missing(name, CLONES):
         pytest.skip(what)
-    model = peers.build(name)
+    model = peers.build(name, CLONES)
     rgb = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     losses = []
 
@@ -121,7 +143,8 @@ def test_peers__are_the_published_models(name):
 
     flops = benchmark.count_flops(run)[0] / 2
     assert losses[0].isfinite() and losses[0].shape == ()
-    assert flops == pytest.approx(by_hand(KINDS.get(name, "MAE")), rel=0.02)
+    wanted = HAND[name]() if name in HAND else by_hand(KINDS.get(name, "MAE"))
+    assert flops == pytest.approx(wanted, rel=0.02)
     trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     dead = {n for n, g in trained.items() if g is None or not (g.isfinite().all() and g.any())}
     unused = {"mask_token", "vit.head.weight", "vit.head.bias"} if name == "peer-lightly" else ()
@@ -141,6 +164,37 @@ def test_build__says_what_a_peer_lacks(monkeypatch, name, module, pip):
         peers.build(name)
 
 
+def test_missing__names_the_clone(tmp_path):
+    url = "https://github.com/Alpha-VL/ConvMAE"
+    words = f"peer-convmae: no folder DIR/ConvMAE; git clone {url} there, --peers-from DIR"
+    assert peers.missing("peer-convmae") == words
+    at = str(tmp_path)
+    assert peers.missing("peer-convmae", at).endswith(f"git clone {url} there, --peers-from {at}")
+    (tmp_path / "ConvMAE").mkdir()
+    assert "no folder" not in (peers.missing("peer-convmae", at) or "")
+
+
+def test_imports_of__a_clone_leaves_nothing_behind(tmp_path):
+    """Two clones have a `util.pos_embed` each; np.float is there while one loads."""
+    pytest.importorskip("timm")
+    for name in "ab":
+        (tmp_path / name / "util").mkdir(parents=True)
+        (tmp_path / name / "util" / "pos_embed.py").write_text(f"which = {name!r}\n")
+        (tmp_path / name / "models_mae.py").write_text(
+            "import numpy\nfrom timm.models.vision_transformer import Block\n"
+            "from util.pos_embed import which\n"
+            "x = numpy.float(1)\nblock = Block(64, 2, 4.0, qkv_bias=True, qk_scale=None)\n")
+    before = set(sys.modules), [*sys.path]
+    for name in "ab":
+        with peers.imports_of(tmp_path / name):
+            import models_mae
+
+            assert models_mae.which == name and not models_mae.block.attn.fused_attn
+    after = {m for m in set(sys.modules) - before[0] if not m.startswith("timm")}
+    assert not {m for m in after if m.split(".")[0] in ("util", "utils", "models_mae")}
+    assert sys.path == before[1] and "float" not in vars(peers.np)
+
+
 def stand_in(args, rows, **_):
     """What `child` returns, without a process."""
     times = [2.0 if rows == "mae" else 1.0]
@@ -154,7 +208,8 @@ def test_step__leaves_out_peers_that_are_not_installed(monkeypatch, capsys):
     results = benchmark.step(options(rows="mae", peers=True))
     assert [r["row"] for r in results] == ["mae"]
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out peer-")]
-    assert len(lines) == len(peers.PEERS) and all("; pip install " in x for x in lines)
+    assert len(lines) == len(peers.PEERS)
+    assert all("; pip install " in x or "; git clone " in x for x in lines)
     with pytest.raises(UserError, match="^peer-hiera: no module hiera; pip install hiera-tr"):
         benchmark.step(options(rows="mae,peer-hiera"))
 
@@ -163,7 +218,8 @@ def test_step__times_the_peers_that_are_installed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "child", stand_in)
     monkeypatch.setattr(peers, "find_spec", lambda module: module != "hiera" or None)
     results = benchmark.step(options(rows="mae", peers=True))
-    assert [r["row"] for r in results] == ["mae", *(p for p in peers.PEERS if p != "peer-hiera")]
+    found = [p for p in peers.PEERS if p != "peer-hiera" and p not in peers.CLONES]
+    assert [r["row"] for r in results] == ["mae", *found]
     assert "MAE / mmpretrain's MAE: 2.000 of its time" in capsys.readouterr().out
 
 
@@ -198,6 +254,59 @@ def test_loader__times_all_parts(capsys):
         assert r["images_per_s"] > 0
     assert rgb["classic"] > 0 and rgb["bare_decode"] > 0
     assert "cores feed 100 images/s" in capsys.readouterr().out
+
+
+def photographs(root, broken=(), kind="jpg"):
+    """A folder of four images, some of which are not."""
+    (root / "train").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (70, 50), (200, 60 * i, 30)).save(root / "train" / f"{i}.{kind}")
+    for i in broken:
+        (root / "train" / f"{i}.{kind}").write_bytes(b"\xff\xd8\xff")
+    return argparse.Namespace(data=str(root), count=4, feed=None)
+
+
+def test_loader__leaves_out_what_cannot_be_read(capsys, tmp_path):
+    (rgb,) = benchmark.loader(photographs(tmp_path / "some", broken=[0, 2]))
+    assert rgb["images_per_s"] > 0
+    said = capsys.readouterr().out
+    assert "left out 2 images that cannot be read, e.g. 0.jpg" in said and "2 images of" in said
+    with pytest.raises(UserError, match="none of 4 images can be read, e.g. 0.jpg"):
+        benchmark.loader(photographs(tmp_path / "none", broken=range(4)))
+
+
+def test_loader__png(capsys, tmp_path):
+    (rgb,) = benchmark.loader(photographs(tmp_path, kind="png"))
+    assert rgb["classic"] > 0 and "bare_decode" not in rgb
+    assert "no bare decode_jpeg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, match", [
+    ("memory --rows nothere", "^--rows nothere: choose from mae"),
+    ("memory --rows peer-hiera", "^peer-hiera: no module hiera; pip install hiera-transformer$"),
+    ("step --rows mae,", "choose from mae"),
+    ("step --batch-size 0", "--batch-size 0: wanted 1 or more"),
+    ("step --steps 0", "--steps 0"), ("step --rounds 0", "--rounds 0"),
+    ("step --warmup -1", "--warmup -1: wanted 0 or more"), ("loader --count 0", "--count 0"),
+])  # fmt: skip
+def test_main__bad_input_is_one_line(monkeypatch, words, match):
+    monkeypatch.setattr(benchmark, "child", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=match):
+        benchmark.main(words.split())
+
+
+@pytest.mark.parametrize("stderr, message", [
+    ("benchmark: error: --model huge: choose\n  from these\n", "mae: --model huge: choose\n  from"),
+    ("Traceback (most recent call last):\n  File x\nKeyError: 'rgb'\n", "mae: KeyError: 'rgb'"),
+    ("", "mae: status 3"),
+])  # fmt: skip
+def test_child__says_what_went_wrong(monkeypatch, stderr, message):
+    done = argparse.Namespace(returncode=3, stderr=stderr)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError) as error:
+        benchmark.child(options(), rows="mae")
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("most", [5, 8, 37, 100])

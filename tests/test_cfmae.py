@@ -10,7 +10,8 @@ from torch.testing import assert_close
 import cfmae
 import common
 import engine
-from data import ShapeScenes, collate
+from data import collate
+from shapes import ShapeScenes
 
 MINI = (
     "--model tiny --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 16 "
@@ -31,7 +32,7 @@ def build(line: str = "") -> cfmae.CFMAE:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    scenes = ShapeScenes("train", 64, 8)
+    scenes = ShapeScenes("train", 64, 2)
     return collate([scenes[0, i] for i in range(4)])
 
 
@@ -88,7 +89,7 @@ def test_predict__from_one_granularity_alone(batch, source):
 def test_forward__gradients_reach_every_parameter(batch, line):
     model = build(line)
     if model.cfg.image_size == 32:
-        batch = collate([ShapeScenes("train", 32, 4)[0, i] for i in range(4)])
+        batch = collate([ShapeScenes("train", 32, 1)[0, i] for i in range(4)])
     loss, logs = model(batch, HALF)
     loss.backward()
     assert loss.ndim == 0 and all(v.ndim == 0 and not v.requires_grad for v in logs.values())
@@ -234,7 +235,7 @@ def test_forward__bf16_is_finite_and_near_fp32(batch):
 
 def test_training__tiny_preset_learns():
     """Invariant 6: in 45 steps of 32 scenes the loss falls below 0.55 of where it began."""
-    cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 8)
+    cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 2)
     torch.manual_seed(0)
     model, losses = cfmae.CFMAE(cfg), []
     optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95))

@@ -9,7 +9,8 @@ import torch
 import cfmae
 import engine
 from common import DIRICHLET, INSTANCES, MASK, MIX, uniform
-from data import ShapeScenes, collate
+from data import collate
+from shapes import ShapeScenes
 from naive_cfmae_masks import naive_mask, naive_on_objects, scenes
 
 SEEDS = torch.arange(40) * 2**33 + torch.arange(40) * 17
@@ -104,7 +105,7 @@ def test_equation_10__its_floor_alone_hides_too_few():
 
 def test_objects_hidden_whole__always_in_shape_scenes():
     """5/6 hidden and alpha = 0.75 leave nothing of small objects."""
-    cfg, dataset = config("--model", "tiny", "--masking", "IG"), ShapeScenes("train", 64, 8)
+    cfg, dataset = config("--model", "tiny", "--masking", "IG"), ShapeScenes("train", 64, 2)
     batch = collate([dataset[0, i] for i in range(100)])
     maps = [cfmae.patch_region(cfmae.patch_labels(batch[m])) for m in ("instance", "semantic")]
     mask, logs = cfmae.progressive_mask(cfg, batch["seed"], torch.tensor(0.5), *maps)

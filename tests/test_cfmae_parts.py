@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 import cfmae
 import common
-from data import ShapeScenes, collate
+from data import collate
+from shapes import ShapeScenes
 from test_cfmae import SOLE, build, parse
 
 MAPS = ("instance", "semantic")
@@ -15,7 +16,7 @@ MAPS = ("instance", "semantic")
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    scenes = ShapeScenes("train", 64, 8)
+    scenes = ShapeScenes("train", 64, 2)
     return collate([scenes[0, i] for i in range(4)])
 
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-from array import array
 from types import SimpleNamespace
 
 import data
@@ -161,13 +160,12 @@ def test_train__a_full_disk_is_one_line_for_every_file(tmp_path, monkeypatch):
     (tmp_path / "bad" / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*log.jsonl: No space left"):
         meter.write({"step": 1})
-    files = data.FileList.build(b"a", array("q", [0, 1]), array("i", [0]), {"rgb": "x"}, [])
-    (tmp_path / "bad" / "files.npy.tmp").symlink_to("/dev/full")
+    files = data.FileList(np.array([b"a"]), np.zeros(1, np.int32), {"rgb": "x"}, [])
     monkeypatch.setattr(data, "scan", lambda *a: files)
     monkeypatch.setattr(data, "check", lambda *a: None)
     cfg = tiny_run.config(tmp_path, "--data", tmp_path, "--granularities", "R")
     (tmp_path / "out").mkdir(), (tmp_path / "out" / "files-train").mkdir()
-    (tmp_path / "out" / "files-train" / "files.npy.tmp").symlink_to("/dev/full")
+    (tmp_path / "out" / "files-train" / "files.json.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*files-train: No space left"):
         engine.open_data(cfg, meter.world, tmp_path / "out", "train")
 

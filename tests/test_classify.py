@@ -1,16 +1,19 @@
-"""Fine-tuning: recipes, gradients, layer-wise decay, resume, evaluation, bad input."""
+"""Fine-tuning: gradients, layer-wise decay, resume, evaluation, bad input."""
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_run import short_epochs
 
 import data
+import shapes
 import engine
-from common import DROP_PATH, uniform
+from common import AUGMENT, DROP_PATH, Normalize, uniform
 from downstream import classify, encoders, scores
 
 SMALL = {
@@ -44,43 +47,37 @@ def parse(*flags: str) -> classify.Config:
     return engine.parse(classify.Config, classify.PRESETS, "", [*FLAGS, *map(str, flags)])
 
 
+def naive_mix(imgs, seed, mixup, cutmix, switch):
+    """One sample at a time, with slices and numbers, in numpy's terms."""
+    out, lams = imgs.clone(), []
+    for i, s in enumerate(seed.tolist()):
+        u = uniform(torch.tensor([s]), 67, AUGMENT)[0].double().tolist()
+        cut = u[0] < switch if mixup and cutmix else bool(cutmix)
+        a = cutmix if cut else mixup
+        for x, y in zip(u[3:35], u[35:]):
+            x, y = x ** (1 / a), y ** (1 / a)
+            if x + y <= 1:
+                lam = x / (x + y)
+                break
+        partner = imgs[len(imgs) - 1 - i]
+        if cut:
+            H, W = imgs.shape[2:]
+            h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
+            cy, cx = int(u[1] * H), int(u[2] * W)
+            y0, y1 = max(cy - h // 2, 0), min(cy + h // 2, H)
+            x0, x1 = max(cx - w // 2, 0), min(cx + w // 2, W)
+            out[i, :, y0:y1, x0:x1] = partner[:, y0:y1, x0:x1]
+            lam = 1 - (y1 - y0) * (x1 - x0) / (H * W)
+        else:
+            out[i] = lam * imgs[i] + (1 - lam) * partner
+        lams.append(lam)
+    return out, torch.tensor(lams)
+
+
 def batch_of(cfg: classify.Config, n: int = 4) -> dict:
     dataset = data.open_dataset("shapes", "train", cfg.image_size, cfg.patch_size, cfg.names,
                                 (0.5, 1.0), True, 0)  # fmt: skip
     return data.collate([dataset[0, i] for i in range(n)])
-
-
-# -------------------------------------------------------------------------------------- recipes
-
-
-def test_recipes__the_papers_numbers():
-    def made(method, **given):
-        cfg = classify.Config(method=method, encoder="base", data="shapes", **given)
-        cfg.resolve()
-        return cfg
-
-    c = made("cfmae")  # Table 8, 400 epochs
-    assert (c.base_lr, c.layer_decay, c.batch_size) == (1e-3, 0.7, 2048)
-    assert (c.epochs, c.warmup_epochs, c.rand_augment, c.rand_augment_std) == (100, 5, 9, 0.5)
-    assert (c.weight_decay, c.beta1, c.beta2, c.drop_path) == (0.05, 0.9, 0.999, 0.1)
-    assert (c.mixup, c.cutmix, c.smoothing) == (0.8, 1, 0.1)
-    described = encoders.describe(method="cfmae", model="base", epochs=1600)
-    c = classify.Config(description=json.dumps(described), method="cfmae", data="shapes")
-    c.resolve()
-    assert (c.base_lr, c.layer_decay) == (5e-4, 0.65)  # Table 8, 1600 epochs
-    c = made("cfmae", granularities="R+I+S")
-    assert (c.mixup, c.cutmix) == (0, 1)
-    c = made("semanticmim")  # 4e-3 at 1024
-    assert (c.base_lr * 1024 / 256, c.layer_decay, c.warmup_epochs) == (4e-3, 0.65, 20)
-    c = made("semanticmim", recipe="table3")
-    assert (c.base_lr * c.batch_size / 256, c.weight_decay, c.warmup_epochs) == (4e-3, 1e-4, 0)
-    c = made("semanticmim", protocol="linear")  # Table 5
-    assert (c.epochs, c.batch_size, c.weight_decay, c.warmup_epochs) == (100, 1024, 1e-4, 0)
-    assert float(c.rates.split(",")[0]) * 1024 / 256 == 4e-3
-    assert made("mcmae").layer_decay in (0.65, 0.75, 0.85)  # Sec. 3.1
-    c = made("coma_dyvit", protocol="linear")  # MAE's
-    assert (c.epochs, c.batch_size, c.warmup_epochs, c.weight_decay) == (90, 16384, 10, 0)
-    assert c.rates.split(",")[0] == "0.1"
 
 
 # ---------------------------------------------------------------------------------------- model
@@ -127,12 +124,38 @@ def test_classifier__drop_path_comes_from_the_seed(tmp_path):
     model, batch = classify.build(cfg), batch_of(cfg, 16)
     torch.nn.init.normal_(model.head.weight)
     inputs = model.inputs(batch)
-    dropped = uniform(batch["seed"], 2, DROP_PATH)[:, 1] < 0.9  # of two blocks the second
+    draws = uniform(batch["seed"], 4, DROP_PATH)  # of two blocks with two branches
+    dropped = (draws[:, 2:] < 0.9).all(1)
     assert 8 < dropped.sum() < 16
     without = model.classify({"rgb": inputs["rgb"]}, batch["seed"])
     ((x, _),) = model.encoder.forward_features(inputs["rgb"], [1])
     skipped = model.head(model.fc_norm(x.mean(1)))
     assert torch.equal(torch.isclose(without, skipped, atol=1e-4).all(1), dropped)
+
+
+def test_forward__mixes_and_smooths_as_asked(tmp_path):
+    """The loss by hand; mixup and cutmix with other parameters, so that none passes for another."""
+    path = write_checkpoint(tmp_path, "cfmae")
+    cfg = parse("--checkpoint", path, "--mixup", 0.8, "--cutmix", 0.3, "--smoothing", 0.2)
+    model, batch = classify.build(cfg), batch_of(cfg, 12)
+    torch.nn.init.normal_(model.head.weight)
+    loss, _ = model(batch, torch.zeros(()))
+    imgs, lam = naive_mix(model.normalize(batch["rgb"]), batch["seed"], 0.8, 0.3, 0.5)
+    logits, target = model.classify({"rgb": imgs}), torch.zeros(12, 10)
+    for i in range(12):
+        for j, weight in ((i, lam[i]), (11 - i, 1 - lam[i])):
+            target[i] += weight * 0.2 / 10
+            target[i, batch["label"][j]] += weight * 0.8
+    assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum(1).mean().item())
+
+
+def test_build__head_and_input_as_asked(tmp_path):
+    cfg = parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--head-std", 0.5,
+                "--mean", "0.5,0.25,0.5", "--std", "0.5,0.25,1")  # fmt: skip
+    model = classify.build(cfg)
+    assert abs(model.head.weight.std() - 0.5) < 0.1
+    white = model.inputs({"rgb": torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)})["rgb"]
+    assert white[0, :, 0, 0].tolist() == [1, 3, 0.5]
 
 
 # ----------------------------------------------------------------------------------- whole runs
@@ -170,6 +193,121 @@ def test_finetune__resumes_bit_for_bit_and_is_evaluated_without_the_source(tmp_p
         run("--protocol", "evaluate", "--finetuned", a / "last.pt", "--layer-decay", 0.1)
 
 
+def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
+    """mixup's partner is the micro-batch's, so a run goes on with its own or not at all."""
+    flags = ["--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--epochs", 1]
+    mixed, plain = ([*flags, "--cutmix", x, "--output", tmp_path / name]
+                    for x, name in ((1, "mixed"), (0, "plain")))  # fmt: skip
+    for run_flags in (mixed, plain):
+        assert run(*run_flags, "--micro-batch", 4, "--steps", 2) == 0
+    assert json.loads((tmp_path / "mixed/config.json").read_text())["mix_batch"] == 4
+    message = "mixed 4 samples .* be 8; .* --micro-batch 4, on a number of ranks that divides 2"
+    with pytest.raises(engine.UserError, match=message):
+        run(*mixed, "--micro-batch", 8, "--resume")
+    assert run(*mixed, "--micro-batch", 5, "--resume") == 0  # 4 again: 5 does not divide 8
+    assert run(*plain, "--micro-batch", 8, "--resume") == 0  # nothing depends on it
+    out = capsys.readouterr().out
+    assert "pixels      mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225: ImageNet's" in out
+
+
+def test_finetune__empty_class_folders_are_no_classes(tmp_path):
+    root = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("bat", "cat", "eel"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(2 * (name != "bat")):
+                Image.new("RGB", (32, 32), (100 * i, 0, 0)).save(root / split / name / f"{i}.png")
+    cfg = parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--data", root)
+    assert json.loads(cfg.classes) == ["cat", "eel"]
+    assert run("--checkpoint", tmp_path / "cfmae.pt", "--data", root, "--batch-size", 4, "--epochs",
+               1, "--warmup-epochs", 0, "--output", tmp_path / "o") == 0  # fmt: skip
+    rows = (tmp_path / "o/per_class.csv").read_text().splitlines()
+    assert [row.split(",")[1:3] for row in rows[1:]] == [["cat", "2"], ["eel", "2"]]
+
+
+def test_wrap__val_is_the_centre_crop(tmp_path):
+    for i in range(4):
+        (tmp_path / f"d/val/{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 48)).save(tmp_path / f"d/val/{i % 2}/{i}.png")
+    cfg = parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--data", tmp_path / "d",
+                "--crop-pct", 0.75)  # fmt: skip
+    val = data.FolderDataset(str(tmp_path / "d"), "val", None, 32, 8, train=False)
+    assert cfg.wrap(val, False).crop_pct == 0.75
+
+
+@pytest.mark.parametrize("method", ["cfmae", "mcmae"])
+def test_build__positions_are_trained_as_in_public_fine_tuning(method, tmp_path):
+    flags = ["--checkpoint", write_checkpoint(tmp_path, method)]
+    trained = classify.build(parse(*flags))
+    fixed = classify.build(parse(*flags, "--no-train-position"))
+    assert not any("pos_embed" in name for name, _ in fixed.named_parameters())
+    position = trained.encoder.pos_embed
+    assert isinstance(position, torch.nn.Parameter)
+    assert torch.equal(position[0], fixed.encoder.pos_embed)
+    groups = trained.parameter_groups(0.05)
+    (group,) = [g for g in groups if any(p is position for p in g["params"])]
+    lowest = min(g["lr_scale"] for g in groups)
+    assert group["weight_decay"] == 0 and group["lr_scale"] == lowest  # MAE: no_weight_decay, 0
+
+
+def test_evaluate__a_run_from_before_positions_were_trained(tmp_path):
+    path, out = write_checkpoint(tmp_path, "cfmae"), tmp_path / "old"
+    flags = ["--checkpoint", path, "--no-train-position", "--batch-size", 8, "--steps", 1]
+    assert run(*flags, "--output", out) == 0
+    old = torch.load(out / "last.pt", weights_only=True)
+    for name in ("train_position", "mean", "std", "init_key", "mix_batch", "color_jitter"):
+        del old["config"][name]
+    engine.save(out / "last.pt", old)
+    flags = ["--protocol", "evaluate", "--finetuned", out / "last.pt", "--output", tmp_path / "new"]
+    assert run(*flags) == 0
+    first, again = (json.loads((d / "result.json").read_text()) for d in (out, tmp_path / "new"))
+    assert first["top1"] == again["top1"] and first["top5"] == again["top5"]
+
+
+@pytest.mark.parametrize("norm", ["fc_norm", "norm"])
+def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
+    """A head that comes with its encoder: after the mean of patches, or on the class token."""
+    path = write_checkpoint(tmp_path, "cfmae")
+    reference = classify.build(parse("--checkpoint", path, "--no-train-position")).encoder.eval()
+    described = encoders.describe(path, granularities="R")
+    torch.manual_seed(5)
+    head = {f"{norm}.weight": torch.randn(16), f"{norm}.bias": torch.randn(16),
+            "head.weight": torch.randn(10, 16), "head.bias": torch.randn(10)}  # fmt: skip
+
+    def open_classifier(init, image_size, key=None, **changes):
+        assert (init, image_size, key) == ("public.pth", 32, "model_ema")
+        encoder = encoders.build(described, image_size)
+        encoder.load_state_dict(reference.state_dict())
+        pool = {"fc_norm": "patch", "norm": "prefix"}[norm]
+        return encoder, {**described, "pool": pool, "report": "read"}, dict(head)
+
+    monkeypatch.setattr(encoders, "open_classifier", open_classifier)
+    monkeypatch.setattr(encoders, "describe", lambda *args, **kwargs: described)
+    flags = ["--protocol", "evaluate", "--init", "public.pth", "--init-key", "model_ema"]
+    assert run(*flags, "--output", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/result.json").read_text())
+    assert found["source"] == "public.pth" and found["images"] == 40 and "epochs" not in found
+    cfg = parse(*flags, "--output", tmp_path / "unused")
+    model = classify.load_finetuned(cfg, engine.World(cfg))
+    hits, dataset = 0, shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
+    for i in range(40):
+        one = data.collate([dataset[0, i]])
+        imgs = Normalize()(one["rgb"])
+        with torch.no_grad():
+            ((tokens, prefix),) = reference.forward_features(imgs, [2])
+        x = tokens.mean(1) if norm == "fc_norm" else prefix[:, 0]
+        x = torch.nn.functional.layer_norm(x, (16,), *(head[f"{norm}.{k}"] for k in
+                                                       ("weight", "bias")), 1e-6)  # fmt: skip
+        logits = x @ head["head.weight"].T + head["head.bias"]
+        with torch.no_grad():
+            assert torch.allclose(model.classify(model.inputs(one)), logits, atol=1e-4)
+        hits += logits.argmax(1).eq(one["label"]).item()
+    assert found["top1"] == pytest.approx(100 * hits / 40) and 0 < hits < 40
+    head |= {"head.weight": torch.randn(7, 16), "head.bias": torch.randn(7)}
+    with pytest.raises(engine.UserError, match="classifies 7 classes, shapes has 10"):
+        run(*flags, "--output", tmp_path / "o")
+
+
 class Ranks:
     """A world of which only one rank runs; sums over ranks are left to the test."""
 
@@ -187,7 +325,7 @@ def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path, monkeypat
     cfg = parse("--checkpoint", write_checkpoint(tmp_path, "mcmae"), "--micro-batch", 4)
     model = classify.build(cfg).eval()
     torch.nn.init.normal_(model.head.weight)
-    dataset = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=17)
+    dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=17)
     monkeypatch.setattr(engine, "raise_error", lambda batch, world=None: batch)
     naive = torch.zeros(10, 3)
     for i in range(17):
@@ -208,20 +346,34 @@ def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path, monkeypat
 
 def test_bad_input__one_line(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
-    (tmp_path / "one/train/cat").mkdir(parents=True)
-    (tmp_path / "none/train").mkdir(parents=True)
+    for name in ("one/train/cat/1.png", "more/train/cat/1.png", "more/train/bat/1.png",
+                 "more/val/cat/1.png", "more/val/owl/a/1.png", "more/val/dog/1.JPEG",
+                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("one/train/dog", "more/train/dog", "more/val/empty"):
+        (tmp_path / name).mkdir()
     cases = {
         "one of --checkpoint, --init, --method": [],
         "--encoder huge is a preset of --method": ["--checkpoint", path, "--encoder", "huge"],
-        "no class folders": ["--checkpoint", path, "--data", tmp_path / "none"],
+        "no class folders with images": ["--checkpoint", path, "--data", tmp_path / "none"],
         "one class alone, cat,": ["--checkpoint", path, "--data", tmp_path / "one"],
+        "2 classes of .*/more/val have no image in .*/more/train.*: dog, owl": [
+            "--checkpoint", path, "--data", tmp_path / "more",
+        ],
         "there is no folder .*nowhere": ["--checkpoint", path, "--data", tmp_path / "nowhere"],
         "nothing.pt": ["--checkpoint", tmp_path / "nothing.pt"],
         "--granularities is CFMAE's": ["--method", "mcmae", "--encoder", "tiny",
                                          "--granularities", "R"],
         "--mixup is undefined": ["--checkpoint", path, "--granularities", "R+I+S", "--mixup", 0.8],
         "reads RGB alone": ["--checkpoint", path, "--granularities", "R+S", "--protocol", "knn"],
-        "needs --finetuned": ["--protocol", "evaluate"],
+        "needs --finetuned.* or --init": ["--protocol", "evaluate"],
+        "--finetuned, last.pt of a run, or --init": ["--protocol", "evaluate", "--init", "x.pth",
+                                                     "--finetuned", path],
+        "--mean 1,2: three numbers": ["--checkpoint", path, "--mean", "1,2"],
+        r"--std 0,1,1: three numbers in \(0, 1\]": ["--checkpoint", path, "--std", "0,1,1"],
+        "--head-std -1": ["--checkpoint", path, "--head-std", -1],
+        "--color-jitter 2": ["--checkpoint", path, "--color-jitter", 2],
         "is of method and format": ["--protocol", "evaluate", "--finetuned", path],
         "--layer-decay 1.5": ["--checkpoint", path, "--layer-decay", 1.5],
         "--recipe table3 is SemanticMIM's": ["--checkpoint", path, "--recipe", "table3"],
@@ -241,8 +393,6 @@ def test_bad_input__one_line(tmp_path):
 
 
 def test_bad_input__images_outside_class_folders(tmp_path):
-    from PIL import Image
-
     for name in ("a/1.png", "b/2.png", "loose.png"):
         (tmp_path / "d/train" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "d/train" / name)

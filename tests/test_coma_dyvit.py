@@ -9,6 +9,7 @@ import torch
 import coma_dyvit as cd
 import common
 import data
+import shapes
 import engine
 import pictures
 from data import UserError
@@ -211,7 +212,7 @@ def test_forward__gradients_reach_every_trainable_parameter(flags):
 
 def test_tiny__loss_falls_below_the_mean_colour():
     model = make("--evaluation", "none", "--dims", "16-32-64-128")
-    scenes = data.ShapeScenes("train", 64, 16, ("rgb",))
+    scenes = shapes.ShapeScenes("train", 64, 4, ("rgb",))
     optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3)
     first = cd.evaluate(model, data.collate([scenes[1, 10_000 + i] for i in range(64)]))["loss"]
     for step in range(100):

@@ -141,11 +141,11 @@ def test_nearest__is_exact_and_agrees_with_torch():
     cases = [(0, 7, 3), (5, 3, 7), (2, 10, 3), (0, 1, 4), (9, 224, 56), (3, 481, 56), (1, 640, 56)]
     for start, length, out in cases:
         exact = [start + int((k + Fraction(1, 2)) * length / out) for k in range(out)]
-        assert data._nearest(start, length, out).tolist() == exact
+        assert data.nearest(start, length, out).tolist() == exact
         line = torch.arange(start, start + length, dtype=torch.float64)[None, None]
         assert F.interpolate(line, out, mode="nearest-exact")[0, 0].tolist() == exact
         mirrored = F.interpolate(line.flip(-1), out, mode="nearest-exact")[0, 0].tolist()
-        assert data._nearest(start, length, out, flip=True).tolist() == mirrored
+        assert data.nearest(start, length, out, flip=True).tolist() == mirrored
 
 
 def test_random_crop__has_torchvisions_distribution():
@@ -188,7 +188,7 @@ def test_folder__maps_show_the_same_place_as_the_image(tmp_path, axis):
     place = (y, x)[axis]
     rgb, semantic = np.stack([y, x, x], -1).astype(np.uint8), (place // 2).astype(np.uint8)
     write_triplet(tmp_path, "a", rgb, place.astype(np.uint16) + 1, semantic)
-    dataset = FolderDataset(str(tmp_path), "train", None, 64, 16, ALL)
+    dataset = FolderDataset(str(tmp_path), "train", None, 64, 4, ALL)
     flips = 0
     for epoch in range(30):
         sample = dataset[epoch, 0]
@@ -200,7 +200,7 @@ def test_folder__maps_show_the_same_place_as_the_image(tmp_path, axis):
 
 
 def test_folder__rgb_is_torchvisions_resized_crop(triplets):
-    dataset = FolderDataset(triplets, "train", None, (48, 32), 16, ALL, seed=3)
+    dataset = FolderDataset(triplets, "train", None, (48, 32), 4, ALL, seed=3)
     seen = set()
     for index in range(8):
         rgb, maps = dataset.load(index)
@@ -223,7 +223,7 @@ def test_folder__evaluation_is_resize_and_centre_crop(tmp_path):
     write(f"{tmp_path}/val/a.png", smooth(120, 200))
     image = Image.open(f"{tmp_path}/val/a.png")
     for pct, resize in ((1.0, 64), (0.875, 73)):
-        ours = FolderDataset(str(tmp_path), "val", None, 64, 16, train=False, crop_pct=pct)[0, 0]
+        ours = FolderDataset(str(tmp_path), "val", None, 64, 4, train=False, crop_pct=pct)[0, 0]
         theirs = v2.CenterCrop(64)(v2.Resize(resize, BICUBIC)(image))
         difference = ours["rgb"].permute(1, 2, 0).numpy() - np.asarray(theirs, float)
         assert np.abs(difference).mean() < 1.5 and np.abs(difference).max() < 12
@@ -231,7 +231,7 @@ def test_folder__evaluation_is_resize_and_centre_crop(tmp_path):
 
 def test_folder__workers_do_not_matter(triplets):
     def batches(workers):
-        dataset = FolderDataset(triplets, "train", None, 32, 16, ALL)
+        dataset = FolderDataset(triplets, "train", None, 32, 4, ALL)
         sampler = BatchSampler(8, 4, 0, stop_step=6)
         return list(torch.utils.data.DataLoader(
             dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers,

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from array import array
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 from test_data import ALL, smooth, write, write_triplet
 
 import data
+from tools import check_data
 from data import FileList, FolderDataset, UserError
 
 
@@ -26,7 +26,7 @@ def good(tmp_path):
 
 
 def sample(root, index=0, granularities=ALL, **options):
-    return FolderDataset(root, "train", None, 32, 16, granularities, **options)[0, index]
+    return FolderDataset(root, "train", None, 32, 4, granularities, **options)[0, index]
 
 
 def test_scan__orders_labels_links_and_skips(tmp_path):
@@ -45,8 +45,8 @@ def test_scan__orders_labels_links_and_skips(tmp_path):
         "a/deep/x.PNG", "a/y.webp", "b/10.jpg", "b/2.JPEG", "b/link.jpg",
         "linked/10.jpg", "linked/2.JPEG", "linked/link.jpg", "top.jpeg"]
     assert files.classes == ["a", "b", "c", "linked"]           # of train and val together
-    assert [files.label(i) for i in range(len(files))] == [0, 0, 1, 1, 1, 3, 3, 3, -1]
-    assert data.scan(str(tmp_path), "val").label(0) == 2
+    assert files.labels.tolist() == [0, 0, 1, 1, 1, 3, 3, 3, -1]
+    assert data.scan(str(tmp_path), "val").labels.tolist() == [2]
 
 
 def test_scan__semseg_stands_for_semantic(good):
@@ -58,32 +58,37 @@ def test_file_list__round_trips(good, tmp_path):
     files = data.scan(good, "train", ALL)
     names = [files.name(i) for i in range(6)]
     saved = files.save(f"{tmp_path}/list")
-    copies = [saved, FileList.open(f"{tmp_path}/list"), FileList(np.array(files.block))]
+    copies = [saved, FileList.open(f"{tmp_path}/list")]
     copies += [pickle.loads(pickle.dumps(f)) for f in (files, saved)]
     for copy in copies:
         assert [copy.name(i) for i in range(len(copy))] == names and copy.folders == files.folders
     assert len(pickle.dumps(saved)) < 200        # its path: a worker maps the file itself
     with open("/proc/self/maps") as maps:
-        assert f"{tmp_path}/list/files.npy" in maps.read()
+        assert f"{tmp_path}/list/names.npy" in maps.read()
     odd = ["a\nb.jpg", "é/ü.png", os.fsdecode(b"\xff\xfe.jpg")]
-    offsets = array("q", np.cumsum([0] + [len(os.fsencode(n)) for n in odd]).tolist())
-    labels = array("i", [-1, 0, -1])
-    built = FileList.build(os.fsencode("".join(odd)), offsets, labels, {}, ["é"]).save(good)
+    names, labels = np.array([os.fsencode(n) for n in odd]), np.array([-1, 0, -1], np.int32)
+    built = FileList(names, labels, {}, ["é"]).save(good)
     assert [built.name(i) for i in range(3)] == odd and built.classes == ["é"]
-    assert [built.label(i) for i in range(3)] == [-1, 0, -1]
+    assert built.labels.tolist() == [-1, 0, -1]
 
 
 def test_file_list__refuses_what_it_did_not_write(good, tmp_path):
     data.scan(good, "train", ALL).save(f"{tmp_path}/list")
-    path = f"{tmp_path}/list/files.npy"
-    whole = open(path, "rb").read()
     noise = np.random.default_rng(0).bytes(500)
-    for content in (b"", whole[:100], whole[:200], whole[:-3], noise, whole[:128] + noise):
+    for name in ("names.npy", "labels.npy", "files.json"):
+        path = f"{tmp_path}/list/{name}"
+        whole = open(path, "rb").read()
+        for content in (b"", whole[:20], whole[:-3], noise, None):
+            os.remove(path)
+            if content is not None:
+                with open(path, "wb") as file:
+                    file.write(content)
+            with pytest.raises(UserError, match="cannot read the list"):
+                FileList.open(f"{tmp_path}/list")
+            open(path, "wb").close()
         with open(path, "wb") as file:
-            file.write(content)
-        with pytest.raises(UserError, match="cannot read the list"):
-            FileList.open(f"{tmp_path}/list")
-    os.remove(path)
+            file.write(whole)
+    np.save(f"{tmp_path}/list/labels.npy", np.zeros(5, np.int32))  # of another folder
     with pytest.raises(UserError, match="cannot read the list"):
         FileList.open(f"{tmp_path}/list")
 
@@ -133,14 +138,14 @@ def turned(folder):
     (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: not a PNG file"),
 ])
 def test_check__and_loading_stop_at_maps_that_do_not_fit(good, spoil, words, capsys):
-    assert data.check(FolderDataset(good, "train", None, 32, 16, ALL)).startswith("6 of 6")
+    assert data.check(FolderDataset(good, "train", None, 32, 4, ALL)).startswith("6 of 6")
     spoil(f"{good}/train")
-    dataset = FolderDataset(good, "train", None, 32, 16, ALL)
+    dataset = FolderDataset(good, "train", None, 32, 4, ALL)
     with pytest.raises(UserError, match=f"1 of 6 .*\n.*{words}"):
         data.check(dataset)
     batch = data.collate([dataset[0, i] for i in range(4)])
     assert list(batch) == ["error"] and good in batch["error"]
-    assert data.main([good, "--check"]) == 2
+    assert check_data.main([good]) == 2
     out = capsys.readouterr()
     assert "train: 6 images" in out.out and out.err.startswith("error: 1 of 6")
 
@@ -148,11 +153,11 @@ def test_check__and_loading_stop_at_maps_that_do_not_fit(good, spoil, words, cap
 def test_check__takes_ids_up_to_semantic_classes(good):
     checks = np.where(np.indices((40, 60)).sum(0) % 2, 255, 199).astype(np.uint8)
     write(f"{good}/train/semantic/2.png", checks)
-    dataset = FolderDataset(good, "train", None, 32, 16, ALL, semantic_classes=200)
+    dataset = FolderDataset(good, "train", None, 32, 4, ALL, semantic_classes=200)
     assert data.check(dataset, None).startswith("6 of 6 samples checked, 0 images unreadable")
     assert 199 in dataset[0, 2]["semantic"]
     with pytest.raises(UserError, match="semantic_classes 256"):
-        FolderDataset(good, "train", None, 32, 16, ALL, semantic_classes=256)
+        FolderDataset(good, "train", None, 32, 4, ALL, semantic_classes=256)
 
 
 def test_folder__an_instance_of_a_wide_map_may_be_255(good):
@@ -168,7 +173,7 @@ def test_folder__an_instance_of_a_wide_map_may_be_255(good):
 def test_folder__labels_a_replacement_as_what_it_is(tmp_path):
     for name in ("a/1", "b/2"):
         write(f"{tmp_path}/train/{name}.png", smooth(20, 20))
-    dataset = FolderDataset(str(tmp_path), "train", None, 32, 16)
+    dataset = FolderDataset(str(tmp_path), "train", None, 32, 4)
     open(f"{tmp_path}/train/a/1.png", "wb").close()
     assert dataset[0, 0]["label"] == dataset[0, 1]["label"] == 1 and dataset[0, 0]["bad"] == 0
 
@@ -176,15 +181,15 @@ def test_folder__labels_a_replacement_as_what_it_is(tmp_path):
 def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatch):
     clean = [sample(good, i) for i in range(6)]
     calls = []
-    monkeypatch.setattr(data.time, "sleep", calls.append)
+    monkeypatch.setattr("files.time.sleep", calls.append)
     with open(f"{good}/train/rgb/1.png", "rb+") as file:
         file.truncate(700)
     open(f"{good}/train/rgb/2.png", "wb").close()
     got = sample(good, 1)
     assert got["bad"] == 1 and got["seed"] == clean[1]["seed"] and clean[3]["bad"] == -1
     assert got["semantic"].unique().tolist() == [13]      # the next readable one, its maps
-    other = FolderDataset(good, "train", None, 32, 16, ALL)
-    assert torch.equal(got["rgb"], other.augment(*other.load(3), int(clean[1]["seed"]))["rgb"])
+    other = FolderDataset(good, "train", None, 32, 4, ALL)
+    assert torch.equal(got["rgb"], other.crop(*other.load(3), int(clean[1]["seed"]))["rgb"])
     assert not calls
     os.remove(f"{good}/train/rgb/5.png")
     os.symlink("nowhere", f"{good}/train/rgb/5.png")
@@ -197,20 +202,12 @@ def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatc
         data.check(other)
 
 
-@pytest.mark.parametrize("size, patch, words", [
-    (30, 16, "use 16 or 32"), ((32, 40), 16, "32 or 48"), (8, 16, "use 16 or 32"),
-    (30, 6, "multiple of 4")])
-def test_sizes__name_the_nearest_that_work(good, size, patch, words):
-    for make in (lambda: FolderDataset(good, "train", None, size, patch, ALL),
-                 lambda: data.ShapeScenes("train", size, patch)):
-        with pytest.raises(UserError, match=words):
-            make()
-
-
-def test_sizes__any_patch_size_without_maps(good):
-    for dataset in (FolderDataset(good, "train", None, 28, 14),
-                    data.ShapeScenes("train", 28, 14, ("rgb",))):
-        assert dataset[0, 0]["rgb"].shape == (3, 28, 28) and "semantic" not in dataset[0, 0]
+def test_open_dataset__maps_want_a_patch_size_of_four_labels(good):
+    for root in (good, "shapes"):
+        with pytest.raises(UserError, match="patch_size 6: use a multiple of 4"):
+            data.open_dataset(root, "train", 30, 6, ALL, (0.2, 1.0), True, 0)
+        sample = data.open_dataset(root, "train", 28, 14, ("rgb",), (0.2, 1.0), True, 0)[0, 0]
+        assert sample["rgb"].shape == (3, 28, 28) and "semantic" not in sample
 
 
 def test_open_dataset__opens_shapes_or_a_folder(good):

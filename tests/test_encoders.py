@@ -15,7 +15,8 @@ from downstream.encoders import METHODS, UserError, build, describe, open_encode
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE", "coma_dyvit": "CoMA"}
+MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
+          "coma_dyvit": "CoMA"}  # fmt: skip
 WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -103,6 +104,127 @@ def test_ours__checkpoint_of_a_transfer(tmp_path):
     assert_close(again.state_dict(), dict(encoder.state_dict()), rtol=0, atol=0)
 
 
+def transfer_of(path, encoder, description, image_size, **config):
+    """Write a checkpoint of a transfer with this encoder, trained at `image_size`."""
+    config |= {"image_size": image_size, "description": json.dumps(description)}
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    engine.save(path, {"format": 1, "method": "segment", "config": config, "model": state})
+
+
+@pytest.mark.parametrize("method, changes", KINDS)
+def test_ours__positions_refer_to_the_trained_grid_through_a_transfer(method, changes, tmp_path):
+    """Pre-trained at 64, fine-tuned at 96, opened at 128: as the pre-trained one at 128."""
+    our_checkpoint(tmp_path / "a.pt", method, **changes)
+    description = describe(checkpoint=tmp_path / "a.pt", image_size=96)  # as classify calls it
+    tuned = build(description, 96)
+    encoders.load(tuned, description, tmp_path / "a.pt")
+    transfer_of(tmp_path / "b.pt", tuned, description, 96)
+    kept, _, _ = open_encoder(checkpoint=tmp_path / "a.pt", image_size=128)
+    again, found, _ = open_encoder(checkpoint=tmp_path / "b.pt", image_size=128)
+    imgs = torch.randn(1, 3, 128, 128)
+    if method == "semanticmim":  # learned: the transfer's 12 x 12 are resized, not the 8 x 8
+        assert found["trained_size"] == [128, 128] and found["learned_position"]
+        assert describe(checkpoint=tmp_path / "b.pt")["trained_size"] == [96, 96]
+    else:
+        assert description["trained_size"] == found["trained_size"] == [64, 64]
+        assert not found["learned_position"] and torch.equal(again.pos_embed, kept.pos_embed)
+        for a, b in zip(again.forward_pyramid(imgs), kept.forward_pyramid(imgs)):
+            assert torch.equal(a, b)
+
+
+def test_ours__mae_weights_as_from_the_public_file(tmp_path):
+    """At another size, too: sine-cosine on the trained grid is a bicubic resize within 1.4 %."""
+    base = dict(backbone="vit", image_size=224, embed_dim=768, depth=1)
+    model = our_checkpoint(tmp_path / "a.pt", "coma_dyvit", **base)
+    state = dict(model.encoder.state_dict())
+    fixed = model.encoder.pos_embed
+    state["pos_embed"] = torch.cat([torch.zeros(1, fixed.shape[1]), fixed])[None]
+    path = public_file(tmp_path, {"model": state})
+    for size, off in ((192, 0.014), (512, 0.014)):
+        ours = open_encoder(checkpoint=tmp_path / "a.pt", image_size=size)[0]
+        public, description, _ = open_encoder(init=path, num_heads=4, image_size=size)
+        n = ours.grid[0]
+        a, b = ours.position(n, n), public.position(n, n)[0]
+        assert (a - b).norm() <= off * b.norm()
+        imgs = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            a, b = (e.embed(imgs) if size > 224 else e.forward_features(imgs)[0][0]
+                    for e in (ours, public))  # fmt: skip
+        assert (a - b).norm() <= off * b.norm()
+        assert description["trained_size"] == [size, size]  # resized, they belong to this grid
+
+
+def test_train_position__of_fixed_ones(tmp_path):
+    our_checkpoint(tmp_path / "a.pt", "cfmae")
+    fixed, _, _ = open_encoder(checkpoint=tmp_path / "a.pt", image_size=96)
+    made, description, report = open_encoder(
+        checkpoint=tmp_path / "a.pt", image_size=96, train_position=True
+    )
+    assert "missing, so fresh: pos_embed" in report  # the file has none, being fixed
+    assert description["learned_position"] and description["trained_size"] == [96, 96]
+    assert torch.equal(made.pos_embed[0], fixed.pos_embed)
+    imgs = torch.randn(1, 3, 96, 96)
+    assert torch.equal(made.forward_features(imgs)[0][0], fixed.forward_features(imgs)[0][0])
+    made.forward_features(imgs)[0][0].sum().backward()
+    assert made.pos_embed.grad.abs().sum() > 0 and made.layer_ids()["pos_embed"] == 0
+    groups = encoders.layer_decay_groups(made, [], 0.05, 0.5)
+    (group,) = [g for g in groups if any(p is made.pos_embed for p in g["params"])]
+    assert group["weight_decay"] == 0 and group["lr_scale"] == 0.5**5
+    made.pos_embed.data += torch.randn(made.pos_embed.shape)
+    # a description that was written before `build` was told so, as a run's is
+    described = describe(checkpoint=tmp_path / "a.pt", image_size=96)
+    assert not described["learned_position"]
+    transfer_of(tmp_path / "b.pt", made, described, 96)
+    again, found, report = open_encoder(checkpoint=tmp_path / "b.pt")
+    assert "fresh: nothing" in report and found["learned_position"]
+    assert torch.equal(again.forward_features(imgs)[0][0], made.forward_features(imgs)[0][0])
+    wider, found, report = open_encoder(checkpoint=tmp_path / "b.pt", image_size=(96, 64))
+    assert "positions resized from 12x12 to 12x8" in report and found["trained_size"] == [96, 64]
+    assert_close(wider.pos_embed, made.position(12, 8))
+    assert (wider.position(12, 12) - made.pos_embed).norm() > 0.1
+    with pytest.raises(UserError, match="cannot be trained in DyViT"):
+        build(describe(method="coma_dyvit", model="tiny"), train_position=True)
+
+
+def test_options__of_a_transfer_stay_with_its_encoder(tmp_path):
+    """What a transfer adds starts afresh; the description carries it to whoever reads it next."""
+    our_checkpoint(tmp_path / "a.pt", "coma_dyvit", backbone="vit")
+    description = describe(checkpoint=tmp_path / "a.pt")
+    assert description["options"] == {}
+    description["options"] = {"init_values": 1.0}
+    encoder = build(description)
+    report = encoders.load(encoder, description, tmp_path / "a.pt")
+    assert "missing, so fresh: blocks (" in report
+    encoder.blocks[0].ls1.gamma.data.fill_(3)
+    transfer_of(tmp_path / "b.pt", encoder, description, 64)
+    again, _, report = open_encoder(checkpoint=tmp_path / "b.pt")
+    assert "fresh: nothing" in report and (again.blocks[0].ls1.gamma == 3).all()
+    assert hasattr(build(describe(method="cfmae", model="tiny"), init_values=1.0).blocks[0].ls1,
+                   "gamma")  # fmt: skip
+
+
+def test_statistics__of_our_encoders(tmp_path):
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    our_checkpoint(tmp_path / "a.pt", "mcmae")
+    encoder, description, report = open_encoder(checkpoint=tmp_path / "a.pt")
+    assert imagenet.items() <= description.items()
+    assert imagenet.items() <= describe(method="cfmae", model="tiny").items()
+    assert "images less (0.485, 0.456, 0.406), by (0.229, 0.224, 0.225): ImageNet's" in report
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["config"] |= {"mean": (0.1, 0.2, 0.3), "std": [1, 2, 3]}  # of a checkpoint that tells
+    engine.save(tmp_path / "told.pt", content)
+    assert encoders._open(tmp_path / "told.pt")[0]["mean"] == [0.1, 0.2, 0.3]
+    given = describe(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.5, 0.5))
+    assert given["mean"] == [0.5] * 3 and given["std"] == imagenet["std"]
+    assert "mean as given" in given["input"]
+    transfer_of(tmp_path / "b.pt", encoder, given, 64)  # and so it goes on
+    assert describe(checkpoint=tmp_path / "b.pt")["mean"] == [0.5] * 3
+    old = {k: given[k] for k in ("method", "config")}  # of a run that did not keep them
+    transfer_of(tmp_path / "c.pt", encoder, old, 64)
+    found = describe(checkpoint=tmp_path / "c.pt")
+    assert imagenet.items() <= found.items() and found["trained_size"] == [64, 64]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_build__draws_weights_as_the_method(method):
     description = describe(method=method, model="tiny")
@@ -177,7 +299,8 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
          "19 rows, which are no square"),
         (dict(checkpoint=ours, embed_dims="32,64,64"), "nothing was loaded: .*has shape"),
         (dict(checkpoint=file("old.pt", content | {"format": 0})), "format 0; wanted 1"),
-        (dict(checkpoint=file("probe.pt", content | {"method": "probe"})), "describes no encoder"),
+        (dict(checkpoint=file("probe.pt", content | {"method": "probe", "config": {}})),
+         "describes no encoder"),
     ]  # fmt: skip
     for source, message in cases:
         with pytest.raises(UserError, match=message) as error:
@@ -223,5 +346,5 @@ def test_layer_decay_groups__every_method(method):
     encoder = build(describe(method=method, model="tiny"))
     groups = encoders.layer_decay_groups(encoder, [], 0.05, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(encoder.parameters()))
-    blocks = {"mcmae": 1 + 1 + 3, "coma_dyvit": 1 + 1 + 2 + 1}.get(method, 4)
+    blocks = {"mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}.get(method, 4)
     assert {g["lr_scale"] for g in groups} == {0.5**i for i in range(blocks + 2)}

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 import common
+import engine
 from downstream import encoders
 from downstream.encoders import METHODS, UserError, open_encoder
 from test_encoders import KINDS, TIMM, our_checkpoint, pretraining_model
@@ -78,8 +80,8 @@ def test_timm_constructor__names_the_usual_sizes():
     assert timm_constructor(base) == (
         'timm.create_model("vit_base_patch16_224", global_pool="", num_classes=0)')  # fmt: skip
     assert timm_constructor(wide) == (
-        'timm.create_model("vit_base_patch16_224", class_token=False, reg_tokens=8, '
-        'init_values=1e-05, global_pool="", num_classes=0, img_size=(384, 256))')  # fmt: skip
+        'timm.create_model("vit_base_patch16_224", img_size=(384, 256), class_token=False, '
+        'reg_tokens=8, init_values=1e-05, global_pool="", num_classes=0)')  # fmt: skip
     assert timm_constructor(odd) == (
         "timm.models.VisionTransformer(img_size=(64, 64), embed_dim=32, depth=2, num_heads=2, "
         'patch_size=8, mlp_ratio=2.0, global_pool="", num_classes=0)')  # fmt: skip
@@ -101,24 +103,100 @@ def test_full__loads_strictly_into_the_model(method, tmp_path):
     assert_close(dict(fresh.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["vit_reg", "beit"])
+def transfer(path, encoder, description, image_size=32, method="classify", **config):
+    """Write a checkpoint of a fine-tuned classifier of five classes."""
+    D = encoder.norm.normalized_shape[0]
+    head = {"fc_norm.weight": torch.rand(D) + 0.5, "fc_norm.bias": torch.randn(D),
+            "head.weight": torch.randn(5, D), "head.bias": torch.randn(5)}  # fmt: skip
+    config |= {"image_size": image_size, "description": json.dumps(description)}
+    model = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | head
+    engine.save(path, {"format": 1, "method": method, "step": 7, "config": config, "model": model})
+    return head
+
+
+@pytest.mark.parametrize("name", ["vit_reg", "beit", "beit_shared"])
 def test_export__a_transfer_of_a_public_encoder(name, tmp_path):
     torch.save(TIMM[name]["state_dict"], tmp_path / "public.pth")
     encoder, description, _ = open_encoder(init=tmp_path / "public.pth", num_heads=2)
-    config = {"image_size": 32, "description": json.dumps(description)}
-    model = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | {"head": torch.ones(3)}
-    content = {"format": 1, "method": "classify", "step": 7, "config": config, "model": model}
-    torch.save(content, tmp_path / "last.pt")
-    assert "left out    head (1)" in export(tmp_path / "last.pt", tmp_path / "encoder.pt")
-    again = open_encoder(checkpoint=tmp_path / "encoder.pt")[0]
-    assert torch.equal(features(again), features(encoder))
-    if name == "beit":
-        with pytest.raises(UserError, match="no plain ViT"):
-            export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
-    else:
-        export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
-        again = open_encoder(init=tmp_path / "vit.pth", num_heads=2)[0]
-        assert_close(features(again), features(encoder), rtol=1e-5, atol=1e-5)
+    transfer(tmp_path / "last.pt", encoder, description, method="segment")
+    said = export(tmp_path / "last.pt", tmp_path / "encoder.pt")
+    assert "left out    fc_norm (2), head (2)" in said
+    again, same, _ = open_encoder(checkpoint=tmp_path / "encoder.pt")
+    assert torch.equal(features(again), features(encoder)) and same == description
+    said = export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
+    assert f"less ({0.5 if 'beit' in name else 0.485}, " in said
+    state = torch.load(tmp_path / "vit.pth", weights_only=True)
+    if "beit" in name:  # timm's own names, which the file it came from has; tables for each block
+        shared = "rel_pos_bias.relative_position_bias_table"
+        own = {k for k in TIMM[name]["state_dict"] if k != shared and k.split(".")[0] != "head"}
+        assert own <= state.keys()
+    again = open_encoder(init=tmp_path / "vit.pth", num_heads=2)[0]
+    assert_close(features(again), features(encoder), rtol=1e-5, atol=1e-5)
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    model = loads_by(said, timm)
+    with torch.no_grad():
+        theirs = model.forward_features(TIMM["imgs"])
+        ours = encoder.eval().forward_features(TIMM["imgs"])[0]
+    assert_close(theirs, torch.cat(ours[::-1], 1), rtol=1e-5, atol=1e-5)
+
+
+def loads_by(said, timm):
+    names = {"timm": timm, "torch": torch}
+    exec(re.search(r"loads by +(.*)", said)[1], names)  # strict
+    return names["model"].eval()
+
+
+@pytest.mark.parametrize("name, pool", [("vit", "patch"), ("vit", "prefix"), ("vit_reg", "patch"),
+                                        ("beit", "patch"), ("beit", "prefix")])  # fmt: skip
+def test_export__a_fine_tuned_classifier_keeps_norm_and_head(name, pool, tmp_path):
+    torch.save(TIMM[name]["state_dict"], tmp_path / "public.pth")
+    encoder, description, _ = open_encoder(init=tmp_path / "public.pth", num_heads=2)
+    head = transfer(tmp_path / "last.pt", encoder, description, pool=pool)
+    said = export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
+    assert f'global_pool="{"avg" if pool == "patch" else "token"}", num_classes=5' in said
+    assert "left out    norm (2)" in said and "classifier under timm's names" in said
+    tokens, prefix = encoder.eval().forward_features(TIMM["imgs"], [2])[0]
+    x = (tokens if pool == "patch" else prefix).mean(1)
+    x = F.layer_norm(x, (32,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6)
+    wanted = F.linear(x, head["head.weight"], head["head.bias"]).detach()
+    again, found, state = encoders.open_classifier(tmp_path / "vit.pth", num_heads=2)
+    assert found["pool"] == pool and "5 classes" in found["report"]
+    x = again.forward_features(TIMM["imgs"], [2])[0][pool == "prefix"].mean(1)
+    norm = "fc_norm" if pool == "patch" else "norm"
+    x = F.layer_norm(x, (32,), state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-6)
+    got = F.linear(x, state["head.weight"], state["head.bias"]).detach()
+    assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    with torch.no_grad():
+        assert_close(loads_by(said, timm)(TIMM["imgs"]), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config, why", [({"granularities": "R+S"}, "reads label maps"),
+                                         ({"pool": "prefix"}, "no mean over prefix")])  # fmt: skip
+def test_export__a_head_that_timm_cannot_have_is_left_out(config, why, tmp_path):
+    our_checkpoint(tmp_path / "a.pt", "semanticmim")
+    encoder, description, _ = open_encoder(checkpoint=tmp_path / "a.pt")
+    transfer(tmp_path / "last.pt", encoder, description, 64, **config)
+    said = export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
+    assert why in said and "fc_norm (2), head (2)" in said and "num_classes=0" in said
+
+
+def test_export__positions_refer_to_the_grid_that_was_trained(tmp_path):
+    """A run at 96 x 64 of an encoder pre-trained at 64: the positions written are those in use."""
+    our_checkpoint(tmp_path / "a.pt", "cfmae")
+    encoder, description, _ = open_encoder(checkpoint=tmp_path / "a.pt", image_size=(96, 64))
+    transfer(tmp_path / "last.pt", encoder, description, 96, "segment", crop_width=64)
+    export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
+    written = torch.load(tmp_path / "vit.pth", weights_only=True)["pos_embed"]
+    D = encoder.embed_dim
+    assert torch.equal(written[0, 1:], common.sincos_2d(D, 12, 8, trained=(8, 8)))
+    assert not torch.equal(written[0, 1:], common.sincos_2d(D, 12, 8))
+    export(tmp_path / "last.pt", tmp_path / "encoder.pt")
+    again, same, _ = open_encoder(checkpoint=tmp_path / "encoder.pt")
+    assert same == description | {"learned_position": False}
+    assert again.grid == (12, 8) and torch.equal(again.pos_embed, encoder.pos_embed)
+    script = METHODS["cfmae"].load_encoder(tmp_path / "encoder.pt", image_size=(96, 64))
+    assert torch.equal(script.pos_embed, encoder.pos_embed)
 
 
 def test_export__refusals(tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,54 @@ def test_tokenizer__codes_in_raster_order_after_dalles_mapping():
     expected = [[int(x[:, i, j].argmax()) for i in range(14) for j in range(14)] for x in logits]
     codes = model(rgb)
     assert codes.tolist() == expected and codes.unique().numel() > 1
+
+
+def test_tokenizer__follows_the_steps_precision(monkeypatch):
+    state, rgb = golden("dalle_encoder.pt")["state_dict"], golden("hog.pt")["rgb"][..., :32, :32]
+    conv, seen = F.conv2d, []
+
+    def spy(*args, **kwargs):
+        y = conv(*args, **kwargs)
+        seen.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    for precision, step, inner in (
+        ("auto", False, torch.float32), ("auto", True, torch.bfloat16),
+        ("fp32", True, torch.float32), ("bf16", False, torch.bfloat16),
+    ):  # fmt: skip
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=step):
+            semanticmim.Tokenizer(state, 32, 4, precision)(rgb)
+        assert set(seen[:-1]) == {inner} and seen[-1] == torch.float32  # logits: OpenAI's module
+
+
+def test_tokenizer__bf16_changes_7_of_392_codes():
+    """Of random weights, which are near a tie: 2 of their 64 codes take all patches."""
+    g, kinds = golden("dalle_encoder.pt"), ("fp32", "bf16")
+    fp32, bf16 = (semanticmim.Tokenizer(g["state_dict"], 112, 14, k)(g["input"]) for k in kinds)
+    assert fp32.numel() == 392 and 0 < (bf16 != fp32).sum() <= 12  # kernels round differently
+
+
+def test_tokenizer__resizes_in_fp32_whatever_the_step_does(monkeypatch):
+    model, rgb, seen = tokenizer(224, 14), golden("hog.pt")["rgb"], []
+    monkeypatch.setattr(model, "logits", lambda x: seen.append(x) or x)
+    model(rgb)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(rgb), codes)
+        model(rgb)
+    assert torch.equal(*seen) and seen[0].dtype == torch.float32
+
+
+def test_random_state__has_dalles_shape_and_spreads_its_codes(tmp_path):
+    state = semanticmim.random_state()
+    released = {k for k in golden("dalle_encoder.pt")["state_dict"] if "block_2" not in k}
+    assert set(state) == released  # one block a group in place of two
+    again = semanticmim.random_state()
+    assert all(torch.equal(v, again[k]) for k, v in state.items())  # no checkpoint has it
+    model = semanticmim.load_tokenizer("random", 64, 8)
+    codes = model(golden("hog.pt")["rgb"][..., :64, :64])
+    assert model.num_codes == 512 and codes.shape == (2, 64)
+    assert codes.unique().numel() > 16  # not standardised, 4 of them take all 128 patches
 
 
 @pytest.mark.parametrize("sizes", [(224, 112), (64, 64), (96, 112)])
@@ -158,11 +205,46 @@ def test_load_tokenizer__refuses_everything_else(tmp_path):
             semanticmim.load_tokenizer(path, 112, 14)
         assert "\n" not in str(e.value)
     fired = tmp_path / "fired"
-    for content in (pickle.dumps(Bomb(fired)), bytes(range(256)) * 9):
+    torch.save(state, path)
+    cut = path.read_bytes()[:-100]
+    for content in (pickle.dumps(Bomb(fired)), bytes(range(256)) * 9, cut):
         path.write_bytes(content)
         with pytest.raises(UserError, match="read safely"):
             semanticmim.load_tokenizer(path, 112, 14)
     assert not fired.exists()
+    with pytest.raises(UserError, match="damaged"):
+        semanticmim.load_tokenizer(path, 112, 14)
+    with pytest.raises(UserError, match="no such file"):
+        semanticmim.load_tokenizer(tmp_path / "none.pth", 112, 14)
+
+
+class Conv(torch.nn.Module):
+    """OpenAI's: a weight called w and a bias called b."""
+
+    def __init__(self, w, b):
+        super().__init__()
+        self.w, self.b = torch.nn.Parameter(w), torch.nn.Parameter(b)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_load_tokenizer__says_how_to_use_openais_pickled_module(zipped, tmp_path, monkeypatch):
+    state, module = golden("dalle_encoder.pt")["state_dict"], torch.nn.Module()
+    for name in (k[:-2] for k in state if k.endswith(".w")):
+        at = module
+        for part in (parts := name.split("."))[:-1]:
+            if part not in dict(at.named_children()):
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(parts[-1], Conv(state[f"{name}.w"], state[f"{name}.b"]))
+    monkeypatch.chdir(tmp_path)
+    torch.save(module, "encoder.pkl", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="OpenAI's encoder.pkl.*https://.*dalle_encoder.pth") as e:
+        semanticmim.load_tokenizer("encoder.pkl", 112, 14)
+    assert "damaged" not in str(e.value) and "\n" not in str(e.value)
+    exec(re.search('python -c "(.*)"', str(e.value))[1])  # the line that it gives
+    g = golden("dalle_encoder.pt")
+    model = semanticmim.load_tokenizer("dalle_encoder.pth", 112, 14)
+    torch.testing.assert_close(model.logits(g["input"] / 255), g["logits"], atol=1e-4, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------ jitter

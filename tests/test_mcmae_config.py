@@ -2,16 +2,21 @@
 
 import argparse
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import engine
 import mcmae
-from data import ShapeScenes, collate
+from common import Attention, drop_path
+from data import collate
+from shapes import ShapeScenes
 
 MINI = (
     "--model tiny --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 --decoder-embed-dim 16 "
@@ -44,6 +49,21 @@ def test_config__ablation_rows_are_command_lines(line, expected):
     assert {k: getattr(cfg, k) for k in expected} == expected
 
 
+def test_docs__every_command_of_the_ablations_parses():
+    text = (Path(__file__).parent.parent / "docs/ablations.md").read_text()
+    section = re.search(r"\n## MCMAE\n(.*?)(\n## |$)", text, re.S).group(1)
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("| Table")]
+    flags = [f for row in rows for f in re.findall(r"`(--[^`]*)`", row)]
+    assert len(rows) == 9 and len(flags) == 14
+    for line in flags:
+        parse(line)
+    for table, epochs in (("4", "200 400 800 1600"), ("5", "800"), ("6", "200 1600")):
+        found = re.findall(r"--epochs (\d+)", "".join(
+            line for line in section.splitlines() if line.startswith(f"| Table {table}")
+        ))
+        assert set(found) == set(epochs.split())
+
+
 @pytest.mark.parametrize("line, words", [
     ("--mask-ratio 0", "0.0051 to 0.995"), ("--mask-ratio 1", "0.0051 to 0.995"),
     ("--mask-ratio nan", "--mask-ratio nan"), ("--mask-ratio 0.999", "must hide some"),
@@ -56,7 +76,7 @@ def test_config__ablation_rows_are_command_lines(line, expected):
     ("--decoder-depth -1", "0 or more"),
     ("--patch-size 14", "12 or 16"), ("--image-size 225", "224 or 240"), ("--kernel-size 3", "9"),
     ("--masking random", "token"), ("--model giant", "base-star"),
-    ("--init nowhere.pth", "no such file"),
+    ("--init nowhere.pth", "no such file"), ("--init-key model_ema", "--init-key is for --init"),
 ])  # fmt: skip
 def test_config__refuses_with_values_that_work(line, words):
     with pytest.raises(engine.UserError) as e:
@@ -121,21 +141,95 @@ def test_drop_path__depends_on_the_sample_alone_and_averages_out():
         assert_close(m[4:5], encoder.forward_pyramid(imgs[4:5], seed[4:5])[i], atol=1e-5, rtol=1e-5)
 
 
-def test_layer_ids__rise_through_the_stages():
-    encoder = make()
+def test_drop_path__each_block_has_its_own_draws():
+    """Blocks of all stages in one row, along which the rate grows."""
+    encoder, seed = make(drop_path=0.5), torch.arange(8) * 77
+    imgs, scales = torch.randn(8, 3, 32, 32), drop_path(seed, 5, 0.5)  # depths 2, 1, 2
+    assert len(scales.flatten(1).unique(dim=0)) == 5
+    _, _, x = encoder.stages(imgs, mcmae.Dense(), drop=[d[..., None] for d in scales[:3]])
+    for block, scale in zip(encoder.blocks3, scales[3:]):
+        x = block(x, scale)
+    assert_close(encoder.forward_features(imgs, [2], seed)[0][0], x)
+
+
+def test_ConvBlock__drops_its_branches_apart():
+    block, form, x = make().blocks1[0], mcmae.Dense(), torch.randn(4, 6, 6, 8)
+    drop = torch.tensor([[0.0, 2, 0, 2], [0, 0, 2, 2]])[..., None, None, None]  # (2, B, 1, 1, 1)
+    y = block.conv2(form.depthwise(block.attn, block.conv1(block.norm1(x))))
+    mid = torch.stack([x[0], x[1] + 2 * y[1], x[2], x[3] + 2 * y[3]])
+    z = block.mlp(block.norm2(mid))
+    expected = torch.stack([mid[0], mid[1], mid[2] + 2 * z[2], mid[3] + 2 * z[3]])
+    assert_close(block(x, form, drop), expected)
+    assert torch.equal(block(x, form, drop)[0], x[0])
+
+
+def test_layer_ids__are_the_public_codes():
+    """util/lr_decay.py: 12 levels above the first in B, which all before stage 3 shares."""
+    with torch.device("meta"):
+        encoder = mcmae.make_encoder(parse("--learned-position"), relative_bias=True, fourth="conv")
     ids = encoder.layer_ids()
     assert ids.keys() == dict(encoder.named_parameters()).keys()
-    order = [
-        "patch_embed1.proj.weight", "blocks1.0.attn.weight", "blocks1.1.mlp.fc1.bias",
-        "blocks2.0.conv1.weight", "blocks3.0.attn.qkv.weight", "blocks3.1.norm2.bias",
-        "norm.weight",
-    ]  # fmt: skip
-    assert [ids[k] for k in order] == list(range(7))
-    assert ids["patch_embed2.norm.weight"] == 3 and ids["patch_embed4.weight"] == 4
+    for name, level in ids.items():
+        part, number = name.split(".")[:2] if "." in name else (name, "")
+        if part == "blocks3":
+            assert level == int(number) + 1 and 1 <= level <= 11, name
+        elif part in ("norm", "fourth"):
+            assert level == 12, name
+        else:
+            early = {f"{p}{i}" for p in ("patch_embed", "blocks") for i in (1, 2, 3, 4)}
+            assert level == 0 and part in {"pos_embed", *early}, name
+    with torch.device("meta"):  # 208 tensors, of which stage 3 has 11 x 12
+        levels = list(mcmae.make_encoder(parse("")).layer_ids().values())
+    assert [levels.count(i) for i in range(13)] == [70, *[12] * 11, 2]
+
+
+# ------------------------------------------------------------------------ options for segmentation
+
+
+def test_RelativeAttention__equals_naive_loop():
+    torch.manual_seed(0)
+    attn, x = mcmae.RelativeAttention(8, 2, (2, 3)), torch.randn(2, 6, 8)
+    assert attn.relative_position_bias_table.shape == (15, 2)
+    assert_close(attn(x), Attention.forward(attn, x))  # the bias starts at nothing
+    nn.init.normal_(attn.relative_position_bias_table)
+    table = attn.relative_position_bias_table.view(3, 5, 2)  # rows down, columns along, head
+    for attn.now in ((2, 3), (3, 2), (1, 6)):  # offsets that the table lacks: the nearest
+        expected, (q, k, v), w = torch.zeros(2, 6, 8), attn.heads(x), attn.now[1]
+        for head in range(2):
+            logits = q[:, head] @ k[:, head].transpose(1, 2) / 2
+            for i in range(6):
+                for j in range(6):
+                    dy, dx = i // w - j // w, i % w - j % w
+                    logits[:, i, j] += table[max(-1, min(dy, 1)) + 1, max(-2, min(dx, 2)) + 2, head]
+            expected[..., 4 * head : 4 * head + 4] = logits.softmax(-1) @ v[:, head]
+        assert_close(attn(x), attn.proj(expected))
+
+
+def test_make_encoder__options_change_what_they_name_alone():
+    imgs, plain = torch.randn(2, 3, 64, 96), make(image_size=(64, 96))
+    options = dict(image_size=(64, 96), relative_bias=True, init_values=1.0, fourth="conv")
+    encoder = make(**options)
+    added = encoder.state_dict().keys() - plain.state_dict().keys()
+    parts = {".".join(k.split(".")[-2:]) for k in added if k.startswith("blocks3.")}
+    assert parts == {"attn.relative_position_bias_table", "ls1.gamma", "ls2.gamma"}
+    assert {k.split(".")[0] for k in added} == {"blocks3", "fourth"}
+    encoder.load_state_dict(plain.state_dict(), strict=False)
+    assert encoder.forward_pyramid(imgs[..., :32])[3].shape == (2, 16, 4, 2)
+    assert encoder.blocks3[0].attn.now == (8, 4)
+    ours, theirs = plain.forward_pyramid(imgs), encoder.forward_pyramid(imgs)
+    assert_close(theirs[:3], ours[:3])
+    conv, norm, _ = encoder.fourth
+    y = F.conv2d(ours[2], conv.weight, conv.bias, stride=2, padding=1)
+    assert y.shape == ours[3].shape == (2, 16, 4, 6)
+    assert_close(theirs[3], F.gelu(y / (1 + norm.eps) ** 0.5), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        encoder.blocks3[1].ls2.gamma.zero_(), encoder.blocks3[1].ls1.gamma.zero_()
+    (one, _), (two, _) = encoder.forward_features(imgs, [1, 2])
+    assert torch.equal(one, two)
 
 
 def test_evaluate_and_preview__on_every_masking(tmp_path):
-    scenes = ShapeScenes("val", 64, 8, ("rgb",))
+    scenes = ShapeScenes("val", 64, 2, ("rgb",))
     batch = collate([scenes[0, i] for i in range(2)])
     for line in ("", "--masking token --no-norm-pix-loss"):
         model = mcmae.MCMAE(parse(f"{MINI} {line}")).eval()
@@ -178,6 +272,93 @@ def test_load_init__whole_and_encoder_alone(public, tmp_path):
     assert loaded == len(encoder) - 1  # all but pos_embed
 
 
+def test_load_init__trained_positions(public, tmp_path):
+    """A fine-tuned classifier of the authors: its positions are parameters, of any values."""
+    path, torch_seed = tmp_path / "x.pth", torch.manual_seed(0)
+    decoder = ("decoder", "mask_token", "stage", "norm.")
+    state = {k: v for k, v in public.items() if not k.startswith(decoder)}
+    state["pos_embed"] = torch.randn(1, 196, 32, generator=torch_seed)
+    torch.save({"model": state | {"fc_norm.weight": torch.ones(32)}}, path)
+    model = mcmae.MCMAE(parse(f"{PUBLIC} --learned-position"))
+    assert "left out: fc_norm;" in mcmae.load_init(model, path)
+    assert torch.equal(model.encoder.pos_embed, state["pos_embed"])
+    plain, imgs = mcmae.MCMAE(parse(PUBLIC)).encoder, torch.randn(2, 3, 224, 224)
+    plain.load_state_dict({k: v for k, v in model.encoder.state_dict().items() if k != "pos_embed"})
+    plain.pos_embed = state["pos_embed"][0]
+    assert torch.equal(*(e.forward_features(imgs)[0][0] for e in (plain, model.encoder)))
+    # a run at another size, and images of another one
+    larger = mcmae.MCMAE(parse(f"{PUBLIC} --learned-position --image-size 256"))
+    mcmae.load_init(larger, path)
+    maps = F.interpolate(state["pos_embed"].view(1, 14, 14, 32).permute(0, 3, 1, 2), (16, 16),
+                         mode="bicubic", antialias=True)  # fmt: skip
+    expected = maps.flatten(2).transpose(1, 2)
+    assert_close(larger.encoder.pos_embed, expected)
+    assert_close(model.encoder.position(16, 16), expected[0])
+    # without a position in the file: the fixed one, to begin with
+    torch.save({k: v for k, v in state.items() if k != "pos_embed"}, path)
+    model = mcmae.MCMAE(parse(f"{PUBLIC} --learned-position"))
+    assert "pos_embed" in mcmae.load_init(model, path).split("missing")[1]
+    assert_close(model.encoder.pos_embed, public["pos_embed"], atol=1e-5, rtol=0)
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    torch.save(state, path)
+    with pytest.raises(engine.UserError, match="pos_embed has shape"):
+        mcmae.load_init(model, path)
+
+
+def test_learned_position__is_trained_without_decay():
+    scenes = ShapeScenes("train", 64, 2, ("rgb",))
+    model = mcmae.MCMAE(parse(f"{MINI} --learned-position"))
+    batch, position = collate([scenes[0, i] for i in range(2)]), model.encoder.pos_embed
+    model(batch, torch.tensor(0.5))[0].backward()
+    seen = (~model.make_mask(batch["seed"])).any(0)
+    assert torch.equal(position.grad[0].any(-1), seen) and 16 < seen.sum() < 64
+    decayed, free = engine.parameter_groups(model, 0.05)
+    assert any(p is position for p in free["params"]) and decayed["weight_decay"] == 0.05
+
+
+def test_init_key__chooses_among_several_models(public, tmp_path, capsys):
+    other = {k: v + 1 if "embed4" in k else v for k, v in public.items()}
+    torch.save({"model": public, "model_ema": other}, tmp_path / "x.pth")
+    for line, expected in (("", public), ("--init-key model_ema", other)):
+        model = mcmae.build(parse(f"{PUBLIC} --init {tmp_path / 'x.pth'} {line}"))
+        assert torch.equal(model.encoder.patch_embed4.weight, expected["patch_embed4.weight"])
+        taken, left = ("model_ema", "model") if line else ("model", "model_ema")
+        assert f"{taken} taken, not {left}" in capsys.readouterr().out
+    with pytest.raises(engine.UserError, match="'teacher'"):
+        mcmae.build(parse(f"{PUBLIC} --init {tmp_path / 'x.pth'} --init-key teacher"))
+
+
+def test_init__reads_safetensors(public, tmp_path):
+    header, body = {}, b""
+    for k, v in public.items():
+        raw = v.float().numpy().tobytes()
+        offsets = [len(body), len(body) + len(raw)]
+        header[k] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": offsets}
+        body += raw
+    head, path = json.dumps(header).encode(), tmp_path / "x.safetensors"
+    path.write_bytes(len(head).to_bytes(8, "little") + head + body)
+    model = mcmae.build(parse(f"{PUBLIC} --init {path}"))
+    assert torch.equal(model.decoder_pred.weight, public["decoder_pred.weight"])
+
+
+def test_init__is_read_at_the_start_of_a_run_alone(public, tmp_path, monkeypatch):
+    """A run goes on when the file is gone, and when the command no longer names it."""
+    run, path = tmp_path / "run", tmp_path / "x.pth"
+    torch.save(public, path)
+    line = f"{PUBLIC} --output {run}"
+    started = dataclasses.asdict(parse(f"{line} --init {path}"))
+    with pytest.raises(engine.UserError, match="no such file"):  # no checkpoint yet: it is needed
+        mcmae.build(parse(f"{line} --resume --init {tmp_path / 'gone.pth'}"))
+    run.mkdir()
+    (run / "last.pt").touch()
+    path.unlink()
+    monkeypatch.setattr(engine, "read_state", None)
+    for init in (f"--init {path}", "", f"--init {path} --init-key model"):
+        cfg = parse(f"{line} --resume {init}")
+        engine.refuse_changes(cfg, started, run / "last.pt")
+        mcmae.build(cfg)
+
+
 class Attack:
     def __reduce__(self):
         return (Path.touch, (Path("/tmp/mcmae-test-attack"),))
@@ -190,7 +371,12 @@ class Attack:
     (lambda s: (s.pop("norm.bias"), s.update({"encoder.norm.weight": s.pop("norm.weight")})),
      "missing norm.bias"),
     (lambda s: s.update({"norm.bias": torch.zeros(7)}), "norm.bias has shape (7,), the model (32"),
-    (lambda s: s.update(pos_embed=s["pos_embed"] + 0.1), "pos_embed was learned"),
+    (lambda s: s.update(pos_embed=s["pos_embed"] + 0.1), "--learned-position"),
+    (lambda s: s.update({"encoder.pos_embed": s.pop("pos_embed") + 0.1}), "--learned-position"),
+    (lambda s: s.update(decoder_pos_embed=s["decoder_pos_embed"] + 0.1),
+     "decoder_pos_embed was learned"),
+    (lambda s: [s.pop(f"patch_embed4.{k}") for k in ("weight", "bias")],
+     "missing patch_embed4.weight; missing patch_embed4.bias"),
     (lambda s: (s.clear(), s.update(x=torch.zeros(3)))[0], "missing patch_embed1.proj.weight"),
     (lambda s: (s.clear(), s.update(model=3))[0], "holds no state dict"),
     (lambda s: s.update(extra=Attack()), "cannot be read safely"),
@@ -224,6 +410,19 @@ def test_load_encoder__round_trip(tmp_path):
         expected = model.encoder.forward_features(imgs)[0][0]
         assert torch.equal(mcmae.load_encoder(path).forward_features(imgs)[0][0], expected)
         assert_close(other.forward_features(imgs)[0][0], expected)
+    learned = mcmae.MCMAE(parse(f"{MINI} --learned-position"))
+    nn.init.normal_(learned.encoder.pos_embed)
+    config = dataclasses.asdict(learned.cfg)
+    engine.save(path, checkpoint | {"config": config, "model": learned.state_dict()})
+    other = mcmae.load_encoder(path, image_size=(32, 96))
+    for size in ((64, 64), (32, 96)):
+        imgs = torch.randn(2, 3, *size)
+        expected = learned.encoder.forward_features(imgs)[0][0]
+        assert torch.equal(mcmae.load_encoder(path).forward_features(imgs)[0][0], expected)
+    assert_close(other.forward_features(imgs)[0][0], expected)
+    model_again = mcmae.MCMAE(learned.cfg)
+    mcmae.load_init(model_again, path)
+    assert torch.equal(model_again.encoder.pos_embed, learned.encoder.pos_embed)
     engine.save(path, checkpoint | {"method": "cfmae"})
     with pytest.raises(engine.UserError, match="cfmae"):
         mcmae.load_encoder(path)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import mcmae
+from downstream.upernet import Segmenter
 
 TABLE_1 = {  # fine-tuning, linear probing
     "BEiT": (83.0, 37.6), "MAE": (83.6, 67.8), "SimMIM": (84.0, None), "MCMAE": (85.0, 70.9)
@@ -96,13 +97,29 @@ def test_table_7__sizes(name, dims, depths, ratios, heads, printed, millions):
     assert (round(count) == printed) == (name != "huge")
 
 
-def test_table_1__base_has_88_million_with_the_fusion_convolutions():
+def test_table_1__base_does_not_have_88_million():
+    """Not with the fusion convolutions either; base-star has, in Table 7 as in Table 1."""
     model = on_meta()
     convs = model.stage1_output_decode, model.stage2_output_decode
     fusion = sum(p.numel() for m in convs for p in m.parameters()) / 1e6
     encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-    assert encoder + fusion == pytest.approx(88.782, abs=1e-3)  # "88", against 84 in Table 7
+    assert encoder + fusion == pytest.approx(88.782, abs=1e-3)
+    assert (round(encoder), round(encoder + fusion)) == (84, 89)
+    star = on_meta("--model", "base-star").encoder
+    assert round(sum(p.numel() for p in star.parameters()) / 1e6) == 88
     assert not hasattr(on_meta("--no-multi-scale"), "stage1_output_decode")
+
+
+def test_table_3__parameters_with_upernet():
+    """Does not hold to the digit: 153 M is 153.54. The public options give more by far."""
+    for options, million in (
+        ({}, 153.539), (dict(relative_bias=True, init_values=1.0, fourth="conv"), 159.391),
+    ):  # fmt: skip
+        with torch.device("meta"):
+            encoder = mcmae.make_encoder(parse(), image_size=(512, 512), **options)
+            model = Segmenter(encoder, 150)
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        assert count == pytest.approx(million, abs=1e-3) and round(count) != 153
 
 
 # ------------------------------------------------------------------------------------------- cost
@@ -114,9 +131,10 @@ def test_table_5__flops(decoder):
     dense = flops("--no-sparse", decoder)
     assert round(flops("--masking", "token", decoder) / dense, 1) == 1.7
     assert flops("--no-masked-conv", decoder) == dense  # 1x
-    for kernel, printed in ((7, 1.003), (9, 1.007)):
-        ratio = flops("--no-sparse", "--kernel-size", str(kernel), decoder) / dense
-        assert ratio == pytest.approx(printed, abs=6e-4)
+    seven, nine = (flops("--no-sparse", "--kernel-size", k, decoder) / dense for k in "79")
+    assert round(seven, 3) == 1.003
+    # Does not hold: the 1.007 of 9 x 9 is 1.0072 with the multi-scale decoder, 1.0076 without.
+    assert round(nine, 4) == (1.0072 if decoder == "--multi-scale" else 1.0076)
     # The row of 0.997 carries the first row's ticks; it is what no depthwise convolution gives.
     blocks = 2 * 25 * (2 * 56**2 * 256 + 2 * 28**2 * 384) / 1e9
     assert round(1 - blocks / dense, 3) == 0.997

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from test_classify import parse, run, write_checkpoint
 from tiny_run import short_epochs
 
-import data
+import shapes
 import engine
+from common import ViT, init_weights
 from downstream import classify, encoders, probe, scores
 
 CPU = torch.device("cpu")
@@ -119,6 +120,23 @@ def test_train_heads__first_step_by_hand():
     assert torch.allclose(heads.biases[0], -lr * p.mean(0), atol=1e-7)
 
 
+def test_train_heads__adamw_has_a_layer_norm():
+    """SemanticMIM's public code: LayerNorm as it starts, then a linear layer; no BatchNorm."""
+    rows, labels = toy(32)
+    cfg = settings(probe="adamw", epochs=1, head_std=0.02)
+    heads = probe.train_heads(rows, labels, 4, [0.1], cfg, CPU)
+    assert {n for n, _ in heads.named_parameters()} == {"weights.0", "biases.0"}
+    torch.manual_seed(cfg.seed)
+    w = torch.nn.init.trunc_normal_(torch.empty(6, 4), std=0.02)
+    x = layer_norm(torch.from_numpy(rows))
+    g = x.T @ ((x @ w).softmax(1) - F.one_hot(torch.from_numpy(labels), 4)) / 32
+    lr = 0.1 * 32 / 256
+    first = w * (1 - lr * cfg.weight_decay) - lr * g / (g.abs() + 1e-8)  # AdamW's first step
+    assert torch.allclose(heads.weights[0], first, atol=1e-6)
+    scores_one = heads(torch.from_numpy(rows[:1]))  # alone as in a batch: nothing is shared
+    assert torch.allclose(scores_one, heads(torch.from_numpy(rows))[:, :1], atol=1e-5)
+
+
 def test_Heads__running_statistics_are_the_means_over_all_batches():
     torch.manual_seed(0)
     heads, batches = probe.Heads(1, 3, 2).train(), 5 + 2 * torch.randn(6, 8, 3)
@@ -173,16 +191,80 @@ def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
             probe.columns(encoder, 32, ["1"], "both")
 
 
-def test_layers__defaults_and_bad_ones():
-    assert probe.choose_layers(None, "semanticmim", 12) == ["7"]  # SemanticMIM Sec. 4.2
-    assert probe.choose_layers(None, "cfmae", 12) == ["norm"]
-    assert probe.choose_layers("all", "cfmae", 2) == ["1", "2", "norm"]
+def encoder_of(method, **kwargs):
+    description = encoders.describe(method=method, model="base")
+    with torch.device("meta"):
+        return encoders.build(description)
+
+
+def test_layers__defaults_and_bad_ones(tmp_path):
+    defaults = {m: probe.choose_layers(None, encoder_of(m)) for m in encoders.METHODS}
+    assert defaults.pop("semanticmim") == ["7"]  # SemanticMIM Sec. 4.2
+    assert set(map(tuple, defaults.values())) == {("norm",)}
+    small = classify.build(parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"))).encoder
+    assert probe.choose_layers("all", small) == ["1", "2", "norm"]
     for text in ("0", "3", "x", "1,,2"):
         with pytest.raises(engine.UserError, match="--layers"):
-            probe.choose_layers(text, "cfmae", 2)
+            probe.choose_layers(text, small)
     for text in ("", "0.1,-1", "nan", "a"):
         with pytest.raises(engine.UserError, match="--rates"):
             probe.choose_rates(text)
+
+
+def layer_norm(x, weight=1.0, bias=0.0):
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    return x * weight + bias
+
+
+@pytest.mark.parametrize("method", ["semanticmim", "mcmae", "coma_dyvit"])
+def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_path):
+    encoder = classify.build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder
+    torch.nn.init.normal_(encoder.norm.weight)  # as trained on what a feature is not
+    imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
+    norm = probe.pooled_norm(encoder, {})
+    with torch.no_grad():
+        found = dict(probe.features(encoder.eval(), imgs, [str(depth), "norm"], norm))
+        ((tokens, _),) = encoder.forward_features(imgs, [depth])
+    assert torch.allclose(found["norm/patch"], layer_norm(tokens.mean(1)), atol=1e-5)
+    assert torch.allclose(found[f"{depth}/patch"], tokens.mean(1), atol=1e-6)
+
+
+def test_pooled_norm__is_the_encoders_where_it_was_trained():
+    assert probe.pooled_norm(encoder_of("cfmae"), {}) is None
+
+
+def test_knn__of_a_finetuned_encoder_takes_the_norm_that_was_trained(tmp_path):
+    run("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--steps", 1,
+        "--output", tmp_path / "run")  # fmt: skip
+    path = tmp_path / "run/last.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    weight, bias = torch.randn(2, 16)
+    checkpoint["model"] |= {"fc_norm.weight": weight, "fc_norm.bias": bias}
+    engine.save(path, checkpoint)
+    flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32"]
+    assert run(*flags, "--layers", "2,norm", "--output", tmp_path / "knn") == 0
+    rows = np.load(tmp_path / "knn/features/val.npy")
+    assert rows.shape[1] == 64
+    patch, prefix, normed, normed_prefix = torch.from_numpy(rows).split(16, dim=1)
+    assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
+    assert torch.allclose(normed_prefix, layer_norm(prefix, weight, bias), atol=1e-4)
+    assert run(*flags, "--random", "--output", tmp_path / "random") == 0  # its own norm again
+
+
+def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
+    torch.manual_seed(0)
+    vit = ViT((32, 32), 8, embed_dim=64, depth=1, num_heads=1)
+    init_weights(vit)
+    position = torch.cat([torch.zeros(1, 1, 64), vit.pos_embed[None]], dim=1)
+    weight, bias = torch.randn(2, 64)
+    state = {k: v for k, v in vit.state_dict().items() if not k.startswith("norm.")}
+    state |= {"pos_embed": position, "fc_norm.weight": weight, "fc_norm.bias": bias}
+    torch.save({"model": state}, tmp_path / "public.pth")
+    assert run("--init", tmp_path / "public.pth", "--protocol", "knn", "--layers", "1,norm",
+               "--cache-dtype", "float32", "--output", tmp_path / "knn") == 0  # fmt: skip
+    rows = torch.from_numpy(np.load(tmp_path / "knn/features/val.npy"))
+    patch, _, normed, _ = rows.split(64, dim=1)
+    assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -203,7 +285,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     assert a["top1"] == max(row["top1"] for row in a["sweep"]) and "optimistic" in a["note"]
     assert a["first"]["features"] == "1/patch" and a["first"]["rate"] == 0.01
     rows = np.load(cache / "val.npy")
-    dataset = data.ShapeScenes("val", 32, 8, ("rgb",), False, length=40)
+    dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
     model = classify.build(parse("--checkpoint", path)).eval()
     one = model.normalize(dataset[0, 39]["rgb"][None])
     with torch.no_grad():
@@ -214,7 +296,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         (bank, names), (queries, labels) = (
             probe.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
         )
-        votes = probe.knn(bank, names, queries, len(data.SHAPES), 20, 0.07)
+        votes = probe.knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
         found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
         assert {k: row[k] for k in found} == found and found["top1"] != found["top5"]
     with pytest.raises(engine.UserError, match="another run .*bf16.* differ"):
@@ -223,6 +305,22 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         run(*linear, "--random", "--output", tmp_path / "d")
     with pytest.raises(engine.UserError, match="holds a run"):
         run(*linear, "--output", tmp_path / "a")
+
+
+def test_run__normalises_as_told(tmp_path):
+    path = write_checkpoint(tmp_path, "cfmae")
+    flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32", "--cache",
+             tmp_path / "cache", "--mean", "0.2,0.4,0.6", "--layers", "2"]  # fmt: skip
+    assert run(*flags, "--std", "0.5,1,0.25", "--output", tmp_path / "a") == 0
+    model = classify.build(parse("--checkpoint", path)).eval()
+    rgb = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)[0, 7]["rgb"][None] / 255
+    mean, std = torch.tensor([[0.2, 0.4, 0.6], [0.5, 1.0, 0.25]])[..., None, None]
+    with torch.no_grad():
+        ((tokens, _),) = model.encoder.forward_features((rgb - mean) / std, [2])
+    rows = torch.from_numpy(np.load(tmp_path / "cache/val.npy"))
+    assert torch.allclose(rows[7, :16], tokens[0].mean(0), atol=1e-5)
+    with pytest.raises(engine.UserError, match="another run .*std differ"):
+        run(*flags, "--std", "0.5,1,0.5", "--output", tmp_path / "b")
 
 
 def test_run__views_are_different_crops(tmp_path):

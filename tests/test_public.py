@@ -120,9 +120,129 @@ def test_public__convmae_loads_as_mcmae_does(tmp_path):
     model = mcmae.MCMAE(mcmae.Config(**sizes, **decoder))
     mcmae.load_init(model, path)  # test_mcmae.py: equal to the public implementation
     assert_close(encoder.state_dict(), dict(model.encoder.state_dict()), rtol=0, atol=0)
-    with pytest.raises(UserError, match="pos_embed was learned"):
-        learned = golden["state_dict"] | {"pos_embed": torch.randn(1, 196, 32)}
-        open_encoder(init=public_file(tmp_path, learned), num_heads=4)
+    kept = open_encoder(init=path, num_heads=4, image_size=256)
+    assert kept[1]["trained_size"] == [224, 224] and kept[0].trained_grid == (14, 14)
+    assert torch.equal(kept[0].pos_embed, common.sincos_2d(32, 16, 16, trained=(14, 14)))
+
+
+def test_public__convmae_fine_tuned(tmp_path):
+    """As its main_finetune.py saves it: trained positions, `fc_norm` and `head`, no `norm`."""
+    state = torch.load(GOLDEN / "convmae_tiny.pt", weights_only=True)["state_dict"]
+    fixed = open_encoder(init=public_file(tmp_path, state), num_heads=4)[0]
+    parts = ("decoder", "stage", "mask_token", "norm.")
+    state = {k: v for k, v in state.items() if not k.startswith(parts)}
+    change = torch.randn(1, 196, 32)
+    state["pos_embed"] = fixed.pos_embed[None] + change
+    head = {"fc_norm.weight": torch.randn(32), "fc_norm.bias": torch.randn(32),
+            "head.weight": torch.randn(7, 32), "head.bias": torch.randn(7)}  # fmt: skip
+    path = public_file(tmp_path, {"model": state | head, "epoch": 99})
+    encoder, description, found = encoders.open_classifier(path, num_heads=4)
+    assert description["method"] == "mcmae" and description["learned_position"]
+    assert description["pool"] == "patch"
+    assert "mean of the patches, norm, 7 classes" in description["report"]
+    assert_close(found, head, rtol=0, atol=0)
+    assert isinstance(encoder.pos_embed, torch.nn.Parameter)
+    imgs, form = torch.randn(1, 3, 224, 224), mcmae.Dense()
+    a, b = (e.stages(imgs, form)[2] for e in (encoder, fixed))
+    assert_close(a - b, change, rtol=1e-4, atol=1e-4)
+    wide, found, report = open_encoder(init=path, num_heads=4, image_size=256)
+    assert "resized from 14x14 to 16x16" in report and found["trained_size"] == [256, 256]
+    old = state["pos_embed"].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    wanted = F.interpolate(old, (16, 16), mode="bicubic", antialias=True).flatten(2).mT
+    assert_close(wide.pos_embed, wanted)
+    assert_close(encoder.position(16, 16), wanted[0])  # resized when used
+
+
+def test_open_classifier__of_mae_and_timm(tmp_path):
+    vit = dict(TIMM["vit"]["state_dict"])
+    encoder, description, head = encoders.open_classifier(public_file(tmp_path, vit), num_heads=2)
+    assert description["pool"] == "prefix" and "class token, norm" in description["report"]
+    assert_close(head, {k: vit[k] for k in vit if k.split(".")[0] in ("norm", "head")})
+    tuned = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
+             for k, v in vit.items()}  # fmt: skip
+    path = public_file(tmp_path, {"model": tuned, "args": 1})  # MAE's, --global_pool
+    encoder, description, head = encoders.open_classifier(path, num_heads=2)
+    assert description["pool"] == "patch" and "fc_norm.bias" in head and len(head) == 4
+    assert "fresh: norm (2)" in description["report"]
+    none = {k: v for k, v in vit.items() if not k.startswith("head")}
+    pooled = {k: v for k, v in vit.items() if k != "cls_token"}
+    pooled["pos_embed"] = vit["pos_embed"][:, 1:]
+    wide = vit | {"head.weight": torch.ones(5, 64)}
+    for state, message in ((none, "has no head"), (pooled, "its head reads neither"),
+                           (wide, "reads 64 numbers of an encoder of width 32")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            encoders.open_classifier(public_file(tmp_path, state), num_heads=2)
+
+
+def test_key__chooses_of_several_models(tmp_path):
+    vit = TIMM["vit"]["state_dict"]
+    states = {n: {k: v + i for k, v in vit.items()} for i, n in enumerate(("model", "model_ema"))}
+    path = public_file(tmp_path, states)
+    for key, name in ((None, "model"), ("model_ema", "model_ema")):
+        encoder, _, report = open_encoder(init=path, key=key, num_heads=2)
+        assert torch.equal(encoder.norm.bias, states[name]["norm.bias"])
+        other = ({"model", "model_ema"} - {name}).pop()
+        assert f"{name} taken, not {other}" in report
+    moco = {f"module.{e}.{k}": v + (e == "momentum_encoder")
+            for e in ("base_encoder", "momentum_encoder") for k, v in vit.items()}  # fmt: skip
+    path = public_file(tmp_path, {"state_dict": moco})
+    _, _, report = open_encoder(init=path, num_heads=2)
+    assert "module.base_encoder taken, not module.momentum_encoder" in report
+    encoder, _, report = open_encoder(init=path, num_heads=2, key="momentum_encoder")
+    assert torch.equal(encoder.norm.bias, vit["norm.bias"] + 1)
+    assert "module.momentum_encoder taken, not module.base_encoder" in report
+    with pytest.raises(UserError, match="has no 'student'"):
+        open_encoder(init=path, num_heads=2, key="student")
+    with pytest.raises(UserError, match="--init-key is for --init"):
+        open_encoder(method="cfmae", key="model")
+
+
+HALF, IMAGENET = ([0.5] * 3, [0.5] * 3), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+OTHER = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("kind, name, wanted", [
+    ("vit", "mae_pretrain_vit_base.pth", IMAGENET),
+    ("vit", "deit_base_patch16_224-b5f2ef4d.pth", IMAGENET),
+    ("vit", "vit_base_patch16_224.augreg_in21k.pth", HALF),  # timm's configuration of each
+    ("vit", "vit_base_patch16_224.orig_in21k.pth", HALF),
+    ("vit", "vit_base_patch16_siglip_224/pytorch_model.bin", HALF),
+    ("beit", "beit_base_patch16_224_pt22k_ft22k.pth", HALF),
+    ("beit", "x.pth", HALF),
+    ("beit", "beitv2_base_patch16_224.in1k_ft_in1k.pth", IMAGENET),
+])  # fmt: skip
+def test_statistics__from_the_name(kind, name, wanted, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    torch.save(TIMM[kind]["state_dict"], tmp_path / name)
+    _, description, report = open_encoder(init=tmp_path / name, num_heads=2)
+    assert (description["mean"], description["std"]) == wanted
+    assert f"images less ({', '.join(f'{x:g}' for x in wanted[0])})" in report
+    assert description["input"] and description["input"] in report
+
+
+@pytest.mark.parametrize("file, content", [
+    ("config.json", {"mean": OTHER[0], "std": OTHER[1], "num_heads": 2}),
+    ("config.json", {"architecture": "vit", "model_args": {"num_heads": 2},
+                     "pretrained_cfg": {"mean": OTHER[0], "std": OTHER[1]}}),
+    ("preprocessor_config.json", {"image_mean": OTHER[0], "image_std": OTHER[1],
+                                  "num_attention_heads": 2}),
+])  # fmt: skip
+def test_told__by_the_json_beside_the_file(file, content, tmp_path):
+    """Input statistics and the number of heads, which no flag gives here."""
+    path = tmp_path / "augreg/pytorch_model.bin"  # what is told goes before the name
+    path.parent.mkdir()
+    torch.save(TIMM["vit"]["state_dict"], path)
+    (path.parent / file).write_text(json.dumps(content))
+    encoder, description, report = open_encoder(init=path)
+    assert (description["mean"], description["std"]) == OTHER
+    assert "config.json beside it says" in report and "does not tell" not in report
+    assert encoder.blocks[0].attn.num_heads == 2
+    (path.parent / file).write_text("[]")
+    with pytest.raises(UserError, match="is no JSON object"):
+        open_encoder(init=path, num_heads=2)
+    (path.parent / file).write_text('{"hidden_act": "quick_gelu"}')
+    with pytest.raises(UserError, match="computes with quick_gelu"):
+        open_encoder(init=path, num_heads=2)
 
 
 def test_read__safetensors(tmp_path):

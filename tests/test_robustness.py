@@ -9,6 +9,7 @@ from PIL import Image
 from test_classify import run, write_checkpoint
 
 import data
+import shapes
 import engine
 from downstream import classify, robustness
 
@@ -58,7 +59,7 @@ def finetuned(tmp_path_factory) -> Path:
 
 
 def write_images(folder: Path, classes: list[str], count: int = 3) -> None:
-    dataset = data.ShapeScenes("val", 48, 8, ("rgb",), False, length=60)
+    dataset = shapes.ShapeScenes("val", 48, 2, ("rgb",), False, length=60)
     number = 0
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -68,21 +69,28 @@ def write_images(folder: Path, classes: list[str], count: int = 3) -> None:
             number += 1
 
 
-def test_main__all_four_sets(finetuned, tmp_path):
+def test_main__all_four_sets(finetuned, tmp_path, capsys):
     write_images(tmp_path / "a", ["ring", "bar"])
     (tmp_path / "val/zebra").mkdir(parents=True)  # a sibling that is no class of the model
-    write_images(tmp_path / "s", list(data.SHAPES), 1)
+    write_images(tmp_path / "s", list(shapes.SHAPES), 1)
     for group, corruption in (("noise", "shot"), ("blur", "zoom")):
         for severity in range(1, 6):
             folder = tmp_path / "c" / group / corruption / str(severity)
-            write_images(folder, list(data.SHAPES), 1 + (severity == 5))
+            write_images(folder, list(shapes.SHAPES), 1 + (severity == 5))
     (tmp_path / "b.json").write_text('{"shot": 0.5, "zoom": 0.8}')
     sets = {"a": "a", "r": "a", "sketch": "s", "c": "c"}
     flags = [x for k, v in sets.items() for x in (f"--imagenet-{k}", str(tmp_path / v))]
     common = ["--finetuned", str(finetuned), "--workers", "0", "--device", "cpu", "--output"]
     assert robustness.main([*common, str(tmp_path / "out"), "--baseline", str(tmp_path / "b.json"),
                             *flags]) == 0  # fmt: skip
-    found = json.loads((tmp_path / "out/robustness.json").read_text())
+    said = capsys.readouterr().out
+    assert "imagenet_a has 2 class folders, the published set 200" in said
+    assert "imagenet_r has 2 class folders" in said and "imagenet_sketch has" not in said
+    text = (tmp_path / "out/robustness.json").read_text()
+    with pytest.raises(engine.UserError, match="out/robustness.json is a finished result"):
+        robustness.main([*common, str(tmp_path / "out"), *flags[:2]])
+    assert (tmp_path / "out/robustness.json").read_text() == text
+    found = json.loads(text)
 
     cfg = classify.Config(protocol="evaluate", finetuned=str(finetuned), device="cpu")
     cfg.resolve()
@@ -92,22 +100,22 @@ def test_main__all_four_sets(finetuned, tmp_path):
         """One image at a time, without the `edge` of its 48 pixels, the best of `among`."""
         hits = []
         for path in sorted(folder.glob("*/*.png")):
-            rgb = data.decode_image(data._read(str(path)))[None, :, edge : 48 - edge]
+            rgb = data.decode_image(data.read_bytes(str(path)))[None, :, edge : 48 - edge]
             rgb = rgb[..., edge : 48 - edge]
             rgb = torch.nn.functional.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
             with torch.no_grad():
                 row = model.classify(model.inputs({"rgb": rgb}))[0]
-            best = max(among, key=lambda name: row[data.SHAPES.index(name)])
+            best = max(among, key=lambda name: row[shapes.SHAPES.index(name)])
             hits.append(best == path.parent.name)
         return 100 * sum(hits) / len(hits)
 
     result = found["result"]
     assert result["imagenet_a"] == result["imagenet_r"] == top1(tmp_path / "a", ["ring", "bar"], 6)
-    assert result["imagenet_sketch"] == top1(tmp_path / "s", list(data.SHAPES), 6)
+    assert result["imagenet_sketch"] == top1(tmp_path / "s", list(shapes.SHAPES), 6)
     errors = {}
     for name, group in (("shot", "noise"), ("zoom", "blur")):
         folders = [tmp_path / "c" / group / name / str(s) for s in range(1, 6)]
-        errors[name] = sum(100 - top1(f, list(data.SHAPES), 0) for f in folders) / 500
+        errors[name] = sum(100 - top1(f, list(shapes.SHAPES), 0) for f in folders) / 500
     assert found["corruption_errors"] == pytest.approx(errors)
     mce = 50 * (errors["shot"] / 0.5 + errors["zoom"] / 0.8)
     assert result["mce"] == pytest.approx(mce)
@@ -126,7 +134,7 @@ def test_main__all_four_sets(finetuned, tmp_path):
 def test_bad_input__one_line(finetuned, tmp_path):
     write_images(tmp_path / "x", ["ring", "zebra"], 1)
     write_images(tmp_path / "c/fog/1", ["ring"], 1)
-    fewer = [name for name in data.SHAPES if name != "heart"]
+    fewer = [name for name in shapes.SHAPES if name != "heart"]
     for place in ("fewer/s", *(f"d/fog/{severity}" for severity in range(1, 6))):
         write_images(tmp_path / place, fewer, 1)
     (tmp_path / "b.csv").write_text("fog,0.5")
@@ -143,7 +151,8 @@ def test_bad_input__one_line(finetuned, tmp_path):
         "lacks severity 2, 3, 4, 5": [*model, "--imagenet-c", str(tmp_path / "c")],
         "no <corruption>": [*model, "--imagenet-c", str(tmp_path / "x")],
         "none.pt: no such file": ["--finetuned", "none.pt", "--imagenet-a", str(tmp_path / "x")],
-        "required": ["--imagenet-a", str(tmp_path / "x")],
+        "which model": ["--imagenet-a", str(tmp_path / "x")],
+        "with --data ROOT": ["--init", "x.pth", "--imagenet-a", str(tmp_path / "x")],
     }
     for message, flags in cases.items():
         with pytest.raises(engine.UserError, match=message):

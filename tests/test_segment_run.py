@@ -13,6 +13,7 @@ import tiny_run
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import sincos_2d
 from data import UserError
 from downstream import pixels, segment
 from PIL import Image
@@ -84,6 +85,41 @@ def test_run__any_method_on_a_crop_that_is_not_square(tmp_path, method):
     assert result["images"] == 40 and result["crop"] == [32, 64] and 0 < result["mIoU"] < 1
 
 
+def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path):
+    """The same at another crop as without a crop of its own: `trained_size` of the description."""
+    flags = ("--image-size", 48, "--crop-width", 64, "--iterations", 1, "--output", tmp_path)
+    argv = [*SMALL, *map(str, flags), "--checkpoint", str(pretrained)]
+    at = argv.index("--method")
+    del argv[at : at + 4]
+    cfg = engine.parse(segment.Config, segment.PRESETS, "", argv)
+    encoder = segment.build(cfg, engine.World(cfg)).encoder
+    old = tiny_run.config(tmp_path)
+    side = old.image_size // old.patch_size
+    p = encoder.patch_size
+    grid, D = (48 // p, 64 // p), encoder.embed_dim
+    expected = sincos_2d(D, *grid, (side, side))
+    assert encoder.grid == grid and encoder.trained_grid == (side, side)
+    torch.testing.assert_close(encoder.position(*grid), expected)
+    assert not torch.allclose(expected, sincos_2d(D, *grid))  # what positions of its own would be
+
+
+def test_run__batchnorms_samples_are_said_and_kept(tmp_path):
+    flags = ("--iterations", 2, "--steps", 1)
+    train(tmp_path, *flags, "--micro-batch", 4)
+    assert json.loads((tmp_path / "config.json").read_text())["norm_batch"] == 4
+    with pytest.raises(UserError, match="BatchNorm saw 4 samples at a time in .* would see 8"):
+        train(tmp_path, *flags, "--resume", "--steps", 2)
+    train(tmp_path, *flags, "--resume", "--steps", 2, "--micro-batch", 5)  # of 8: 4 at a time
+    assert tiny_run.checkpoint(tmp_path)["step"] == 2
+
+
+def test_run__the_probe_may_change_its_micro_batch(tmp_path):
+    flags = ("--protocol", "linear", "--iterations", 2)
+    train(tmp_path, *flags, "--steps", 1, "--micro-batch", 4)
+    train(tmp_path, *flags, "--steps", 2, "--resume")
+    assert tiny_run.checkpoint(tmp_path)["step"] == 2
+
+
 def test_run__learns_labels_that_colours_tell(tmp_path):
     folder(tmp_path, [(40, 40)] * 12, "train")
     folder(tmp_path, [(40, 60), (60, 40), (40, 40)])
@@ -135,10 +171,51 @@ def test_run__two_ranks(tmp_path):
     ("--base-lr 1", "give --lr"),
     ("--patch-size 16", "leave it at 4"),
     ("--data nowhere", "there is no folder nowhere"),
+    ("--evaluation half", "invalid choice: 'half'"),
 ])  # fmt: skip
 def test_run__bad_input_is_one_message(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         segment.run([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
+
+
+def broken_png(path):
+    path.write_bytes(b"broken")
+
+
+def wrong_id(path):
+    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(path)
+
+
+def other_size(path):
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(path)
+
+
+def stretched_png(path):
+    Image.new("1", (40, 40)).save(path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("harm, words", [
+    (broken_png, "1.png: not a PNG file"),
+    (wrong_id, "1.png: id 9 is neither below semantic_classes = 3 nor 255"),
+    (other_size, "1.png: 30 x 40, but its image is displayed at 40 x 40"),
+    (stretched_png, "1.png: 1-bit grey"),
+    (lambda path: path.unlink(), "1"),
+])  # fmt: skip
+def test_run__maps_that_do_not_fit_are_one_message(tmp_path, split, harm, words):
+    for part in ("train", "val"):
+        folder(tmp_path, [(40, 40)] * 4, part)
+    harm(tmp_path / split / "semantic" / "1.png")
+    flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=words):
+        segment.run([*SMALL, *flags, "--batch-size", "4", "--iterations", "1"])
+
+
+def test_run__val_alone_is_one_message(tmp_path):
+    folder(tmp_path, [(40, 40)] * 4, "val")
+    flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="train"):
+        segment.run([*SMALL, *flags])
 
 
 def test_evaluate__bad_input_exits_with_2(tmp_path, capsys):

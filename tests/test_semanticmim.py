@@ -167,10 +167,11 @@ def test_first_rows__equal_the_whole_block(layer_scale):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_skip_last__changes_neither_loss_nor_gradients():
+@pytest.mark.parametrize("rate", [0, 0.7])
+def test_skip_last__changes_neither_loss_nor_gradients(rate):
     batch, results = make_batch(), []
     for flag in ("--skip-last", "--no-skip-last"):
-        model = make(flag)
+        model = make(flag, "--drop-path", rate)
         loss, _ = model(batch, torch.tensor(0.5))
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
@@ -193,6 +194,101 @@ def test_gradients__reach_every_parameter(target, proxies, tokenizer):
 
 
 # ----------------------------------------------------------------------------- samples and training
+
+
+@pytest.mark.parametrize("proxies", [4, 0])
+def test_drop_path__drops_in_both_stacks_and_not_alike(proxies):
+    model = make("--proxies", proxies, "--drop-path", 0.4, "--no-skip-last")
+    stacks = model.encoder.blocks, model.decoder_blocks
+    drops = [[], []]
+    for found, stack in zip(drops, stacks):
+        for block in stack:
+            block.register_forward_pre_hook(lambda _, args, found=found: found.append(args[-1]))
+    seed = torch.arange(500) * 7919
+    imgs, mask = torch.zeros(500, 3, 64, 64), model.make_mask(seed)
+    model.tokens(imgs, mask, seed)
+    assert [len(d) for d in drops] == ([3, 3] if proxies else [3, 0])
+    drops = torch.cat([torch.stack(d) for d in drops if d])[..., 0, 0]  # (layers, 2, B)
+    rates = torch.tensor([0, 0.2, 0.4] * (2 if proxies else 1))
+    share = (drops == 0).float().mean((1, 2))  # 5 standard deviations of a binomial
+    assert ((share - rates).abs() <= 5 * (rates * (1 - rates) / 1000).sqrt()).all()
+    varied = (drops[rates > 0] == 0).float().flatten(0, 1)
+    alike = varied.corrcoef() - torch.eye(len(varied))
+    assert alike.abs().max() < 5 / 500**0.5  # no branch, layer or stack drops with another
+
+
+def test_forward__target_and_input_are_of_the_jittered_image(monkeypatch):
+    model = make("--target", "dvae", "--tokenizer", "random", "--color-jitter", 0.4)
+    batch, seen = make_batch(), []
+    target = model.make_target
+    monkeypatch.setattr(model, "make_target", lambda x: seen.append(x) or target(x))
+    model.normalize.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(batch, torch.tensor(0.0))
+    expected = semanticmim.color_jitter(batch["rgb"], batch["seed"], 0.4)
+    assert len(seen) == 2 and not torch.equal(expected, batch["rgb"])
+    assert all(torch.equal(x, expected) for x in seen)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--first-weights", "mae"], ["--first-weights", "public"],
+    ["--first-weights", "public", "--target", "dvae"],
+    ["--first-weights", "public", "--target", "dvae", "--proxies", 0],
+])  # fmt: skip
+def test_init__is_the_public_codes_or_maes(flags):
+    extra = ["--tokenizer", "random", "--embed-dim", 64] if "dvae" in flags else ["--embed-dim", 64]
+    torch.manual_seed(0)
+    model, public = semanticmim.SemanticMIM(config(*flags, *extra)), "public" in flags
+    for name, p in model.named_parameters():
+        if name.endswith(("_token", "decoder_pred.weight")):
+            std = 0.02
+        elif name == "encoder.pos_embed":
+            assert public or torch.equal(p[0], common.sincos_2d(64, 8, 8))
+            std = 0.02 if public else p.std().item()
+        elif p.ndim == 1:
+            scale = 0.1 if "dvae" in flags else 0
+            value = scale if ".ls" in name else float("norm" in name and "weight" in name)
+            assert (p == value).all(), name
+            continue
+        elif public:
+            parts, std = name.split("."), 0.02
+            if "dvae" in flags and name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                layer = int(parts[parts.index("weight") - 3]) + 1
+                std = 0.02 / (2 * layer) ** 0.5
+        else:
+            n_out, n_in = p.flatten(1).shape
+            std = (2 / (n_in + n_out)) ** 0.5  # Xavier
+            assert p.abs().max() <= std * 3**0.5 + 1e-6
+        assert p.std().item() == pytest.approx(std, rel=0.25 if p.numel() < 500 else 0.06), name
+    token = getattr(model.encoder, "reg_token", model.mask_token)[0]
+    assert len(token.unique(dim=0)) == len(token)  # alike at first, proxies stay alike for ever
+
+
+def test_model__passes_the_tokenizers_precision_on():
+    flags = ("--target", "dvae", "--tokenizer", "random", "--tokenizer-precision")
+    assert [make(*flags, p).tokenizer.precision for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_presets__first_weights_are_public_but_in_the_short_run():
+    names = {n: v.get("first_weights", semanticmim.Config.first_weights)
+             for n, v in semanticmim.PRESETS.items()}  # fmt: skip
+    assert names == {"tiny": "mae", "small": "public", "base": "public", "base-beit": "public"}
+
+
+@pytest.mark.parametrize("target, spared", [
+    ("hog", {"mask_token"}), ("dvae", {"encoder.reg_token", "encoder.pos_embed"}),
+])  # fmt: skip
+def test_parameter_groups__decay_what_the_public_code_decays(target, spared):
+    flags = ["--target", "dvae", "--tokenizer", "random"] if target == "dvae" else []
+    for proxies in (4, 0):
+        model = make(*flags, "--proxies", proxies)
+        names = {id(p): n for n, p in model.named_parameters()}
+        decay, plain = ({names[id(p)] for p in g["params"]} for g in model.parameter_groups(0.05))
+        assert [g["weight_decay"] for g in model.parameter_groups(0.05)] == [0.05, 0]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert decay | plain == set(trained) and not decay & plain
+        expected = spared if proxies else {n.replace("reg", "cls") for n in spared}
+        assert {n for n in plain if trained[n].ndim > 1} == expected
+        assert not {n for n in decay if trained[n].ndim == 1}
 
 
 def test_loss__of_a_batch_is_the_mean_over_its_parts(tokenizer):

@@ -1,5 +1,6 @@
 """SemanticMIM around training: masks, the encoder that survives, checkpoints, flags, bad input."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -127,19 +128,39 @@ def make_batch(B=2):
 
 
 def test_evaluate__guesses_match_a_loop():
-    model, batch, errors = make(), make_batch(), {"mean": 0.0, "nearest": 0.0}
+    model, batch, B = make(), make_batch(3), 3
+    errors = {"position": 0.0, "nearest": 0.0, "other": 0.0}
     mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
-    for b in range(2):
+    for b in range(B):
         visible = [n for n in range(64) if not mask[b, n]]
-        mean = sum(target[b, n] for n in visible) / len(visible)
+        # the model where it sees the visible patches of another image, one image by itself
+        other = model.normalize(batch["rgb"][[b - 1]])
+        pred = iter(model.decoder_pred(model.tokens(other, mask[[b]]))[0])
         for n in sorted(set(range(64)) - set(visible)):
             near = min(visible, key=lambda v: (v // 8 - n // 8) ** 2 + (v % 8 - n % 8) ** 2)
-            errors["mean"] += (target[b, n] - mean).square().mean().item() / 78
-            errors["nearest"] += (target[b, n] - target[b, near]).square().mean().item() / 78
+            mean = sum(target[i, n] for i in range(B) if i != b) / (B - 1)
+            for name, guess in (("position", mean), ("nearest", target[b, near]),
+                                ("other", next(pred))):  # fmt: skip
+                errors[name] += (target[b, n] - guess).square().mean().item() / (39 * B)
     result = semanticmim.evaluate(model, batch)
-    assert result["loss_mean"].item() == pytest.approx(errors["mean"], rel=1e-4)
-    assert result["loss_nearest"].item() == pytest.approx(errors["nearest"], rel=1e-4)
-    assert result["loss"] == model(batch, torch.tensor(1.0))[0]
+    assert set(result) == {"loss", "loss_other", "loss_position", "loss_nearest"}
+    for name, error in errors.items():
+        assert result[f"loss_{name}"].item() == pytest.approx(error, rel=1e-4)
+    assert result["loss"] == model(batch, torch.tensor(1.0))[0] != result["loss_other"]
+    alone = semanticmim.evaluate(model, {k: v[:1] for k, v in batch.items()})
+    assert alone["loss_other"] == alone["loss"] and alone["loss_position"].isfinite()
+
+
+def test_evaluate__and_preview_label_random_codes(monkeypatch, tmp_path):
+    model, batch, drawn = make("--target", "dvae", "--tokenizer", "random"), make_batch(), []
+    names = set(semanticmim.evaluate(model, batch))
+    kinds = ("accuracy", "accuracy_frequent", "accuracy_nearest")
+    assert names == {"loss", "loss_other", *(f"random_codes_{k}" for k in kinds)}
+    assert set(model(batch, torch.tensor(1.0))[1]) == {"random_codes_accuracy"}
+    monkeypatch.setattr(semanticmim.pictures, "contact_sheet", lambda c, *_, **__: drawn.extend(c))
+    with torch.no_grad():
+        semanticmim.preview(model, batch, Path("unused"), 0)
+    assert drawn[2:] == ["random codes: target", "random codes: prediction"]
 
 
 def test_preview__shows_the_truth_where_visible_and_the_prediction_elsewhere(monkeypatch):
@@ -181,7 +202,7 @@ def test_load_encoder__has_the_kept_stack_alone(run):
 
 def test_run__leaves_numbers_and_a_picture(run):
     lines = (run / "log.jsonl").read_text()
-    assert '"loss_mean"' in lines and '"loss_nearest"' in lines
+    assert '"loss_position"' in lines and '"loss_other"' in lines
     assert (run / "preview-0000003.png").stat().st_size > 10_000
 
 
@@ -203,7 +224,7 @@ def test_load_encoder__refuses_other_files(run, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--target", "dvae"], "--target dvae needs --tokenizer PATH.*--target hog needs no file"),
-    (["--target", "dvae", "--tokenizer", "/no/such"], "there is no file /no/such; --target hog"),
+    (["--target", "dvae", "--tokenizer", "/no/such"], "no file /no/such; --tokenizer random tries"),
     (["--tokenizer", __file__], "--target hog needs none"),
     (["--proxies", -1], "--proxies -1 must be 0 .plain MIM. or above"),
     (["--mask-ratio", 1], "--mask-ratio 1.0 must leave some of 64"),
@@ -228,7 +249,8 @@ def test_main__dvae_without_a_tokenizer_is_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         semanticmim.main()
     out = capsys.readouterr()
-    assert e.value.code == 2 and out.err.count("\n") == 1 and "dalle_encoder.pth" in out.err
+    assert e.value.code == 2 and out.err.count("\n") == 1
+    assert "https://download.openmmlab.com" in out.err and "dalle_encoder.pth" in out.err
 
 
 def test_config__is_the_recipe_of_the_target_however_it_is_named():
@@ -238,7 +260,33 @@ def test_config__is_the_recipe_of_the_target_however_it_is_named():
     b = parse("--target", "dvae", "--tokenizer", path)
     b.model = "base-beit"
     assert a == b and a.layer_scale == 0.1
-    assert parse("--clip-grad", "0").clip_grad is None and parse("--base-lr", "1").base_lr == 1
+    assert parse("--clip-grad", "0").clip_grad == 0 and parse("--base-lr", "1").base_lr == 1
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--clip-grad", 0], ["--target", "dvae", "--tokenizer", "random", "--clip-grad", 0],
+    ["--proxies", 0], ["--model", "base"],
+])  # fmt: skip
+def test_config__resolved_twice_is_what_it_is_once(flags):
+    cfg = config(*flags)
+    once = dataclasses.asdict(cfg)
+    cfg.resolve()
+    assert dataclasses.asdict(cfg) == once and ("--clip-grad" not in flags or cfg.clip_grad == 0)
+
+
+def test_resume__another_place_of_the_tokenizer_is_no_other_setting():
+    a, b = (config("--target", "dvae", "--tokenizer", f) for f in ("random", __file__))
+    engine.refuse_changes(b, dataclasses.asdict(a), Path("last.pt"))
+    c = config("--target", "dvae", "--tokenizer", "random", "--tokenizer-precision", "fp32")
+    with pytest.raises(UserError, match="--tokenizer-precision was auto, is fp32"):
+        engine.refuse_changes(c, dataclasses.asdict(a), Path("last.pt"))
+
+
+def test_help__says_where_the_tokenizer_comes_from(capsys):
+    with pytest.raises(SystemExit):
+        engine.parse(semanticmim.Config, semanticmim.PRESETS, semanticmim.__doc__, ["--help"])
+    out = capsys.readouterr().out
+    assert semanticmim.DALLE in out and "--tokenizer random tries BEiT without it" in out
 
 
 def test_encoder__positions_are_learned_and_start_as_maes():

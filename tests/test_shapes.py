@@ -6,13 +6,13 @@ import torch
 from torch.nn.functional import interpolate
 
 import data
-from data import SHAPES, STUFF, ShapeScenes
+from shapes import SHAPES, STUFF, ShapeScenes
 
 
 @pytest.fixture(scope="module")
 def scenes():
     """400 scenes with a label for every pixel (patch size 4)."""
-    dataset = ShapeScenes("train", 64, 4, train=False)
+    dataset = ShapeScenes("train", 64, 1, train=False)
     return [dataset[0, i] for i in range(400)]
 
 
@@ -54,7 +54,7 @@ def test_scenes__all_classes_appear_evenly(scenes):
 @pytest.mark.parametrize("train", [False, True])
 def test_scenes__maps_are_aligned_with_the_image(train):
     """Edges of the image lie on borders of the maps: shifted maps meet fewer of them."""
-    scenes = ShapeScenes("train", 64, 4, train=train)
+    scenes = ShapeScenes("train", 64, 1, train=train)
     shifts = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3)]
     for s in (scenes[0, i] for i in range(60)):
         ids, met = s["instance"].int() * 20 + s["semantic"], dict.fromkeys(shifts, 0)
@@ -67,8 +67,8 @@ def test_scenes__maps_are_aligned_with_the_image(train):
 
 
 def test_scenes__low_resolution_maps_are_nearest_exact_samples(scenes):
-    for size, patch in ((64, 8), (64, 16)):
-        small = ShapeScenes("train", size, patch, train=False)
+    for size, stride in ((64, 2), (64, 4)):
+        small = ShapeScenes("train", size, stride, train=False)
         for i in range(10):
             full = scenes[i]["semantic"][None, None].float()
             want = interpolate(full, small.label_size, mode="nearest-exact")[0, 0].byte()
@@ -78,7 +78,7 @@ def test_scenes__low_resolution_maps_are_nearest_exact_samples(scenes):
 
 def test_scenes__colour_does_not_tell_the_class():
     """Nearest class mean on mean, deviation and extremes of an object's colours stays at chance."""
-    dataset = ShapeScenes("train", 32, 4, train=False)
+    dataset = ShapeScenes("train", 32, 1, train=False)
     features, classes = [], []
     for i in range(1500):
         s = dataset[0, i]
@@ -117,10 +117,10 @@ def test_scenes__views_differ_by_epoch_and_repeat_by_seed():
 
 
 def test_scenes__draw_the_same_scene_at_any_size():
-    small, large = ShapeScenes("val", 64, 4, train=False), ShapeScenes("val", 192, 12, train=False)
+    small, large = ShapeScenes("val", 64, 1, train=False), ShapeScenes("val", 192, 3, train=False)
     agree = [(small[0, i]["semantic"] == large[0, i]["semantic"]).float().mean() for i in range(20)]
     assert min(agree) > 0.93
-    wide = ShapeScenes("val", (32, 96), 16, train=True)[0, 0]
+    wide = ShapeScenes("val", (32, 96), 4, train=True)[0, 0]
     assert wide["rgb"].shape == (3, 32, 96) and wide["semantic"].shape == (8, 24)
 
 

@@ -10,6 +10,7 @@ import common
 import engine
 import semanticmim
 from engine import UserError
+from pictures import hide
 from tools import figures, model_figures, visualize
 
 TINY = {
@@ -102,6 +103,27 @@ def test_queries__tokens_by_name(checkpoints):
             model_figures.queries(options(query=[wrong]), encoder, (4, 4))
 
 
+def test_open__weights_that_are_not_finite(checkpoints, tmp_path):
+    """A run that diverged is named, with the weight, whatever the picture."""
+    for name, weight in (("semanticmim", "blocks.1.attn.qkv.weight"), ("mcmae", "norm.bias")):
+        state = torch.load(checkpoints[name], weights_only=True)
+        state["model"][f"encoder.{weight}"].flatten()[3] = math.nan
+        path = tmp_path / f"{name}.pt"
+        engine.save(path, state)
+        for command in ("attention", "features", "reconstruct"):
+            words = [command, "--checkpoint", str(path), "--output", str(tmp_path / "x.png")]
+            with pytest.raises(UserError, match=f"{name}.pt.*{weight} holds NaN or infinity"):
+                visualize.main(words)
+
+
+def test_attention__no_weight_on_patches(checkpoints, tmp_path, monkeypatch):
+    """Where all of a query's attention is on prefix tokens, its map is black, not an error."""
+    monkeypatch.setattr(common.ViT, "attention",
+                        lambda self, x, i: torch.eye(18)[:1].expand(1, 3, 18, 18))  # fmt: skip
+    words = ["attention", "--checkpoint", checkpoints["semanticmim"], "--images", "0"]
+    assert visualize.main([*words, "--output", str(tmp_path / "x.png")]) == 0
+
+
 # ----------------------------------------------------------------------------- reconstruct
 
 
@@ -176,6 +198,6 @@ def test_reconstruct__columns(checkpoints, monkeypatch):
     hidden = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.arange(5, 10), True).view(4, 4)
     hidden = hidden.repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(both, torch.where(hidden, pred, truth)) and not torch.equal(pred, truth)
-    assert torch.equal(visible, torch.where(hidden, torch.tensor(128, dtype=torch.uint8), truth))
+    assert torch.equal(visible, hide(truth, hidden)) and not torch.equal(visible, truth)
     for words in (checkpoints["cfmae"], "step 7", "patches 5-9 hidden", "true mean"):
         assert words in shown["caption"]

@@ -1,5 +1,6 @@
 """Every command of tools/visualize.py writes its picture, and refuses bad input in one line."""
 
+import argparse
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from test_visualize import fresh
 
 from engine import UserError
-from pictures import colorize
+from pictures import colorize, hide
 from tools import figures, model_figures, visualize
 
 
@@ -46,7 +47,6 @@ def test_attention__sizes(tmp_path, checkpoints):
     assert height > 6 * 54 and width >= 4 * 54  # 2 images x 3 queries; input and 3 heads
     assert run(tmp_path, *flags, "--checkpoint", sem, more, "--depth")[1] > 2 * 54
     assert run(tmp_path, *flags, "--checkpoint", sem, "--proxy-mean", "--depth")[1] > 3 * 54
-    assert run(tmp_path, *flags, "--checkpoint", sem, more, "--distance")[0] == 640
     fresh = ("--method", "cfmae", "--encoder", "tiny", "--image-size", "32")
     assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
     with pytest.raises(UserError, match="hierarchical"):
@@ -61,8 +61,9 @@ def test_masks__counts(monkeypatch, tmp_path):
     visualize.main(["masks", "--images", "3", "--output", "x.png"])
     cells = dict(zip(shown["columns"], shown["rows"][0]))
 
-    def hidden(name, side):  # share of cells that are grey throughout
-        x = (cells[name] == figures.GREY).all(0).float()[None, None]
+    def hidden(name, side):  # cells that are hatched throughout
+        x = cells[name]
+        x = (x == hide(x, torch.ones(x.shape[1:], dtype=torch.bool))).all(0).float()[None, None]
         return int((torch.nn.functional.avg_pool2d(x, side) == 1).sum())
 
     assert hidden("SemanticMIM", 16) == 118 and hidden("plain MIM", 16) == 79
@@ -81,14 +82,8 @@ def test_masks__counts(monkeypatch, tmp_path):
 def test_figures_without_a_model__sizes(tmp_path):
     assert run(tmp_path, "masks", "--frequency", "50")[0] >= 3 * 192
     flags = ("--method", "cfmae", "--model", "tiny", "--images", "0")
-    assert run(tmp_path, "masks", *flags)[0] > 12 * 128
-    assert run(tmp_path, "schedule", "--e1", "0.1", "--epochs", "100")[0] == 920
-    assert run(tmp_path, "schedule", "--method", "mcmae")[0] == 460
+    assert 6 * 132 < run(tmp_path, "masks", *flags)[0] < 6 * 132 + 80
     assert run(tmp_path, "dataset", "--images", "0-2", "--side", "40", "--palette")[1] > 3 * 44
-
-
-def test_schedule__reads_a_checkpoint(tmp_path, checkpoints):
-    assert run(tmp_path, "schedule", "--checkpoint", checkpoints["cfmae"])[0] == 920
 
 
 def test_features__sizes(tmp_path, checkpoints):
@@ -105,22 +100,20 @@ def test_principal_components__svd():
     torch.testing.assert_close(shares, (S**2 / (S**2).sum())[:3])
 
 
-def test_log__two_runs(tmp_path, monkeypatch):
-    for n, name in enumerate("ab"):
-        (tmp_path / name).mkdir()
-        lines = [{"step": 0, "val": {"loss": 3.0}}, {"step": 20, "loss": 2.0 - n, "lr": 1e-3},
-                 {"step": 40, "loss": 1.0, "lr": 2e-3}]  # fmt: skip
-        text = "".join(json.dumps(x) + "\n" for x in lines) + '{"step": 60, "lo'  # torn
-        (tmp_path / name / "log.jsonl").write_text(text)
-    assert run(tmp_path, "log", tmp_path / "a", tmp_path / "b" / "log.jsonl")[0] == 2 * 360
-    assert run(tmp_path, "log", tmp_path / "a", "--keys", "lr")[0] == 360
-    shown, name = {}, tmp_path / "a" / "log.jsonl"
-    keep = lambda *args: shown.update({title: series for title, _, series in args[2]})  # noqa: E731
-    monkeypatch.setattr(visualize, "chart", keep)
-    visualize.main(["log", str(name), "--output", "x.png"])
-    assert {s.dots: (list(s.x), list(s.y)) for s in shown["loss"]} == {
-        True: ([0], [3.0]), False: ([20, 40], [2.0, 1.0])}  # fmt: skip
-    assert [s.dots for s in shown["lr"]] == [False]
+def test_masks__methods_below_each_other(tmp_path, monkeypatch):
+    """Each method begins a band of its own, with the image beside its masks."""
+    shown, tiny = {}, ("--image-size", "64")
+    keep = lambda *args: shown.update(columns=args[2], rows=args[3], bands=args[8])  # noqa: E731
+    with monkeypatch.context() as m:
+        m.setattr(visualize, "sheet", keep)
+        run_masks = [*("masks", "--images", "0", *tiny, "--output", "x.png")]
+        visualize.main(run_masks)
+    starts = [sum(shown["bands"][:i]) for i in range(len(shown["bands"]))]
+    assert shown["bands"] == [6, 6, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
+    assert [shown["columns"][i] for i in starts] == ["rgb", "CFMAE IG, rgb", "rgb", "rgb", "rgb"]
+    assert all(cell is not None for cell in shown["rows"][0])
+    width, height = run(tmp_path, *run_masks[:-2])
+    assert width < 900 and 5 * 132 < height < 5 * (132 + 40) + 60
 
 
 def test_folder_of_bare_images(tmp_path, checkpoints):
@@ -136,6 +129,22 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
         run(tmp_path, "dataset", *flags)
     with pytest.raises(UserError, match="no instance"):
         run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
+
+
+def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
+    """It is left out with a line, once, and no other image is shown twice in its place."""
+    figures.left_out.cache_clear()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(folder / f"{i}.jpg")
+    (folder / "1.jpg").write_bytes(b"noise")
+    flags = ("--data", folder, "--images", "0-2")
+    height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints["mcmae"], *flags)[1]
+    assert 2 * 132 < height < 2 * 132 + 120  # two rows
+    assert capsys.readouterr().err.count("left out: 1.jpg") == 1
+    with pytest.raises(UserError, match="none of the images 1 of .* can be read"):
+        run(tmp_path, "masks", "--method", "mcmae", *flags[:2], "--images", "1")
 
 
 def test_bad_input__one_line(tmp_path, checkpoints):
@@ -180,21 +189,57 @@ def test_colorize__stable():
     assert torch.equal(colours[[7, 200]], colorize(torch.tensor([[7, 200]]))[:, 0].T)
 
 
-def test_ticks__round_numbers():
-    assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert figures.ticks(-3, 12) == pytest.approx([-2.5, 0, 2.5, 5, 7.5, 10])
-    assert figures.ticks(1e-5, 9e-5) == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5])
+def test_hide__differs_from_every_visible_colour():
+    """Also from the dark grey of a label map's background, in each patch, at every size."""
+    ids = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    palette = {tuple(c.tolist()) for c in colorize(ids).flatten(1).T}
+    for side in (32, 56, 64, 224):
+        x = colorize(torch.zeros(side, side, dtype=torch.uint8))
+        hidden = torch.zeros(side, side, dtype=torch.bool)
+        hidden[: side // 2] = True
+        found = hide(x, hidden)
+        assert torch.equal(found[:, side // 2 :], x[:, side // 2 :])
+        colours = found[:, : side // 2].flatten(1).unique(dim=1).T
+        assert len(colours) == 2 and not {tuple(c.tolist()) for c in colours} & palette
+        light = (found[0, : side // 2].unfold(0, 4, 4).unfold(1, 4, 4) == 240).flatten(2)
+        assert light.any(-1).all()  # no patch of 4 x 4 is one dark colour
 
 
-def test_chart__dots_are_not_joined(tmp_path):
-    shares = []
-    for dots in (False, True):
-        panel = ("loss", "step", [figures.Series("", [0, 1], [0.0, 1.0], dots=dots)])
-        figures.chart(tmp_path / "x.png", "", [panel])
-        with Image.open(tmp_path / "x.png") as image:
-            colours = dict((c, n) for n, c in image.getcolors(2**20))
-        shares.append(colours[tuple(bytes.fromhex(figures.COLOURS[0][1:]))])
-    assert 0 < shares[1] < shares[0] / 10
+def key(tmp_path, ids, folder="."):
+    """What a sheet of one label map says beside the colours."""
+    args = argparse.Namespace(data=str(tmp_path / folder) if folder != "shapes" else folder)
+    return figures.legend(args, [colorize(torch.tensor(ids, dtype=torch.uint8))])
+
+
+def test_legend__names(tmp_path):
+    ids = [[0, 7, 7], [255, 12, 0]]
+    found = key(tmp_path, ids, "shapes")
+    assert list(found) == ["semantic maps:", "sky", "square", "crescent", "unlabelled"]
+    assert found["square"] == tuple(colorize(torch.tensor([[7]]))[:, 0, 0].tolist())
+    assert list(key(tmp_path, ids)) == ["semantic maps:", "class 0", "class 7", "class 12",
+                                        "unlabelled"]  # fmt: skip
+    names = [f"thing {i}" for i in range(8)]
+    (tmp_path / "categories.json").write_text(json.dumps([{"name": n} for n in names]))
+    assert list(key(tmp_path, ids))[1:4] == ["thing 0", "thing 7", "class 12"]
+    (tmp_path / "classes.txt").write_text("wall\nfloor\n")
+    assert list(key(tmp_path, ids))[1:3] == ["wall", "class 7"]
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "categories.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="categories.json: wanted a list"):
+        key(tmp_path, ids, "coco")
+    assert figures.legend(argparse.Namespace(data="nowhere"), []) == {}
+
+
+def test_legend__the_largest_of_many(tmp_path):
+    ids = torch.arange(1, 41).repeat_interleave(torch.arange(1, 41)).view(1, -1)
+    found = list(key(tmp_path, ids.tolist()))
+    assert found == ["semantic maps:", *(f"class {i}" for i in range(11, 41)), "and 10 more"]
+
+
+def test_colorize__semantic_ids_are_told_apart():
+    """`legend` finds ids by their colours: all 133 of COCO have one of their own."""
+    colours = colorize(torch.arange(133)[:, None])[..., 0].T
+    assert len({tuple(c.tolist()) for c in colours}) == 133
 
 
 def test_numbers__ranges():

@@ -4,6 +4,7 @@
     python -m tools.benchmark step --rows mae,cfmae --precision bf16 --rounds 3 --json out.json
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
+    python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
     python -m tools.benchmark loader --data data/imagenet --feed 1500
     python -m tools.benchmark memory --rows mae,cfmae
 
@@ -29,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 import data
+import shapes
 from engine import UserError
 from tools import peers
 from tools.loader import loader
@@ -76,6 +77,10 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
     ("MAE / lightly's MAE", "mae", "peer-lightly", None),
     ("MAE / vit-pytorch's MAE", "mae", "peer-vit-pytorch", None),
     ("MAE / mmpretrain's MAE", "mae", "peer-mmpretrain-mae", None),
+    ("MAE / its authors'", "mae", "peer-mae-authors", None),
+    ("CFMAE / MultiMAE", "cfmae", "peer-multimae", None),
+    ("MCMAE / its authors' ConvMAE", "mcmae", "peer-convmae", None),
+    ("MCMAE dense / its authors' ConvMAE", "mcmae-dense", "peer-convmae", None),
     ("CoMA frozen / Hiera's MAE", "coma", "peer-hiera", None),
     ("CoMA none / Hiera's MAE", "coma-none", "peer-hiera", None),
     ("CoMA shared / Hiera's MAE", "coma-shared", "peer-hiera", None),
@@ -123,7 +128,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
 def scenes(cfg: engine.Config, size: int) -> dict[str, torch.Tensor]:
     """A batch of ShapeScenes, with the granularities that the method asks for."""
     granularities = cfg.data_options()["granularities"]
-    scenes = data.ShapeScenes("train", cfg.image_size, cfg.patch_size, granularities)
+    scenes = shapes.ShapeScenes("train", cfg.image_size, max(cfg.patch_size // 4, 1), granularities)
     return data.collate([scenes[0, i] for i in range(size)])
 
 
@@ -214,7 +219,7 @@ def one(args: argparse.Namespace) -> dict:
     if not cuda:
         engine.keep_freed_memory()
     if args.rows in peers.PEERS:
-        cfg, model = engine.Config(), peers.build(args.rows)
+        cfg, model = engine.Config(), peers.build(args.rows, args.peers_from)
     else:
         script, flags = ROWS.get(args.rows) or (args.method, f"--model {args.model}")
         cfg, model = build(script, f"{flags} {args.flags}".split())
@@ -285,26 +290,33 @@ def child(args: argparse.Namespace, **changes: object) -> dict | None:
     words = "out of memory", "can't allocate memory"
     if job.returncode == -9 or any(w in job.stderr for w in words):
         return None
-    raise UserError(f"{given['rows'] or given['method']}: {job.stderr.strip()[-600:]}")
+    said = job.stderr.strip().removeprefix("benchmark: error: ") or f"status {job.returncode}"
+    said = said.splitlines()[-1] if "Traceback" in said else said
+    raise UserError(f"{given['rows'] or given['method']}: {said}")
 
 
 def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def step(args: argparse.Namespace) -> list[dict]:
-    """Time the chosen rows in turns, print the table and the ratios."""
-    rows = [""] if args.method else args.rows.split(",") if args.rows else list(ROWS)
+def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
+    """The rows that the flags name, [""] for --method; UserError where one cannot run here."""
+    rows = [""] if args.method else args.rows.split(",") if args.rows else [*default]
     known = (*ROWS, *peers.PEERS)
-    if unknown := [r for r in rows if r and r not in known]:
+    if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
-    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p))}
+    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p, args.peers_from))}
     for row in lacking:
         if row in rows:
             raise UserError(lacking[row])
         if args.peers:
             print(f"left out {lacking[row]}", flush=True)
-    rows += [p for p in peers.PEERS if args.peers and p not in rows and p not in lacking]
+    return rows + [p for p in peers.PEERS if args.peers and p not in rows and p not in lacking]
+
+
+def step(args: argparse.Namespace) -> list[dict]:
+    """Time the chosen rows in turns, print the table and the ratios."""
+    rows = choose_rows(args, ROWS)
     found: dict[str, dict] = {}
     for turn in range(args.rounds):
         for row in rows:
@@ -352,8 +364,7 @@ def memory(args: argparse.Namespace) -> list[dict]:
     """Find the largest micro-batch that fits, and what 1.28 million file names take."""
     cuda = on_cuda(args)
     results = []
-    rows = (args.rows or "mae,cfmae,mcmae,coma,semanticmim").split(",")
-    for row in [""] if args.method else rows:
+    for row in choose_rows(args, ("mae", "cfmae", "mcmae", "coma", "semanticmim")):
         peaks: dict[int, float] = {}
 
         def fits(n: int, row: str = row, peaks: dict = peaks) -> bool:
@@ -377,17 +388,17 @@ def memory(args: argparse.Namespace) -> list[dict]:
         print(f"{row or args.method}, {args.precision}: largest micro-batch {low} ({shown})")
     count = 1_281_167
     name = b"n%08d/n%08d_%d.JPEG"
-    names = [name % (i % 1000, i % 1000, i) for i in range(count)]
-    offsets = array("q", [0, *np.cumsum([len(n) for n in names]).tolist()])
-    labels = array("i", [i % 1000 for i in range(count)])
+    names = np.array([name % (i % 1000, i % 1000, i) for i in range(count)])
+    labels = np.arange(count, dtype=np.int32) % 1000
     with tempfile.TemporaryDirectory() as folder:
-        files = data.FileList.build(b"".join(names), offsets, labels, {"rgb": "train"}, [])
+        files = data.FileList(names, labels, {"rgb": "train"}, [])
         files.save(folder)
         began = time.perf_counter()
         data.FileList.open(folder)
         opened = time.perf_counter() - began
-    print(f"file list of {count} names: {len(files.block) / 2**20:.1f} MiB, "
-          f"{len(files.block) / count:.1f} bytes each, opened in {1e3 * opened:.1f} ms")
+    size = names.nbytes + labels.nbytes
+    print(f"file list of {count} names: {size / 2**20:.1f} MiB, {size / count:.1f} bytes each, "
+          f"opened in {1e3 * opened:.1f} ms")
     return results + [{"files": count, "bytes": len(files.block), "open_s": opened}]
 
 
@@ -422,6 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         p.add_argument("--warmup", type=int, default=2, help="steps before them")
         p.add_argument("--rounds", type=int, default=2)
         p.add_argument("--peers", action="store_true", help="also other libraries' models")
+        p.add_argument("--peers-from", metavar="DIR", help="clones of mae, MultiMAE, ConvMAE")
     p = commands.add_parser("loader")
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
@@ -429,6 +441,11 @@ def main(argv: list[str] | None = None) -> int:
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
     args = parser.parse_args(argv)
+    for name, least in {"batch_size": 1, "steps": 1, "rounds": 1, "count": 1, "warmup": 0}.items():
+        if (n := getattr(args, name, least)) < least:
+            parser.error(f"--{name.replace('_', '-')} {n}: wanted {least} or more")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     results = {"step": step, "loader": loader, "memory": memory}[args.command](args)
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))

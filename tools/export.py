@@ -2,7 +2,8 @@
 
     encoder  a small checkpoint with the encoder alone; --checkpoint takes it everywhere
     timm     a plain state dict for timm's VisionTransformer, position embedding written out: plain
-             ViTs, so CFMAE (its RGB branch), SemanticMIM (proxies are register tokens), MAE
+             ViTs, so CFMAE (its RGB branch), SemanticMIM (proxies are register tokens), MAE; BEiT
+             for timm's Beit. A fine-tuned classifier keeps its norm and head
     full     a plain state dict of the whole model, decoder included, without optimizer
 
 It takes checkpoints of pre-training and of transfer, and says what it wrote and how that loads.
@@ -14,6 +15,7 @@ It takes checkpoints of pre-training and of transfer, and says what it wrote and
 import argparse
 import collections
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import IMAGENET_MEAN, IMAGENET_STD, ViT
+from common import ViT
 from downstream import encoders
 from engine import UserError
 
@@ -37,41 +39,74 @@ TIMM = {
 MAPS = (["instance_embed"], ["semantic_embed"])  # CFMAE's, beside the RGB branch
 
 
-def timm_state(encoder: nn.Module) -> dict[str, Tensor]:
-    """State dict of a plain ViT under timm's names, ready for a strict load.
+def timm_state(
+    encoder: nn.Module, head: dict[str, Tensor] | None = None, pool: str = ""
+) -> dict[str, Tensor]:  # fmt: skip
+    """State dict of a plain ViT or BEiT under timm's names, ready for a strict load.
 
     timm adds `pos_embed` to the prefix tokens, too; ours have no position, so their rows are zero.
+
+    Args:
+        head: `fc_norm.*` and `head.*` of a fine-tuned classifier; None: the encoder alone.
+        pool: timm's `global_pool`: "avg", "token" or, without head, "".
     """
-    L = encoder.grid[0] * encoder.grid[1]
-    position = encoder.position(*encoder.grid).detach().reshape(1, L, encoder.embed_dim)
     state = {k: v for k, v in encoder.state_dict().items() if k.split(".")[:1] not in MAPS}
-    zeros = position.new_zeros(1, encoder.num_prefix, encoder.embed_dim)
-    return state | {"pos_embed": torch.cat([zeros, position], dim=1)}  # (1, P + L, D)
+    if getattr(encoder, "relative", False):  # BEiT: a key's bias changes nothing, timm has none
+        for k in [k for k in state if k.endswith("qkv.bias")]:
+            q, _, v = state.pop(k).chunk(3)
+            state |= {k.replace("qkv.bias", "q_bias"): q, k.replace("qkv.bias", "v_bias"): v}
+        state = {re.sub(r"ls([12])\.gamma$", r"gamma_\1", k): v for k, v in state.items()}
+    if encoder.pos_embed is not None:
+        L = encoder.grid[0] * encoder.grid[1]
+        position = encoder.position(*encoder.grid).detach().reshape(1, L, encoder.embed_dim)
+        zeros = position.new_zeros(1, encoder.num_prefix, encoder.embed_dim)
+        state["pos_embed"] = torch.cat([zeros, position], dim=1)  # (1, P + L, D)
+    if head:  # after the mean of the patches, or of the class token
+        state = {k: v for k, v in state.items() if not k.startswith("norm.")} | head
+        if pool == "token":
+            state = {re.sub("^fc_norm", "norm", k): v for k, v in state.items()}
+    return state
 
 
-def timm_constructor(encoder: nn.Module) -> str:
+def timm_head(encoder: nn.Module, content: dict) -> tuple[dict[str, Tensor] | None, str, str]:
+    """The head of a fine-tuned checkpoint for `timm_state`: (head, pool, why there is none)."""
+    head = {k: v for k, v in content["model"].items() if k.split(".")[0] in ("fc_norm", "head")}
+    if content["method"] != "classify" or len(head) != 4:
+        return None, "", ""
+    cfg = content["config"]
+    if cfg.get("granularities") not in (None, "R"):
+        return None, "", "the head reads label maps, too, and is left out"
+    if cfg.get("pool", "patch") == "patch":
+        return head, "avg", ""
+    if encoder.num_prefix == 1 and hasattr(encoder, "cls_token"):
+        return head, "token", ""
+    return None, "", "timm has no mean over prefix tokens, which the head reads: it is left out"
+
+
+def timm_constructor(encoder: nn.Module, classes: int = 0, pool: str = "") -> str:
     """The line of Python that builds the model in timm which `timm_state` fits."""
     block, p = encoder.blocks[0], encoder.patch_size
     size = (encoder.grid[0] * p, encoder.grid[1] * p)
     shape = {"embed_dim": encoder.embed_dim, "depth": len(encoder.blocks)}
     shape |= {"num_heads": block.attn.num_heads, "patch_size": p}
     ratio = block.mlp.fc1.out_features / encoder.embed_dim
-    options = {}
+    options, whole = {}, {"img_size": size, **shape, "mlp_ratio": ratio}
+    if getattr(encoder, "relative", False):
+        start, options = "timm.models.Beit(", {**whole, "use_rel_pos_bias": True}
+        options["use_abs_pos_emb"] = encoder.pos_embed is not None
+    elif (name := TIMM.get(tuple(shape.values()))) and ratio == 4:
+        start = f'timm.create_model("{name}", '
+        options = {} if size == (224, 224) else {"img_size": size}
+    else:
+        start, options = "timm.models.VisionTransformer(", whole
     if not hasattr(encoder, "cls_token"):
         options["class_token"] = False
     if hasattr(encoder, "reg_token"):
         options["reg_tokens"] = encoder.reg_token.shape[1]
     if not isinstance(block.ls1, nn.Identity):
         options["init_values"] = 1e-5  # any number: there is layer scale, and its values are loaded
-    # the features of all tokens after the final norm, as ours; another pooling moves the norm
-    options |= {"global_pool": "", "num_classes": 0}
-    name = TIMM.get(tuple(shape.values()))
-    if name and ratio == 4:
-        options |= {} if size == (224, 224) else {"img_size": size}
-        start = f'timm.create_model("{name}", '
-    else:
-        start = "timm.models.VisionTransformer("
-        options = {"img_size": size, **shape, "mlp_ratio": ratio, **options}
+    # without head: the features of all tokens after the norm, which other pooling would move
+    options |= {"global_pool": pool, "num_classes": classes}
     return start + ", ".join(f"{k}={v!r}" for k, v in options.items()).replace("'", '"') + ")"
 
 
@@ -97,19 +132,31 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         load = f'model.load_state_dict(torch.load("{out}", weights_only=True))'
         notes.append(f"model is that of {content['method']} with the checkpoint's config")
     elif form == "timm":
-        if not isinstance(encoder, ViT) or getattr(encoder, "relative", False):
+        if not isinstance(encoder, ViT):
             raise UserError(f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
                             "has no names in timm; --format encoder keeps ours")  # fmt: skip
-        state = written = timm_state(encoder)
+        head, pool, why_not = timm_head(encoder, content)
+        state = written = timm_state(encoder, head, pool)
+        left = [k for k in left if k not in state and k not in (head or {})]
         left += [k.removeprefix("encoder.") for k in source if k.split(".")[1:2] in MAPS]
-        what = "encoder under timm's names"
-        load = f"model = {timm_constructor(encoder)}; "
+        left += [k for k in ("norm.weight", "norm.bias") if head]
+        what = "classifier under timm's names" if head else "encoder under timm's names"
+        classes = len(head["head.bias"]) if head else 0
+        load = f"model = {timm_constructor(encoder, classes, pool)}; "
         load += f'model.load_state_dict(torch.load("{out}", weights_only=True))'
-        notes.append(f"images in [0, 1], less {IMAGENET_MEAN}, divided by {IMAGENET_STD}")
+        notes += [why_not] if why_not else []
+        if encoder.norm.eps != 1e-6:
+            notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
+        mean, std = (tuple(description[k]) for k in ("mean", "std"))
+        notes.append(f"images in [0, 1], less {mean}, divided by {std}")
     else:
         state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-        written = {"format": engine.FORMAT, "method": method, "config": description["config"],
-                   "step": step, "model": state, "optimizer": {}, "window": {}}  # fmt: skip
+        # The scripts' own load_encoder knows the config alone: there positions refer to its size.
+        H, W = description["trained_size"]
+        config = {**description["config"], "image_size": H if H == W else [H, W]}
+        written = {"format": engine.FORMAT, "method": method, "config": config,
+                   "description": description, "step": step, "model": state, "optimizer": {},
+                   "window": {}}  # fmt: skip
         what = "encoder"
         load = f'--checkpoint {out}; downstream.encoders.open_encoder(checkpoint="{out}")'
     if form != "full" and method == "semanticmim" and "decoder_norm.weight" in source:

@@ -1,12 +1,16 @@
-"""What tools/visualize.py draws, and what it draws with: images of a folder; sheets, charts, heat.
+"""What tools/visualize.py draws, and what it draws with: images of a folder; sheets, heat.
 
 Pillow is all it needs.
 """
 
 import argparse
+import functools
+import itertools
+import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
@@ -16,12 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
+import shapes
 from engine import UserError
-from pictures import colorize
+from pictures import colorize, hide
 
-GREY = 128  # of what is hidden
-# Okabe and Ito's colours, which the colour-blind can tell apart; black last
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 HEAT = ((0, 0, 10), (70, 15, 110), (165, 45, 95), (235, 105, 40), (250, 190, 60), (252, 255, 165))
 
 
@@ -59,15 +61,66 @@ def open_images(
     args: argparse.Namespace, size: int | tuple[int, int], patch_size: int,
     granularities: tuple[str, ...] = ("rgb",), classes: int = 255,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # fmt: skip
-    """Yield (name, batch of one) of the images that --images chooses: centre crops."""
+    """Yield (name, batch of one) of the images that --images chooses: centre crops.
+
+    Images that cannot be read are left out, which a line on stderr says.
+    """
     dataset = data.open_dataset(*where(args), size, patch_size, granularities, (1.0, 1.0), False,
                                 args.seed, semantic_classes=classes)  # fmt: skip
-    for i in numbers(args.images or "0-3", len(dataset), "--images"):
+    chosen, yielded = numbers(args.images or "0-3", len(dataset), "--images"), 0
+    for i in chosen:
+        if args.data != "shapes":
+            try:
+                dataset.load(i)  # dataset[0, i] would take the next one for it
+            except data.Unreadable as e:
+                left_out(str(e))
+                continue
         batch = engine.raise_error(data.collate([dataset[0, i]]))
-        name = dataset.files.name(i) if hasattr(dataset, "files") else f"scene {i}"
-        if batch["bad"] >= 0:
-            raise UserError(f"{name} cannot be read")
-        yield name, batch
+        yielded += 1
+        yield dataset.files.name(i) if args.data != "shapes" else f"scene {i}", batch
+    if not yielded:
+        raise UserError(f"none of the images {args.images or '0-3'} of {args.data} can be read")
+
+
+@functools.cache  # a picture may go through the images several times
+def left_out(what: str) -> None:
+    print(f"left out: {what}", file=sys.stderr)
+
+
+def class_names(folder: str) -> Sequence[str]:
+    """Names of semantic ids: ShapeScenes', the lines of classes.txt, or categories.json as COCO's.
+
+    Both files lie beside train/ and val/; without them, no names.
+    """
+    if folder == "shapes":
+        return shapes.ShapeScenes.SEMANTIC_NAMES
+    if (path := Path(folder, "classes.txt")).is_file():
+        return path.read_text(errors="replace").splitlines()
+    if (path := Path(folder, "categories.json")).is_file():
+        try:
+            return [str(c["name"]) for c in json.loads(path.read_text())]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: wanted a list of {{\"name\": ...}}, as COCO has it") from None
+    return ()
+
+
+def legend(args: argparse.Namespace, pictures: Sequence[Tensor]) -> dict[str, tuple | None]:
+    """{class: its colour} of the semantic maps (3, h, w) in a figure, by number, for `sheet`.
+
+    Of more than 30 classes the 30 that cover most.
+    """
+    names = class_names(args.data) if pictures else ()
+    table = [tuple(c) for c in colorize(torch.arange(256)[:, None])[..., 0].T.tolist()]
+    shown: Counter[tuple] = Counter()
+    for x in pictures:
+        colours, counts = x.flatten(1).unique(dim=1, return_counts=True)
+        shown.update(dict(zip(map(tuple, colours.T.tolist()), counts.tolist())))
+    area = {i: shown[c] for i, c in enumerate(table) if c in shown}
+    few = sorted(sorted(area, key=area.get, reverse=True)[:30])
+    found = {"semantic maps:": None} if few else {}
+    found |= {names[i] if i < len(names) else f"class {i}": table[i] for i in few if i < 255}
+    found |= {"unlabelled": table[255]} if 255 in few else {}
+    return found | ({f"and {len(area) - 30} more": None} if len(area) > 30 else {})
 
 
 # --------------------------------------------------------------------------------- pictures
@@ -114,12 +167,12 @@ def enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def look(batch: dict[str, Tensor], name: str, mask: Tensor | None = None) -> Tensor:
-    """Picture of a granularity, (3, H, W) uint8, grey where `mask` (N,) hides it."""
+    """Picture of a granularity, (3, H, W) uint8, hatched where `mask` (N,) hides it."""
     x = batch[name][0] if name == "rgb" else colorize(batch[name])[0]
     if mask is None:
         return x
     n = math.isqrt(mask.numel())
-    return x.masked_fill(enlarge(mask.view(n, n), x.shape[-2:]), GREY)
+    return hide(x, enlarge(mask.view(n, n), x.shape[-2:]))
 
 
 def blend(rgb: Tensor, other: Tensor, share: float) -> Tensor:
@@ -153,6 +206,7 @@ def save(image: Image.Image, path: str | Path, palette: bool) -> None:
 def sheet(
     path: str | Path, caption: str, columns: Sequence[str], rows: Sequence[Sequence[Tensor | None]],
     labels: Sequence[str] = (), side: int = 128, palette: bool = False,
+    key: dict[str, tuple | None] | None = None, bands: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Write a table of pictures as PNG.
 
@@ -161,6 +215,8 @@ def sheet(
         columns: a title for each column.
         rows: of cells (3, H, W) uint8, drawn `side` pixels high; None leaves a place empty.
         labels: a word before each row, or none at all.
+        key: words with a colour each or None, shown below the caption.
+        bands: numbers of columns, where the table is cut: the parts stand below each other.
     """
     face, gap = font(11), 4
     cells = [[None if x is None else picture(x, side) for x in row] for row in rows]
@@ -170,115 +226,39 @@ def sheet(
     labels = [wrap(label, face, 110) for label in labels]
     words = [word for label in labels for word in label.split("\n")]
     left = gap + (math.ceil(max(map(face.getlength, words))) + 2 * gap if words else 0)
-    width = max(left + sum(w + gap for w in widths), 420)
+    ends = [0, *itertools.accumulate(bands or [len(columns)])]
+    parts = [slice(a, b) for a, b in itertools.pairwise(ends)]
+    width = max(420, *(left + sum(w + gap for w in widths[part]) for part in parts))
     caption = wrap(caption, face, width - 2 * gap)
-    top = height(caption, face) + 2 * gap
-    head = top + max(height(t, face) for t in titles) + gap
-    image = Image.new("RGB", (width, head + len(rows) * (side + gap)), "white")
+    top, x, swatches = height(caption, face) + 2 * gap, gap, []
+    for word, colour in (key or {}).items():
+        step = 14 * bool(colour) + math.ceil(face.getlength(word)) + 3 * gap
+        x, top = (gap, top + 16) if x + step > width else (x, top)
+        swatches.append((x, top, word, colour))
+        x += step
+    top += 20 * bool(swatches)
+    heads = [max(height(t, face) for t in titles[part]) + gap for part in parts]
+    tall = top + sum(heads) + len(parts) * len(rows) * (side + gap)
+    image = Image.new("RGB", (width, tall), "white")
     draw = ImageDraw.Draw(image)
     draw.text((gap, gap // 2), caption, "black", face)
-    for r, row in enumerate(cells):
-        x, y = left, head + r * (side + gap)
-        if labels:
-            draw.text((gap, y), labels[r], "black", face)
-        for cell, title, w in zip(row, titles, widths):
-            if r == 0:
-                draw.text((x, top), title, "black", face)
-            if cell:
-                image.paste(cell, (x, y))
+    for x, y, word, colour in swatches:
+        if colour:
+            draw.rectangle((x, y + 2, x + 10, y + 12), colour)
+        draw.text((x + 14 * bool(colour), y), word, "black", face)
+    for part, head in zip(parts, heads):
+        x = left
+        for title, w in zip(titles[part], widths[part]):
+            draw.text((x, top), title, "black", face)
             x += w + gap
+        top += head
+        for r, row in enumerate(cells):
+            x = left
+            if labels:
+                draw.text((gap, top), labels[r], "black", face)
+            for cell, w in zip(row[part], widths[part]):
+                if cell:
+                    image.paste(cell, (x, top))
+                x += w + gap
+            top += side + gap
     save(image, path, palette)
-
-
-# ----------------------------------------------------------------------------------- charts
-
-
-@dataclass
-class Series:
-    """Points of a chart: numbers x and y of equal length, a line or dots, a place in COLOURS."""
-
-    label: str  # "": not in the legend
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: int = 0
-    dots: bool = False
-
-
-def ticks(low: float, high: float, most: int = 6, least: float = 0.0) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most` steps of at least `least`."""
-    raw = max((high - low) / most, least)
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(k * unit for k in (1, 2, 2.5, 5, 10) if k * unit >= raw * 0.999)
-    first = math.ceil(low / step - 1e-6)
-    return [i * step for i in range(first, math.floor(high / step + 1e-6) + 1)]
-
-
-def chart(
-    path: str | Path, caption: str, panels: Sequence[tuple[str, str, Sequence[Series]]],
-    columns: int = 1, size: tuple[int, int] = (560, 280), palette: bool = False,
-) -> None:  # fmt: skip
-    """Write line charts as PNG.
-
-    Args:
-        panels: (title, name of the x axis, series) of each; points that are not finite are left
-            out. y starts at 0 where all values are positive and spread over most of the range.
-        columns: panels side by side.
-        size: of a panel, in pixels.
-    """
-    k = 2  # drawn twice as large, then reduced: smooth lines
-    columns, face = min(columns, len(panels)), font(11 * k)
-    (W, H), count = (n * k for n in size), math.ceil(len(panels) / columns)
-    caption = wrap(caption, face, W * columns - 8 * k)
-    top = height(caption, face) + 6 * k
-    image = Image.new("RGB", (W * columns, top + H * count), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((4 * k, 2 * k), caption, "black", face)
-    for n, (title, axis, series) in enumerate(panels):
-        _panel(draw, face, k, n % columns * W, top + n // columns * H, W, H, title, axis, series)
-    save(image.resize((image.width // k, image.height // k), Image.Resampling.BOX), path, palette)
-
-
-def _panel(draw, face, k, x0, y0, W, H, title, axis, series) -> None:
-    """Draw one chart into the W x H pixels at (x0, y0); `k` pixels are one of the result."""
-    points = [[(x, y) for x, y in zip(s.x, s.y) if math.isfinite(x) and math.isfinite(y)]
-              for s in series]  # fmt: skip
-    xs, ys = zip(*(p for part in points for p in part)) if any(points) else ((0, 1), (0, 1))
-    low, high = min(ys), max(ys)
-    low = 0.0 if 0 <= low < 0.5 * high else low
-    if high - low < 1e-9 * max(abs(high), 1e-9):
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    low, high = low - 0.05 * (high - low) * (low != 0), high + 0.05 * (high - low)
-    left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-    a, b, c, d = x0 + 56 * k, x0 + W - 14 * k, y0 + 38 * k, y0 + H - 34 * k  # the box of the axes
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return a + (b - a) * (x - left) / (right - left), d - (d - c) * (y - low) / (high - low)
-
-    for value in ticks(low, high):
-        y = place(left, value)[1]
-        draw.line([(a, y), (b, y)], "#dddddd", k)
-        draw.text((a - 4 * k, y), f"{value:.4g}", "black", face, anchor="rm")
-    whole = all(x == int(x) for x in xs)
-    for value in ticks(left, right, least=float(whole)):
-        x = place(value, low)[0]
-        draw.line([(x, d), (x, d + 4 * k)], "black", k)
-        draw.text((x, d + 5 * k), f"{value:.6g}", "black", face, anchor="mt")
-    draw.rectangle((a, c, b, d), outline="black", width=k)
-    draw.text(((a + b) / 2, d + 19 * k), axis, "black", face, anchor="mt")
-    draw.text((a, y0 + 6 * k), title, "black", face)
-    x = a
-    for s, part in zip(series, points):
-        colour = COLOURS[s.colour % len(COLOURS)]
-        at = [place(*p) for p in part]
-        if s.dots or len(at) == 1:
-            for px, py in at:
-                draw.ellipse((px - 2 * k, py - 2 * k, px + 2 * k, py + 2 * k), fill=colour)
-        elif at:
-            draw.line(at, colour, 2 * k, joint="curve")
-        if s.label:
-            if s.dots:
-                draw.ellipse((x + 2 * k, y0 + 27 * k, x + 6 * k, y0 + 31 * k), fill=colour)
-            else:
-                draw.line([(x, y0 + 29 * k), (x + 8 * k, y0 + 29 * k)], colour, 2 * k)
-            draw.text((x + 12 * k, y0 + 22 * k), s.label, "black", face)
-            x += 22 * k + face.getlength(s.label)

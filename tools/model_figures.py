@@ -21,10 +21,9 @@ from common import (
 )  # fmt: skip
 from downstream.encoders import open_encoder
 from engine import UserError
-from pictures import colorize
-from tools.figures import (
-    GREY, Series, blend, chart, enlarge, frame, heat, numbers, open_images, sheet,
-)  # fmt: skip
+from pictures import colorize, hide
+from tools.charts import Series, chart, matplotlib, peek
+from tools.figures import blend, enlarge, frame, heat, legend, numbers, open_images, sheet
 
 MODELS = {
     "cfmae": (cfmae, cfmae.CFMAE),
@@ -38,22 +37,20 @@ MODELS = {
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def peek(path: str) -> tuple[str, int | str]:
-    """Method and step that a checkpoint names, without reading its tensors; "", "?" where none."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return str(found["method"]), int(found["step"])
-    except Exception:  # whoever reads the file whole says what is wrong with it
-        return "", "?"
-
-
 def read(path: str) -> tuple[str, dict]:
     """Method and content of a pre-training checkpoint; UserError where it is none."""
-    method, _ = peek(path)
-    if method and method not in MODELS:
+    method = peek(path).get("method", "cfmae")
+    if method not in MODELS:
         raise UserError(f"{path} is of {method}; wanted a checkpoint of {', '.join(MODELS)}")
-    method = method or "cfmae"
     return method, engine.load(path, method)
+
+
+def check_finite(model: nn.Module, path: str) -> nn.Module:
+    """The model; UserError where a weight is NaN or infinite: no picture could be drawn."""
+    for name, p in model.state_dict().items():
+        if p.is_floating_point() and not p.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; this run has diverged")
+    return model
 
 
 def load_model(path: str) -> tuple[str, nn.Module, int]:
@@ -68,7 +65,7 @@ def load_model(path: str) -> tuple[str, nn.Module, int]:
         cfg.init = None
     model = build(cfg).eval()
     engine.load_weights(model, checkpoint["model"], path)
-    return method, model, checkpoint["step"]
+    return method, check_finite(model, path), checkpoint["step"]
 
 
 def open_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -83,9 +80,10 @@ def open_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
     for source in sources:
         encoder, description, _ = open_encoder(**source, random=args.random)
         words = " ".join(dict.fromkeys([description["method"], *map(str, source.values())]))
-        step = f", step {peek(source['checkpoint'])[1]}" if "checkpoint" in source else ""
+        step = f", step {peek(source['checkpoint'])['step']}" if "checkpoint" in source else ""
         fresh = args.random or "method" in source
-        found[words + (", fresh weights" if fresh else step)] = encoder.eval()
+        encoder = check_finite(encoder.eval(), words)
+        found[words + (", fresh weights" if fresh else step)] = encoder
     return found
 
 
@@ -210,7 +208,7 @@ def predict(
 
 def reconstruct(args: argparse.Namespace) -> None:
     method, model, step = load_model(args.checkpoint)
-    cfg, rows, labels, side = model.cfg, [], [], args.side
+    cfg, rows, labels, side, maps = model.cfg, [], [], args.side, []
     names, classes = getattr(cfg, "names", ("rgb",)), getattr(cfg, "semantic_classes", 255)
     if method == "semanticmim":
         side = max(side, 24 * cfg.image_size // cfg.patch_size)
@@ -227,8 +225,9 @@ def reconstruct(args: argparse.Namespace) -> None:
             else:
                 hidden = enlarge(hidden.view(n, n), truth.shape[-2:])
                 both = None if pred is None else pred.where(hidden, truth)
-                rows.append([truth, truth.masked_fill(hidden, GREY), pred, both])
+                rows.append([truth, hide(truth, hidden), pred, both])
             labels.append(f"{name} {what}")
+            maps += [truth, pred] if what == "semantic" else []
     how = f"{share:.1%} hidden" + ("" if args.patches else f", --seed {args.seed}")
     how += f", only {' '.join(args.only)} visible" if args.only else ""
     how += f", {' '.join(args.hide)} hidden whole" if args.hide else ""
@@ -241,7 +240,8 @@ def reconstruct(args: argparse.Namespace) -> None:
     note = note if method != "semanticmim" else ""
     caption = f"{method} {cfg.model}, {args.checkpoint}, step {step}; {args.data}; {how}{note}"
     columns = ("input = truth", "visible", "prediction", "prediction, visible patches laid over")
-    sheet(args.output, caption, columns, rows, labels, side, args.palette)
+    key = legend(args, maps)
+    sheet(args.output, caption, columns, rows, labels, side, args.palette, key)
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -346,7 +346,7 @@ def attention_maps(args: argparse.Namespace, encoders: dict[str, nn.Module]) -> 
                     x = a[0, :, token, P:].unflatten(1, (h, w))  # (heads, h, w)
                     views = {f" head {k + 1}": y for k, y in enumerate(x)}
                     for head, y in (views if args.heads else {"": x.mean(0)}).items():
-                        cell = enlarge(heat(y / y.amax()), rgb.shape[-2:])
+                        cell = enlarge(heat(y / y.amax().clamp(min=1e-30)), rgb.shape[-2:])
                         cells[f"{letter}layer {i}{head}"] = blend(rgb, cell, 0.75)
                 rows.setdefault(f"{name} {query}", {}).update(cells)
                 columns |= dict.fromkeys(cells)
@@ -383,6 +383,7 @@ def proxy_means(args: argparse.Namespace, encoders: dict[str, nn.Module]) -> Non
 
 def distances(args: argparse.Namespace, encoders: dict[str, nn.Module]) -> None:
     """Mean attention distance of each head (dots) and layer (line), SemanticMIM Fig. 13."""
+    matplotlib()  # before the work, not after it
     series, count = [], 0
     for n, (letter, encoder) in enumerate(zip(letters(encoders), encoders.values())):
         layers, p, found = layers_of(args, encoder), encoder.patch_size, []

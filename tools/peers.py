@@ -13,13 +13,27 @@ transformers' and mmpretrain's MAE are the paper's, ViT-B/16 at 75 %. What diffe
     mmpretrain-beit     so are 75 masks, the jitter and the tokenizer's 112 pixels (here: means of
                         2 x 2). Relative positions, attention written out. Its tokenizer follows
                         autocast, and is in fp16 on CUDA; ours stays in fp32
+
+Three are the authors' own code, which no registry has: `--peers-from DIR` names a folder of clones,
+DIR/mae of https://github.com/facebookresearch/mae and so on (CLONES). They were written for timm
+0.3.2; with a new timm they get its blocks with attention written out, as it was then.
+
+    mae-authors         MAE ViT-B, 75 %, normalised pixels
+    multimae            MultiMAE-B as configured: 98 tokens of RGB, depth and semantic maps,
+                        normalised RGB as a fourth output. Here depth and labels are made of RGB
+    convmae             ConvMAE-B, 75 %, normalised pixels, masked convolution over all patches
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +44,9 @@ from engine import UserError
 class Peer(nn.Module):
     """`make` imports the library and builds its model; `loss` takes images both ways."""
 
-    def __init__(self):
+    def __init__(self, clone: Path | None = None):
         super().__init__()
+        self.clone = clone
         self.normalize = Normalize()
         self.make()
 
@@ -133,6 +148,99 @@ class BEiT(MMPretrain):
         return super().loss([imgs, 0.8 * nn.functional.avg_pool2d(rgb / 255, 2) + 0.1], rgb)
 
 
+@contextmanager
+def imports_of(clone: Path) -> Iterator[None]:
+    """Let modules be imported from a clone that was written for timm 0.3.2, torch 1.8, NumPy 1.19.
+
+    Afterwards its modules are forgotten: all three have a package `util` or `utils`.
+    """
+    from timm.layers import set_fused_attn, use_fused_attn
+    from timm.models import vision_transformer as timm
+
+    def block(*args, qk_scale: None = None, **kwargs) -> nn.Module:
+        return found(*args, **kwargs)
+
+    utils = ModuleType("utils")
+    utils.__path__ = [str(clone / "utils")]  # MultiMAE's own imports all that its scripts need
+    found, timm.Block, fused = timm.Block, block, use_fused_attn()
+    before = set(sys.modules)
+    sys.modules["utils"], np.float = utils, float
+    sys.path.insert(0, str(clone))
+    set_fused_attn(False)
+    try:
+        yield
+    finally:
+        sys.path.remove(str(clone))
+        set_fused_attn(bool(fused))
+        timm.Block = found
+        del np.float
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith(str(clone)) or name in ("util", "utils"):
+                del sys.modules[name]
+
+
+class MAE(Peer):
+    def make(self) -> None:
+        with imports_of(self.clone):
+            from models_mae import mae_vit_base_patch16 as build
+
+            self.model = build(norm_pix_loss=True)
+
+    def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
+        return self.model(imgs, 0.75)[0]
+
+
+class ConvMAE(MAE):
+    def make(self) -> None:
+        with imports_of(self.clone):
+            from models_convmae import convmae_convvit_base_patch16 as build
+
+            self.model = build(norm_pix_loss=True)
+
+
+class MultiMAE(Peer):
+    """Put together as its pre-training script does it with cfgs/pretrain/multimae-b_98_*.yaml."""
+
+    def make(self) -> None:
+        with imports_of(self.clone):
+            from multimae import criterion, input_adapters, multimae, output_adapters
+
+        pixels, labels = {"stride_level": 1}, {"stride_level": 4}
+        head = output_adapters.SpatialOutputAdapter
+        made = {"rgb": (3, pixels), "depth": (1, pixels), "semseg": (133, labels)}
+        inputs = {
+            "rgb": input_adapters.PatchedInputAdapter(3, patch_size_full=16, **pixels),
+            "depth": input_adapters.PatchedInputAdapter(1, patch_size_full=16, **pixels),
+            "semseg": input_adapters.SemSegInputAdapter(133, patch_size_full=16, **labels),
+        }
+        outputs = {
+            name: head(channels, patch_size_full=16, dim_tokens=256, depth=2, num_heads=8,
+                       use_task_queries=True, task=task, context_tasks=list(made), use_xattn=True,
+                       **stride)
+            for name, task in (*((t, t) for t in made), ("norm_rgb", "rgb"))
+            for channels, stride in [made[task]]
+        }  # fmt: skip
+        self.model = multimae.pretrain_multimae_base(inputs, outputs, num_global_tokens=1)
+        self.criteria = {
+            "rgb": criterion.MaskedMSELoss(16, 1), "depth": criterion.MaskedL1Loss(16, 1),
+            "semseg": criterion.MaskedCrossEntropyLoss(16, 4),
+            "norm_rgb": criterion.MaskedMSELoss(16, 1, norm_pix=True),
+        }  # fmt: skip
+
+    def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
+        labels = rgb[:, 0, ::4, ::4].long() % 133
+        x = {"rgb": imgs, "depth": imgs.mean(1, keepdim=True), "semseg": labels}
+        pred, masks = self.model(x, num_encoded_tokens=98, fp32_output_adapters=["semseg"])
+        x["norm_rgb"], masks["norm_rgb"] = imgs, masks["rgb"]
+        return sum(self.criteria[t](y.float(), x[t], mask=masks[t]) for t, y in pred.items())
+
+
+CLONES = {  # name: (folder in --peers-from, where it is from)
+    "peer-mae-authors": ("mae", "https://github.com/facebookresearch/mae"),
+    "peer-multimae": ("MultiMAE", "https://github.com/EPFL-VILAB/MultiMAE"),
+    "peer-convmae": ("ConvMAE", "https://github.com/Alpha-VL/ConvMAE"),
+}
 PEERS = {  # name: (class, modules that it imports, what installs them)
     "peer-transformers": (Transformers, "transformers", "transformers"),
     "peer-lightly": (Lightly, "lightly timm", "lightly timm"),
@@ -141,20 +249,31 @@ PEERS = {  # name: (class, modules that it imports, what installs them)
     "peer-mmpretrain-mae": (MMPretrain, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
     "peer-mmpretrain-maskfeat": (MaskFeat, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
     "peer-mmpretrain-beit": (BEiT, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
+    "peer-mae-authors": (MAE, "timm", "timm"),
+    "peer-multimae": (MultiMAE, "timm einops", "timm einops"),
+    "peer-convmae": (ConvMAE, "timm", "timm"),
 }
 
 
-def missing(name: str) -> str | None:
-    """A line that says what to install for one of PEERS; None where its modules are there."""
+def missing(name: str, clones: str | None = None) -> str | None:
+    """A line that says what to install or clone for one of PEERS; None where all is there.
+
+    Args: `clones`, the folder of --peers-from.
+    """
     _, needs, pip = PEERS[name]
+    if name in CLONES:
+        folder, url = CLONES[name]
+        if not Path(clones or "", folder).is_dir() or not clones:
+            at = clones or "DIR"
+            return f"{name}: no folder {at}/{folder}; git clone {url} there, --peers-from {at}"
     lacking = ", ".join(m for m in needs.split() if find_spec(m) is None)
     return f"{name}: no module {lacking}; pip install {pip}" if lacking else None
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, clones: str | None = None) -> nn.Module:
     """One of PEERS; UserError where something that it imports is not installed."""
     torch.manual_seed(0)
     try:
-        return PEERS[name][0]()
+        return PEERS[name][0](Path(clones, CLONES[name][0]) if name in CLONES else None)
     except ImportError as e:
         raise UserError(f"{name}: {e}; pip install {PEERS[name][2]}") from None

@@ -9,18 +9,19 @@
     features     MCMAE Fig. 5: a pyramid by its first three principal components
     dataset      CFMAE Fig. 6: images beside their maps
     log          loss terms, rate, images/s of runs
+    results      what transfer gave over a setting of pre-training, or parameters: SemanticMIM
+                 Figs. 5, 6 (proxies, mask_ratio), CoMA Fig. 5, MCMAE Fig. 4 (epochs)
 
     python -m tools.visualize reconstruct --checkpoint runs/x/last.pt --output reconstruct.png
     python -m tools.visualize attention --checkpoint runs/x/last.pt --query 3,4 --output maps.png
 
 Images: `--data shapes`, ROOT/{train,val}/... as data.py has it, or a folder of bare images. `masks`
-and `schedule` take the flags of the method's script, too: `--model base --epochs 1600`.
+and `schedule` take the flags of the method's script, too: `--model base --epochs 1600`. schedule,
+log, results and --distance are charts, for which `pip install matplotlib`.
 """
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import engine  # before torch: it sets how threads wait
@@ -33,7 +34,8 @@ import coma_dyvit
 import data
 from common import Normalize
 from engine import UserError
-from tools.figures import Series, available, blend, chart, heat, look, open_images, sheet, where
+from tools.charts import Series, chart, log, results
+from tools.figures import available, blend, heat, legend, look, open_images, sheet, where
 from tools.model_figures import (
     MODELS, attention, image_size, key, letters, open_encoders, read, reconstruct,
 )  # fmt: skip
@@ -62,48 +64,54 @@ def cfmae_masks(cfg: cfmae.Config, batch: dict, progress: float, kind: str = "")
 
 
 def masks(args: argparse.Namespace) -> None:
-    args.images = args.images or ("0-1" if args.over_training is not None else "0-3")
+    args.images = args.images or "0-1"
     if args.frequency is not None:
         return frequency(args)
     if args.over_training is not None:
         return over_training(args)
-    rows, columns, shares = {}, {}, []
+    rows, bands, shares, maps = {}, [], [], []
     have = available(args) if args.method in (None, "cfmae") else ("rgb",)
-
-    def put(name: str, cells: dict[str, Tensor]) -> None:
-        rows.setdefault(name, {}).update(cells)
-        columns.update(dict.fromkeys(cells))
-
     if args.method in (None, "cfmae"):
         cfg = configure(args, "cfmae", "--granularities", "R+I+S", "--masking", "SG-IG-RD")
         shares.append(f"CFMAE {cfg.mask_ratio:.1%}, {cfg.num_visible} patches of all maps visible")
         kinds = ("SG", "IG", "RD") if len(have) == 3 else ("RD",)  # the others need the maps
+        titles = [[*have], *([f"CFMAE {kind}, {m}" for m in have] for kind in kinds)]
+        bands += [x + y for x, y in zip(titles[::2], titles[1::2])]  # two side by side
         sizes = (cfg.image_size, cfg.patch_size)
         for name, batch in open_images(args, *sizes, have, cfg.semantic_classes):
-            put(name, {m: look(batch, m) for m in have})
+            row = rows.setdefault(name, {m: look(batch, m) for m in have})
+            maps += [row["semantic"]] if "semantic" in row else []
             for kind in kinds:
                 mask = cfmae_masks(cfg, batch, 0.0, kind)
-                put(name, {f"CFMAE {kind}, {m}": look(batch, m, x) for m, x in zip(cfg.names, mask)
-                           if m in have})
-    for method, flags, title in (
-        ("semanticmim", (), "SemanticMIM"), ("semanticmim", ("--proxies", "0"), "plain MIM"),
-        ("mcmae", (), "MCMAE block"), ("mcmae", ("--masking", "token"), "MCMAE token"),
-        ("coma_dyvit", (), "CoMA"), ("mae", (), "MAE"),
-    ):  # fmt: skip
-        if args.method in (None, method):
+                row |= {f"CFMAE {kind}, {m}": look(batch, m, x) for m, x in zip(cfg.names, mask)
+                        if m in have}  # fmt: skip
+    for methods in (
+        (("semanticmim", (), "SemanticMIM"), ("semanticmim", ("--proxies", "0"), "plain MIM")),
+        (("mcmae", (), "MCMAE block"), ("mcmae", ("--masking", "token"), "MCMAE token")),
+        (("coma_dyvit", (), "CoMA"),),
+        (("mae", (), "MAE"),),
+    ):
+        if args.method not in (None, methods[0][0]):
+            continue
+        bands.append(["rgb"])
+        for method, flags, title in methods:
             cfg, build = configure(args, method, *flags), MODELS[method][1]
             for name, batch in open_images(args, cfg.image_size, cfg.patch_size):
                 if hasattr(MODELS[method][0], "make_mask"):
                     mask = MODELS[method][0].make_mask(cfg, batch, None)
                 else:
                     mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])  # no weights
-                put(name, {"rgb": look(batch, "rgb"), title: look(batch, "rgb", mask)})
+                row = rows.setdefault(name, {})
+                row |= {"rgb": look(batch, "rgb"), title: look(batch, "rgb", mask)}
                 if method == "coma_dyvit":
-                    put(name, {"CoMA complement": look(batch, "rgb", ~mask)})
+                    row["CoMA complement"] = look(batch, "rgb", ~mask)
             shares.append(f"{title} {mask.float().mean():.1%}")
-    caption = f"masks (grey = hidden) on {args.data}, seed {args.seed}; hidden: {'; '.join(shares)}"
+            bands[-1] += [title, "CoMA complement"] if method == "coma_dyvit" else [title]
+    caption = f"masks (hatched = hidden) on {args.data}, seed {args.seed}; hidden: "
+    columns = [title for band in bands for title in band]
     table = [[row.get(c) for c in columns] for row in rows.values()]
-    sheet(args.output, caption, list(columns), table, list(rows), args.side, args.palette)
+    sheet(args.output, caption + "; ".join(shares), columns, table, list(rows), args.side,
+          args.palette, legend(args, maps), [len(band) for band in bands])  # fmt: skip
 
 
 def over_training(args: argparse.Namespace) -> None:
@@ -118,11 +126,12 @@ def over_training(args: argparse.Namespace) -> None:
         found = [(batch, cfmae_masks(cfg, batch, progress)) for _, batch in images]
         rows.append([look(b, m, x) for b, mask in found for m, x in zip(names, mask)])
     caption = f"CFMAE {cfg.masking} over training, --mix {cfg.mix}, {cfg.mask_ratio:.1%} hidden "
-    caption += f"(grey); {args.data}, seed {args.seed}"
+    caption += f"(hatched); {args.data}, seed {args.seed}"
     if cfg.mix == "score":
         caption += "; as Eq. 11 is printed, two weighted masks give the heavier one, whole"
     columns = [f"{name} {m}" for name, _ in images for m in names]
-    sheet(args.output, caption, columns, rows, labels, args.side, args.palette)
+    key = legend(args, [look(batch, "semantic") for _, batch in images])
+    sheet(args.output, caption, columns, rows, labels, args.side, args.palette, key)
 
 
 def masking_frequency(
@@ -173,7 +182,7 @@ def schedule(args: argparse.Namespace) -> None:
     chart(args.output, caption, panels, 2, (460, 280), args.palette)
 
 
-# --------------------------------------------------------------------------- features, data, logs
+# -------------------------------------------------------------------------------- features, data
 
 
 def principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,46 +226,19 @@ def features(args: argparse.Namespace) -> None:
 
 def dataset(args: argparse.Namespace) -> None:
     args.images = args.images or "0-7"
-    have, size, rows, labels = available(args), args.image_size or 224, [], []
+    have, size, rows, labels, maps = available(args), args.image_size or 224, [], [], []
     if len(have) == 1:
         raise UserError(f"{args.data} has no maps beside its images{data.LAYOUT}")
     for name, batch in open_images(args, size, 4, have):  # 4: maps at the image's own resolution
         cells = [look(batch, m) for m in have]
         rows.append(cells + [blend(cells[0], x, 0.5) for x in cells[1:]])
+        maps += [cells[have.index("semantic")]] if "semantic" in have else []
         labels.append(name)
     columns = [*have, *(f"{m} laid over" for m in have[1:])]
     caption = f"{args.data}, split {where(args)[1]}, centre crops; one id has one colour always; "
-    caption += "dark grey: id 0, black: unlabelled"
-    sheet(args.output, caption, columns, rows, labels, args.side, args.palette)
-
-
-def log(args: argparse.Namespace) -> None:
-    panels: dict[str, list[Series]] = {}
-    paths = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
-    for n, path in enumerate(paths):
-        try:
-            records = [json.loads(x) for x in path.read_text().splitlines() if x.endswith("}")]
-            records = [r for r in records if "step" in r]
-        except (OSError, ValueError, TypeError) as e:
-            raise UserError(f"cannot read the log {path}: {e}") from None
-        if not records:
-            raise UserError(f"{path} holds no lines of a run's log")
-        points: dict[tuple[str, bool], list] = {}
-        for r in records:
-            for term, value in {**r, **r.get("val", {})}.items():
-                if isinstance(value, (int, float)) and term not in ("step", "epoch"):
-                    points.setdefault((term, "val" in r), []).append((r["step"], value))
-        for (term, val), xy in points.items():
-            named = len(paths) > 1 and (not val or (term, False) not in points)
-            series = Series(path.parent.name if named else "", *zip(*xy), n, dots=val)
-            panels.setdefault(term, []).append(series)
-    chosen = [term for term in panels if not args.keys or term in args.keys.split(",")]
-    if not chosen:
-        raise UserError(f"--keys {args.keys}: the log has {', '.join(panels)}")
-    caption = f"logs of {', '.join(map(str, paths))}; lines: means over training steps, dots: "
-    caption += "the val split"
-    charts = [(term, "step", panels[term]) for term in chosen]
-    chart(args.output, caption, charts, 3, (360, 220), args.palette)
+    caption += "in instance maps dark grey is background, black unlabelled"
+    key = legend(args, maps)
+    sheet(args.output, caption, columns, rows, labels, args.side, args.palette, key)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -320,6 +302,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command(log, "curves of one or several runs")
     sub.add_argument("runs", nargs="+", help="folders of runs, or log.jsonl files")
     sub.add_argument("--keys", help="panels, e.g. loss,lr; default: all")
+    sub = command(results, "results of transfer over a setting of pre-training")
+    sub.add_argument("files", nargs="+", help="result.json, or the folders that hold them")
+    sub.add_argument("--x", required=True, help="a field of the runs' configs, as epochs, "
+                     "mask_ratio, proxies, decoder_depth; step; or parameters")  # fmt: skip
+    sub.add_argument("--metric", help="default: top1 or mIoU")
+    sub.add_argument("--by", help="a line for each value of these, e.g. target,proxies")
     return top
 
 

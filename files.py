@@ -1,0 +1,235 @@
+"""Files of images and maps: listed once, shared by all workers, decoded from bytes.
+
+    layout, scan, FileList       which images a split has, and where their maps lie
+    decode_image, decode_map     bytes to arrays; nothing of a broken file is believed
+
+A folder is ROOT/{train,val}/{rgb,instance,semantic}/, with class folders or without; docs/data.md.
+"""
+
+import io
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+# Names of each granularity's folder below a split; the first is ours, `semseg` MultiMAE's.
+FOLDERS = {"rgb": ("rgb",), "instance": ("instance",), "semantic": ("semantic", "semseg")}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one message, exit status 2, no traceback."""
+
+
+# A suffix only decides what is listed; the first bytes of a file say what it is. Not all that
+# Pillow opens: its EPS reader starts Ghostscript.
+SUFFIXES = "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm jp2".split()
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+LAYOUT = """
+Expected: ROOT/{train,val}/rgb/[CLASS/]NAME.jpg and, where maps are asked for,
+ROOT/{train,val}/{instance,semantic}/[CLASS/]NAME.png; or, for RGB alone,
+ROOT/{train,val}/[CLASS/]NAME.jpg. To start without any files: --data shapes"""
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded; training replaces it."""
+
+
+def read_bytes(path: str) -> np.ndarray:
+    """Return a file's bytes, (n,) uint8; network file systems get three more chances."""
+    for pause in (0.05, 0.1, 0.2):
+        try:
+            return np.fromfile(path, np.uint8)
+        except OSError:
+            time.sleep(pause)
+    return np.fromfile(path, np.uint8)
+
+
+def decode_image(data: np.ndarray) -> Tensor:
+    """Decode bytes (n,) uint8 to RGB (3, H, W) uint8 as displayed. Any Exception: unreadable.
+
+    Pillow reads the header and refuses decompression bombs. Grey and RGB JPEG then go through
+    torchvision, all else through Pillow: torchvision's PNG decoder crashes on truncated files.
+    Alpha is dropped, 16-bit grey keeps its upper byte, an animation its first frame.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg  # two CPU seconds, for folders alone
+
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            data = torch.from_numpy(data)
+            return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        if image.mode in ("I", "F") and image.format != "PNG":
+            raise ValueError("pixels of 32 bits")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode_map(data: np.ndarray) -> np.ndarray:
+    """Decode a label map's bytes to ids (H, W), 8 bits or wider; any Exception says what is wrong.
+
+    Grey of 1, 2 or 4 bits is refused: decoders stretch its values to 0..255 without a word.
+    """
+    if bytes(data[:8]) != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("not a PNG file")
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        depth, colour = data[24], data[25]  # in the IHDR chunk; 0 is grey, 3 palette
+        if colour != 3 and (colour or depth < 8):
+            kind = {0: "grey", 2: "RGB", 4: "grey + alpha", 6: "RGBA"}[int(colour)]
+            raise ValueError(f"{depth}-bit {kind}; a map is 8- or 16-bit grey, or has a palette")
+        return np.asarray(image)
+
+
+class FileList:
+    """Names, labels and folders of one split.
+
+    Opened, its arrays are mapped from files that all workers share: no Python object per image.
+
+    Args:
+        names: (n,) bytes, padded to the longest; paths below the folder of images.
+        labels: (n,) int32, an image's class, -1 without one.
+        folders: {granularity: path below the root}.
+        classes: names, in the order of the labels.
+    """
+
+    def __init__(self, names: np.ndarray, labels: np.ndarray, folders: dict, classes: list):
+        self.names, self.labels, self.folders, self.classes = names, labels, folders, classes
+        self.place = None
+
+    @classmethod
+    def open(cls, place: str | os.PathLike) -> "FileList":
+        """Map the list that `save` left in a folder."""
+        try:
+            with open(f"{place}/files.json") as file:
+                meta = json.load(file)
+            names, labels = (
+                np.load(f"{place}/{k}.npy", mmap_mode="r") for k in ("names", "labels")
+            )
+            files = cls(names, labels, meta["folders"], meta["classes"])
+            if names.shape != labels.shape or names.dtype.kind != "S":
+                raise ValueError("names and labels do not fit each other")
+        except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+            raise UserError(f"cannot read the list of files in {place}: {error}") from None
+        files.place = place
+        return files
+
+    def save(self, place: str | os.PathLike) -> "FileList":
+        """Write the list into a folder, its description last, and return it mapped."""
+        os.makedirs(place, exist_ok=True)
+        np.save(f"{place}/names.npy", self.names)
+        np.save(f"{place}/labels.npy", self.labels)
+        with open(f"{place}/files.json.tmp", "w") as file:
+            json.dump({"folders": self.folders, "classes": self.classes}, file)
+        os.replace(f"{place}/files.json.tmp", f"{place}/files.json")
+        return FileList.open(place)
+
+    def __reduce__(self):  # a worker that is started afresh maps the files again
+        parts = (self.names, self.labels, self.folders, self.classes)
+        return (FileList.open, (self.place,)) if self.place else (FileList, parts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(bytes(self.names[index]))
+
+
+def subfolders(path: str) -> list[str]:
+    try:
+        return sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
+    except OSError:
+        return []
+
+
+def class_folders(path: str) -> list[str]:
+    """Return the names of the folders that hold an image, at any depth, sorted: the classes."""
+
+    def holds(folder: str, above: tuple = ()) -> bool:
+        place = os.path.realpath(folder)
+        return place not in above and any(  # a link to a folder above
+            holds(e.path, (*above, place))
+            if e.is_dir()
+            else e.name.rpartition(".")[2].lower() in SUFFIXES
+            for e in os.scandir(folder)
+            if e.name[0] != "."
+        )
+
+    try:
+        return [name for name in subfolders(path) if holds(f"{path}/{name}")]
+    except OSError as error:
+        raise UserError(f"cannot list {path}: {error}") from None
+
+
+def layout(root: str, split: str) -> dict[str, str]:
+    """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them."""
+    inside = subfolders(f"{root}/{split}")
+    names = [(g, name) for g, folders in FOLDERS.items() for name in reversed(folders)]
+    found = {g: f"{split}/{name}" for g, name in names if name in inside}
+    return found or ({"rgb": split} if os.path.isdir(f"{root}/{split}") else {})
+
+
+def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> Iterator[tuple]:
+    """Yield (name, map folders that lack it) of the images below a folder, sorted; follow links.
+
+    A map folder is listed once: one call per map would take hours on a network file system.
+    """
+    stat = os.stat(folder)
+    if (stat.st_dev, stat.st_ino) in above:  # a link to a folder above
+        return
+    above = *above, (stat.st_dev, stat.st_ino)
+    known = [set(os.listdir(m)) if os.path.isdir(m) else () for m in maps]
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        stem, _, suffix = entry.name.rpartition(".")
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            inner = [f"{m}/{entry.name}" for m in maps]
+            yield from _walk(entry.path, inner, f"{prefix}{entry.name}/", above)
+        elif stem and suffix.lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+            lacking = [m for m, names in zip(maps, known) if f"{stem}.png" not in names]
+            yield prefix + entry.name, lacking
+
+
+def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> FileList:
+    """List a split's images, sorted, and make sure that each has its maps (rank 0 only).
+
+    Classes are the first-level folders of train and val together that hold an image, so both splits
+    number them alike.
+    """
+    base, folders = f"{root}/{split}", layout(root, split)
+    if not folders:
+        seen = ", ".join(subfolders(root)[:8]) or "no folders"
+        where = f"{base} (in {root}: {seen})" if os.path.isdir(root) else root
+        raise UserError(f"there is no folder {where}{LAYOUT}")
+    lacking = [g for g in ("rgb", *granularities) if g not in folders]
+    if lacking:
+        found = f"only {', '.join(folders)} found in {base}, no {', '.join(lacking)}"
+        raise UserError(found + LAYOUT)
+    folders = {g: folders[g] for g in FOLDERS if g == "rgb" or g in granularities}
+    images, *maps = (f"{root}/{folder}" for folder in folders.values())
+    places = [f"{root}/{layout(root, s).get('rgb', '?')}" for s in {split, "train", "val"}]
+    classes = sorted({name for place in places for name in class_folders(place)})
+    numbers = {name: number for number, name in enumerate(classes)}
+    names, labels, count, orphans = [], array("i"), 0, []
+    try:
+        for name, lacking in _walk(images, maps):
+            names.append(os.fsencode(name))
+            labels.append(numbers[name.partition("/")[0]] if "/" in name else -1)
+            count += bool(lacking)
+            orphans += [f"\n  {name}: not in {m}" for m in lacking if len(orphans) < 5]
+    except OSError as error:
+        raise UserError(f"cannot list {images}: {error}") from None
+    if not labels:
+        raise UserError(f"no images ({' '.join(SUFFIXES)}) in {images}{LAYOUT}")
+    if count:
+        raise UserError(
+            f"{count} of {len(labels)} images have no map, a .png of the same name:"
+            + "".join(orphans)
+        )
+    return FileList(np.array(names), np.frombuffer(labels, np.int32), folders, classes)
