@@ -50,8 +50,8 @@ from tools import peers
 from tools.loader import loader
 
 ROWS = {  # name: (script, its flags)
-    "mae": ("coma_dyvit", "--method mae --backbone vit"),
-    "mae-60": ("coma_dyvit", "--method mae --backbone vit --mask-ratio 0.6"),
+    "mae": ("mae", ""),
+    "mae-60": ("mae", "--mask-ratio 0.6"),
     "cfmae": ("cfmae", ""),
     "mcmae": ("mcmae", ""),
     "mcmae-dense": ("mcmae", "--no-sparse"),
@@ -119,7 +119,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
             random_tokenizer(Path(folder, "tokenizer.pth"))
             flags = [f"{folder}/tokenizer.pth" if f == "random" else f for f in flags]
         cfg = engine.parse(module.Config, module.PRESETS, "", flags)
-        make = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "build",
+        make = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "build",
                 "coma_dyvit": "CoMA"}[script]  # fmt: skip
         torch.manual_seed(0)
         return cfg, getattr(module, make)(cfg)
@@ -236,8 +236,8 @@ def one(args: argparse.Namespace) -> dict:
     def update() -> None:
         if cfg.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-        if hasattr(model, "before_step"):
-            model.before_step()
+        if hasattr(model, "follow"):
+            model.follow()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
+import mae
 import mcmae
 import semanticmim
 from common import (
@@ -29,6 +30,7 @@ MODELS = {
     "semanticmim": (semanticmim, semanticmim.SemanticMIM),
     "mcmae": (mcmae, mcmae.MCMAE),
     "coma_dyvit": (coma_dyvit, coma_dyvit.CoMA),
+    "mae": (mae, mae.MAE),
 }
 
 
@@ -126,9 +128,12 @@ def choose_mask(args: argparse.Namespace, cfg: engine.Config, seed: Tensor) -> T
         cfg = dataclasses.replace(cfg, mask_ratio=cfg.mask_ratio if ratio is None else ratio)
         cfg.resolve()
         if isinstance(cfg, cfmae.Config):
-            cfg = dataclasses.replace(cfg, masking="RD")
-            return cfmae.make_mask(cfg, {"seed": seed}, None)[0][0]
-        return MODELS[type(cfg).__module__][1].make_mask(SimpleNamespace(cfg=cfg), seed)
+            cfg, none = dataclasses.replace(cfg, masking="RD"), torch.zeros(1, N, dtype=torch.long)
+            return cfmae.progressive_mask(cfg, seed, torch.ones(()), none, none)[0][0]
+        script, build = MODELS[type(cfg).__module__]
+        if hasattr(script, "make_mask"):
+            return script.make_mask(cfg, {"seed": seed}, None)
+        return build.make_mask(SimpleNamespace(cfg=cfg), seed)
     if hidden.all() or not hidden.any():
         raise UserError("the mask hides " + ("everything" if hidden.all() else "nothing"))
     return hidden
@@ -169,8 +174,8 @@ def predict(
         return truth, pixels(model, pred, rgb, normalised)
 
     if isinstance(model, cfmae.CFMAE):
-        pred, found = model.predict(model.images(batch), mask[None], V), {}
-        for t in cfg.names:
+        pred, found = model.predict(model.patches(batch), mask[None], V), {}
+        for t in model.granularities:
             if t == "rgb":
                 found[t] = draw(pred[t])
             else:
@@ -190,11 +195,9 @@ def predict(
             drawn = [colorize(x.view(grid) % 254 + 1) for x in both]
             drawn[1] = drawn[1] * mask.view(grid)  # visible patches are not predicted
         return {"rgb": (rgb[0], None), cfg.target: tuple(drawn)}
-    if isinstance(model, mcmae.MCMAE):
+    if isinstance(model, mcmae.MCMAE | mae.MAE):
         return {"rgb": draw(model.predict(imgs, mask))}
     pred = model.predict(imgs, mask, V)
-    if cfg.method == "mae":
-        return {"rgb": draw(pred)}
     other = model.complement(imgs, mask)
     whole = coma_dyvit.assemble(pred, other, mask)
     return {

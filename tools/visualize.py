@@ -85,6 +85,7 @@ def masks(args: argparse.Namespace) -> None:
         (("semanticmim", (), "SemanticMIM"), ("semanticmim", ("--proxies", "0"), "plain MIM")),
         (("mcmae", (), "MCMAE block"), ("mcmae", ("--masking", "token"), "MCMAE token")),
         (("coma_dyvit", (), "CoMA"),),
+        (("mae", (), "MAE"),),
     ):
         if args.method not in (None, methods[0][0]):
             continue
@@ -92,7 +93,10 @@ def masks(args: argparse.Namespace) -> None:
         for method, flags, title in methods:
             cfg, build = configure(args, method, *flags), MODELS[method][1]
             for name, batch in open_images(args, cfg.image_size, cfg.patch_size):
-                mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])  # no weights needed
+                if hasattr(MODELS[method][0], "make_mask"):
+                    mask = MODELS[method][0].make_mask(cfg, batch, None)
+                else:
+                    mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])  # no weights
                 row = rows.setdefault(name, {})
                 row |= {"rgb": look(batch, "rgb"), title: look(batch, "rgb", mask)}
                 if method == "coma_dyvit":
@@ -126,10 +130,26 @@ def over_training(args: argparse.Namespace) -> None:
     sheet(args.output, caption, columns, rows, labels, args.side, args.palette, key)
 
 
+def masking_frequency(
+    cfg: coma_dyvit.Config, iterations: int = 1600, seed: int = 0
+) -> dict[str, Tensor]:
+    """Count how often each patch of an image that is met so often is hidden (CoMA Fig. 2).
+
+    Returns: maps (h, w) int64. `random`: hidden by the adaptive mask, as in MAE; `complementary`:
+        in either branch, the paper's count, flat by construction; `gradient`: in one that learns.
+    """
+    seeds = torch.tensor([data.sample_seed(seed, step, 0) for step in range(iterations)])
+    mask = coma_dyvit.make_mask(cfg, {"seed": seeds}, None)
+    first, both = mask.sum(0), mask.sum(0) + (~mask).sum(0)
+    taught = both if cfg.evaluation in ("common", "shared") else first
+    maps = {"random": first, "complementary": both, "gradient": taught}
+    return {name: x.view(cfg.image_size // cfg.patch_size, -1) for name, x in maps.items()}
+
+
 def frequency(args: argparse.Namespace) -> None:
     """How often each patch is hidden (CoMA Fig. 2); one scale of colours for all panels."""
     cfg = configure(args, "coma_dyvit")
-    maps = coma_dyvit.masking_frequency(cfg, args.frequency, args.seed)
+    maps = masking_frequency(cfg, args.frequency, args.seed)
     span = max((x - x.float().mean()).abs().max().item() for x in maps.values()) or 1.0
     cells = [heat(0.5 + (x - x.float().mean()) / (2 * span)) for x in maps.values()]
     columns = [f"{k}: {x.min()} to {x.max()}, mean {x.float().mean():.1f}, deviation "
