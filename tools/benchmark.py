@@ -45,6 +45,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import data
 import shapes
+import targets
 from engine import UserError
 from tools import peers
 from tools.loader import loader
@@ -94,21 +95,7 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
 
 def random_tokenizer(path: Path) -> None:
     """Write a state dict with the shapes of DALL-E's image encoder, and random values."""
-    convs, width = {"blocks.input": (256, 3, 7)}, 256
-    for group in range(1, 5):
-        out = 256 * 2 ** (group - 1)
-        for name in (f"blocks.group_{group}.block_{b}" for b in (1, 2)):
-            if width != out:
-                convs[f"{name}.id_path"] = (out, width, 1)
-            shapes = (out // 4, width, 3), *2 * [(out // 4, out // 4, 3)], (out, out // 4, 1)
-            convs |= {f"{name}.res_path.conv_{i}": s for i, s in enumerate(shapes, 1)}
-            width = out
-    convs["blocks.output.conv"] = (8192, width, 1)
-    state = {}
-    for name, (o, i, n) in convs.items():
-        state[f"{name}.w"] = torch.randn(o, i, n, n) / (i * n * n) ** 0.5
-        state[f"{name}.b"] = torch.zeros(o)
-    torch.save(state, path)
+    torch.save(targets.random_state(256, 2, 8192), path)
 
 
 def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
-import mae
 import mcmae
 import semanticmim
 from common import (
@@ -30,7 +29,6 @@ MODELS = {
     "semanticmim": (semanticmim, semanticmim.SemanticMIM),
     "mcmae": (mcmae, mcmae.MCMAE),
     "coma_dyvit": (coma_dyvit, coma_dyvit.CoMA),
-    "mae": (mae, mae.MAE),
 }
 
 
@@ -130,10 +128,9 @@ def choose_mask(args: argparse.Namespace, cfg: engine.Config, seed: Tensor) -> T
         if isinstance(cfg, cfmae.Config):
             cfg, none = dataclasses.replace(cfg, masking="RD"), torch.zeros(1, N, dtype=torch.long)
             return cfmae.progressive_mask(cfg, seed, torch.ones(()), none, none)[0][0]
-        script, build = MODELS[type(cfg).__module__]
-        if hasattr(script, "make_mask"):
-            return script.make_mask(cfg, {"seed": seed}, None)
-        return build.make_mask(SimpleNamespace(cfg=cfg), seed)
+        if isinstance(cfg, semanticmim.Config):
+            return semanticmim.make_mask(cfg, {"seed": seed}, None)
+        return MODELS[type(cfg).__module__][1].make_mask(SimpleNamespace(cfg=cfg), seed)
     if hidden.all() or not hidden.any():
         raise UserError("the mask hides " + ("everything" if hidden.all() else "nothing"))
     return hidden
@@ -195,9 +192,11 @@ def predict(
             drawn = [colorize(x.view(grid) % 254 + 1) for x in both]
             drawn[1] = drawn[1] * mask.view(grid)  # visible patches are not predicted
         return {"rgb": (rgb[0], None), cfg.target: tuple(drawn)}
-    if isinstance(model, mcmae.MCMAE | mae.MAE):
+    if isinstance(model, mcmae.MCMAE):
         return {"rgb": draw(model.predict(imgs, mask))}
     pred = model.predict(imgs, mask, V)
+    if cfg.method == "mae":
+        return {"rgb": draw(pred)}
     other = model.complement(imgs, mask)
     whole = coma_dyvit.assemble(pred, other, mask)
     return {

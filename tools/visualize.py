@@ -32,6 +32,7 @@ from torch import Tensor
 import cfmae
 import coma_dyvit
 import data
+import semanticmim
 from common import Normalize
 from engine import UserError
 from tools.charts import Series, chart, log, results
@@ -56,7 +57,11 @@ def configure(args: argparse.Namespace, method: str, *flags: str) -> engine.Conf
 def cfmae_masks(cfg: cfmae.Config, batch: dict, progress: float, kind: str = "") -> Tensor:
     """CFMAE's mask (M, N) of one image at a moment of training, or one `kind` of mask alone."""
     cfg = dataclasses.replace(cfg, masking=kind or cfg.masking)
-    return cfmae.make_mask(cfg, batch, torch.tensor(progress))[0][0]
+    regions = [torch.zeros(1, cfg.num_patches, dtype=torch.long)] * 2  # RD needs none
+    if {"instance", "semantic"} <= batch.keys():
+        patches = (cfmae.patch_labels(batch[m]) for m in ("instance", "semantic"))
+        regions = [cfmae.patch_region(x) for x in patches]
+    return cfmae.progressive_mask(cfg, batch["seed"], torch.tensor(progress), *regions)[0][0]
 
 
 def masks(args: argparse.Namespace) -> None:
@@ -85,7 +90,6 @@ def masks(args: argparse.Namespace) -> None:
         (("semanticmim", (), "SemanticMIM"), ("semanticmim", ("--proxies", "0"), "plain MIM")),
         (("mcmae", (), "MCMAE block"), ("mcmae", ("--masking", "token"), "MCMAE token")),
         (("coma_dyvit", (), "CoMA"),),
-        (("mae", (), "MAE"),),
     ):
         if args.method not in (None, methods[0][0]):
             continue
@@ -93,8 +97,8 @@ def masks(args: argparse.Namespace) -> None:
         for method, flags, title in methods:
             cfg, build = configure(args, method, *flags), MODELS[method][1]
             for name, batch in open_images(args, cfg.image_size, cfg.patch_size):
-                if hasattr(MODELS[method][0], "make_mask"):
-                    mask = MODELS[method][0].make_mask(cfg, batch, None)
+                if method == "semanticmim":
+                    mask = semanticmim.make_mask(cfg, batch, None)
                 else:
                     mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])  # no weights
                 row = rows.setdefault(name, {})
@@ -117,7 +121,7 @@ def over_training(args: argparse.Namespace) -> None:
         raise UserError("--over-training needs --data and granularities with both kinds of maps")
     images = list(open_images(args, cfg.image_size, cfg.patch_size, names, cfg.semantic_classes))
     for progress in args.over_training or (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-        parts = cfmae.schedule(cfg, torch.tensor(progress)).items()
+        parts = cfmae.schedule(torch.tensor(progress), cfg).items()
         labels.append(f"progress {progress:g}: " + " ".join(f"{k}={v:.1f}" for k, v in parts))
         found = [(batch, cfmae_masks(cfg, batch, progress)) for _, batch in images]
         rows.append([look(b, m, x) for b, mask in found for m, x in zip(names, mask)])
@@ -130,26 +134,10 @@ def over_training(args: argparse.Namespace) -> None:
     sheet(args.output, caption, columns, rows, labels, args.side, args.palette, key)
 
 
-def masking_frequency(
-    cfg: coma_dyvit.Config, iterations: int = 1600, seed: int = 0
-) -> dict[str, Tensor]:
-    """Count how often each patch of an image that is met so often is hidden (CoMA Fig. 2).
-
-    Returns: maps (h, w) int64. `random`: hidden by the adaptive mask, as in MAE; `complementary`:
-        in either branch, the paper's count, flat by construction; `gradient`: in one that learns.
-    """
-    seeds = torch.tensor([data.sample_seed(seed, step, 0) for step in range(iterations)])
-    mask = coma_dyvit.make_mask(cfg, {"seed": seeds}, None)
-    first, both = mask.sum(0), mask.sum(0) + (~mask).sum(0)
-    taught = both if cfg.evaluation in ("common", "shared") else first
-    maps = {"random": first, "complementary": both, "gradient": taught}
-    return {name: x.view(cfg.image_size // cfg.patch_size, -1) for name, x in maps.items()}
-
-
 def frequency(args: argparse.Namespace) -> None:
     """How often each patch is hidden (CoMA Fig. 2); one scale of colours for all panels."""
     cfg = configure(args, "coma_dyvit")
-    maps = masking_frequency(cfg, args.frequency, args.seed)
+    maps = coma_dyvit.masking_frequency(cfg, args.frequency, args.seed)
     span = max((x - x.float().mean()).abs().max().item() for x in maps.values()) or 1.0
     cells = [heat(0.5 + (x - x.float().mean()) / (2 * span)) for x in maps.values()]
     columns = [f"{k}: {x.min()} to {x.max()}, mean {x.float().mean():.1f}, deviation "
@@ -167,7 +155,7 @@ def schedule(args: argparse.Namespace) -> None:
     at, panels = [cfg.epochs * i / n for i in range(n + 1)], []
     if method == "cfmae":
         names = {"SG": "alpha_S", "IG": "alpha_I", "RD": "random, 1 - alpha_S - alpha_I"}
-        shares = cfmae.schedule(cfg, torch.arange(n + 1) / n).items()
+        shares = cfmae.schedule(torch.arange(n + 1) / n, cfg).items()
         lines = [Series(names[k], at, v.tolist(), i) for i, (k, v) in enumerate(shares)]
         panels.append((f"share of each mask, {cfg.masking}", "epoch", lines))
     rates = [engine.learning_rate(cfg, int(x * n), n) for x in at]
