@@ -36,7 +36,7 @@ import mae
 import mcmae
 import semanticmim
 from common import IMAGENET_MEAN, IMAGENET_STD, init_weights, resize_position
-from downstream import public
+from downstream import convmae, public
 from engine import UserError
 
 METHODS = {"mae": mae, "cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae}
@@ -189,7 +189,8 @@ def build(
     kwargs |= {"trained_size": description.get("trained_size"), **description.get("options", {})}
     kwargs |= options
     if method in METHODS:
-        encoder = METHODS[method].make_encoder(_config(METHODS[method], config), **kwargs)
+        make = {**METHODS, "mcmae": convmae}[method].make_encoder  # with what segmentation adds
+        encoder = make(_config(METHODS[method], config), **kwargs)
     else:
         encoder = public.PublicViT(**{**config, **kwargs})
     (mcmae.init_hybrid if method == "mcmae" else init_weights)(encoder)

@@ -106,7 +106,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
             random_tokenizer(Path(folder, "tokenizer.pth"))
             flags = [f"{folder}/tokenizer.pth" if f == "random" else f for f in flags]
         cfg = engine.parse(module.Config, module.PRESETS, "", flags)
-        make = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "build",
+        make = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
                 "coma_dyvit": "CoMA"}[script]  # fmt: skip
         torch.manual_seed(0)
         return cfg, getattr(module, make)(cfg)
