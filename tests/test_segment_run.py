@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import sincos_2d
 from data import UserError
-from downstream import pixels, segment
+from downstream import prepare, segment
+from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
 from test_segment import SMALL, folder
 from tiny_run import lines, same_result
@@ -29,7 +30,7 @@ def train(out, *flags, source=()):
         at = flags.index("--method")
         flags[at : at + 4] = source
     with tiny_run.short_epochs():
-        assert segment.run([str(f) for f in flags]) == 0
+        segment.main([str(f) for f in flags])
 
 
 def run(out, *flags, source=()):
@@ -39,7 +40,7 @@ def run(out, *flags, source=()):
 
 def evaluate(out):
     with tiny_run.short_epochs():
-        assert segment.run_evaluate([str(out), "--workers", "0", "--device", "cpu"]) == 0
+        segment.main(["evaluate", str(out), "--workers", "0", "--device", "cpu"])
     return json.loads((out / "evaluation/result.json").read_text())
 
 
@@ -91,8 +92,8 @@ def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path)
     argv = [*SMALL, *map(str, flags), "--checkpoint", str(pretrained)]
     at = argv.index("--method")
     del argv[at : at + 4]
-    cfg = engine.parse(segment.Config, segment.PRESETS, "", argv)
-    encoder = segment.build(cfg, engine.World(cfg)).encoder
+    cfg = engine.parse(Config, PRESETS, "", argv)
+    encoder = segment.build(cfg).encoder
     old = tiny_run.config(tmp_path)
     side = old.image_size // old.patch_size
     p = encoder.patch_size
@@ -106,7 +107,7 @@ def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path)
 def test_run__batchnorms_samples_are_said_and_kept(tmp_path):
     flags = ("--iterations", 2, "--steps", 1)
     train(tmp_path, *flags, "--micro-batch", 4)
-    assert json.loads((tmp_path / "config.json").read_text())["norm_batch"] == 4
+    assert tiny_run.checkpoint(tmp_path)["facts"]["norm_batch"] == 4
     with pytest.raises(UserError, match="BatchNorm saw 4 samples at a time in .* would see 8"):
         train(tmp_path, *flags, "--resume", "--steps", 2)
     train(tmp_path, *flags, "--resume", "--steps", 2, "--micro-batch", 5)  # of 8: 4 at a time
@@ -155,6 +156,59 @@ def test_run__two_ranks(tmp_path):
         assert two[name] == pytest.approx(saved[name], rel=1e-3), name
 
 
+def make_older(out):
+    """Rewrite a run's checkpoint as earlier versions wrote it: all in the config, no facts."""
+    path = out / "last.pt"
+    content = torch.load(path, weights_only=True)
+    facts = content.pop("facts")
+    content["config"] |= {"description": json.dumps(facts["description"]), "patch_size": 4}
+    content["config"] |= {"norm_batch": facts.get("norm_batch")}
+    engine.save(path, content)
+
+
+def test_run__older_checkpoints_go_on_are_evaluated_and_are_sources(pretrained, tmp_path):
+    copy, flags = tmp_path / "copy.pt", ("--iterations", 4, "--mean", "0.5,0.4,0.3")
+    copy.write_bytes(pretrained.read_bytes())
+    source = ("--checkpoint", copy)
+    whole = run(tmp_path / "whole", *flags, source=source)
+    run(tmp_path / "parts", *flags, "--steps", 2, source=source)
+    copy.unlink()
+    make_older(tmp_path / "parts")
+    with pytest.raises(UserError, match="BatchNorm saw 8 samples at a time in .* would see 4"):
+        train(tmp_path / "parts", *flags, "--resume", "--micro-batch", 4, source=source)
+    assert run(tmp_path / "parts", *flags, "--resume", source=source) == whole
+    assert same_result(tmp_path / "whole", tmp_path / "parts")
+    content = tiny_run.checkpoint(tmp_path / "parts")
+    assert content["facts"]["description"]["mean"] == [0.5, 0.4, 0.3]
+    assert "description" not in content["config"] and "norm_batch" not in content["config"]
+    make_older(tmp_path / "parts")
+    assert evaluate(tmp_path / "parts") == whole
+    flags = ("--iterations", 1, "--protocol", "linear")
+    train(tmp_path / "next", *flags, source=("--checkpoint", tmp_path / "parts" / "last.pt"))
+    assert "facts" not in torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"config": {"description": "{"}}, {"facts": 3}])
+def test_run__a_folder_whose_checkpoint_is_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt is no checkpoint of a segmentation run"):
+        train(tmp_path, "--resume")
+
+
+def test_main__help_has_forty_flags_in_groups_and_none_that_the_program_sets(capsys):
+    with pytest.raises(SystemExit) as end:
+        segment.main(["--help"])
+    said = capsys.readouterr().out
+    shown = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
+    assert end.value.code == 0 and 30 < len(set(shown)) <= 40 and "--checkpoint" in shown
+    groups = ["data", "model", "optimisation", "run"]
+    assert [g for g in groups if f"\n{g}:\n" in said] == groups
+    further = next(x for x in said.splitlines() if x.startswith("further flags: "))
+    assert "--aux-weight" in further and "--aux-weight" not in shown
+    for name in ("description", "norm-batch", "base-lr", "patch-size", "warmup-epochs", "min-lr"):
+        assert f"--{name}" not in [*shown, *further.split()], name
+
+
 # ---------------------------------------------------------------------------------- bad input, data
 
 
@@ -168,14 +222,18 @@ def test_run__two_ranks(tmp_path):
     ("--classes 10", r"--classes 10 is outside \[16, 255\]"),
     ("--batch-size 1", "two samples at a time"),
     ("--layer-decay 1.5", r"outside \[0, 1\]"),
-    ("--base-lr 1", "give --lr"),
-    ("--patch-size 16", "leave it at 4"),
+    ("--base-lr 1", "unrecognized arguments: --base-lr 1"),
+    ("--patch-size 16", "unrecognized arguments: --patch-size 16"),
+    ("--description {}", "unrecognized arguments: --description"),
+    ("--scale-min 3", "--scale-min is above --scale-max"),
+    ("--loss-size 0", "--loss-size 0 must be above 0"),
+    ("--iterations 0", "--iterations 0 must be above 0"),
     ("--data nowhere", "there is no folder nowhere"),
     ("--evaluation half", "invalid choice: 'half'"),
 ])  # fmt: skip
 def test_run__bad_input_is_one_message(tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
-        segment.run([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
+        segment.main([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
 
 
 def broken_png(path):
@@ -208,14 +266,14 @@ def test_run__maps_that_do_not_fit_are_one_message(tmp_path, split, harm, words)
     harm(tmp_path / split / "semantic" / "1.png")
     flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match=words):
-        segment.run([*SMALL, *flags, "--batch-size", "4", "--iterations", "1"])
+        segment.main([*SMALL, *flags, "--batch-size", "4", "--iterations", "1"])
 
 
 def test_run__val_alone_is_one_message(tmp_path):
     folder(tmp_path, [(40, 40)] * 4, "val")
     flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
     with pytest.raises(UserError, match="train"):
-        segment.run([*SMALL, *flags])
+        segment.main([*SMALL, *flags])
 
 
 def test_evaluate__bad_input_exits_with_2(tmp_path, capsys):
@@ -235,7 +293,7 @@ def test_evaluate__bad_input_exits_with_2(tmp_path, capsys):
     ):
         with mock.patch.object(sys, "argv", ["segment", "evaluate", *map(str, argv)]):
             with pytest.raises(SystemExit) as end:
-                segment.main()
+                engine.command("segment", segment.main)
         assert end.value.code == 2 and words in capsys.readouterr().err, argv
         assert not list(tmp_path.glob("*/evaluation/result.json")), argv
 
@@ -257,18 +315,18 @@ def test_prepare_ade__and_voc_give_our_layout(tmp_path):
         ids = Image.fromarray(np.array([[0, 1, 20], [2, 255, 3]], np.uint8), mode="P")
         ids.putpalette(list(range(256)) * 3)
         ids.save(voc / "SegmentationClass" / f"{split}_1.png")
-    jobs = ((pixels.prepare_ade, ade, 150), (pixels.prepare_voc, voc, 21))
+    jobs = ((prepare.prepare_ade, ade, 150), (prepare.prepare_voc, voc, 21))
     for function, source, classes in jobs:
         for _ in range(2):  # a second time changes nothing
             assert function([str(source), str(tmp_path / "out" / source.name)]) == 0
         for split in ("train", "val"):
             dataset = data.open_dataset(
                 str(tmp_path / "out" / source.name), split, 32, 4, ("rgb", "semantic"), (1, 1),
-                False, 0, semantic_classes=classes)  # fmt: skip
+                False, 0, label_stride=1, semantic_classes=classes)  # fmt: skip
             _, maps = dataset.load(0)
             first = [[255, 0, 149], [1, 255, 2]] if classes == 150 else [[0, 1, 20], [2, 255, 3]]
             assert maps["semantic"].tolist() == first
     names = (tmp_path / "out" / "ade" / "classes.txt").read_text()
     assert names == "wall\nbuilding, edifice\n"
     with pytest.raises(UserError, match="there is no folder"):
-        pixels.prepare_voc([str(ade), str(tmp_path / "no")])
+        prepare.prepare_voc([str(ade), str(tmp_path / "no")])
