@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import sincos_2d
 from data import UserError
-from downstream import prepare, segment
+from downstream import encoders, prepare, segment
 from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
 from test_segment import SMALL, folder
@@ -102,6 +102,35 @@ def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path)
     assert encoder.grid == grid and encoder.trained_grid == (side, side)
     torch.testing.assert_close(encoder.position(*grid), expected)
     assert not torch.allclose(expected, sincos_2d(D, *grid))  # what positions of its own would be
+
+
+def test_run__mcmaes_relative_bias_goes_to_another_crop(tmp_path):
+    """A bias that is its offset: near ones keep theirs to the digit, the farthest its own."""
+    flags = ("--image-size", 64, "--relative-bias", "--no-train-position", "--iterations", 1)
+    train(tmp_path / "a", *flags, source=("--method", "mcmae", "--encoder", "tiny"))
+    content = tiny_run.checkpoint(tmp_path / "a")
+    tables = [k for k in content["model"] if k.endswith("relative_position_bias_table")]
+    offsets = torch.arange(-7.0, 8)  # on the crop's grid, 8 x 8: 10 a row down, 1 a column
+    for k in tables:
+        content["model"][k][:] = (10 * offsets[:, None] + offsets).view(-1, 1)
+    engine.save(tmp_path / "a" / "last.pt", content)
+    assert len(tables) == 3
+    source = {"checkpoint": tmp_path / "a" / "last.pt"}
+    for h, w in ((12, 8), (8, 8), (6, 10), (16, 5)):
+        encoder, _, _ = encoders.open_encoder(**source, image_size=(8 * h, 8 * w))
+        for block in encoder.blocks3:
+            found = block.attn.relative_position_bias_table.detach()
+            for x in found.view(2 * h - 1, 2 * w - 1, -1).unbind(2):
+                near = x[h - 2 : h + 1, w - 2 : w + 1]
+                torch.testing.assert_close(near, 10 * offsets[6:9, None] + offsets[6:9])
+                down, along = x[:, w - 1] / 10, x[h - 1]
+                for line, n in ((down, h), (along, w)):
+                    assert (line.diff() > 0).all()
+                    assert n < 8 or line[-1] == pytest.approx(7, abs=0.25)
+                assert not (x - down[:, None] * 10 - along).abs().gt(1e-3).any()
+    flags = ("--image-size", 96, "--crop-width", 64, "--iterations", 1)
+    result = run(tmp_path / "b", *flags, source=("--checkpoint", tmp_path / "a" / "last.pt"))
+    assert result["crop"] == [96, 64]
 
 
 def test_run__batchnorms_samples_are_said_and_kept(tmp_path):
