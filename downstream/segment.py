@@ -120,10 +120,8 @@ def reconstruct(model: Segmenter, batch: dict[str, Tensor]) -> dict[str, tuple]:
     return {"image": (batch["rgb"], None, over), "labels": (batch["semantic"], None, pred)}
 
 
-def report(
-    model: Segmenter, dataset: data.Dataset | None, cfg: Config, world: World, out: Path
-) -> None:
-    """Test a model on the whole val split, if there is one; write result.json and classes.csv."""
+def report(model: Segmenter, dataset: data.Dataset, cfg: Config, world: World, out: Path) -> None:
+    """Test a model on the whole val split; write result.json and classes.csv."""
     names = ShapeScenes.SEMANTIC_NAMES if cfg.data == "shapes" else ()
     if (path := Path(cfg.data, "classes.txt")).is_file():
         names = path.read_text(errors="replace").splitlines()

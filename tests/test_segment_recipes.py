@@ -134,6 +134,19 @@ def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
         assert words in line and str(list(mean)) in line and str(list(std)) in line
 
 
+def test_build__every_setting_reaches_the_model(monkeypatch):
+    seen, original = {}, encoders.build
+    monkeypatch.setattr(encoders, "build", lambda *a: seen.update(a=a[1:]) or original(*a))
+    flags = "--aux-weight 0.7 --loss-size 20 --dropout 0.3 --drop-path 0.25 --crop-width 48"
+    model = segment.build(config(*flags.split()))
+    assert seen["a"] == ((32, 48), 0.25, False)
+    assert (model.aux_weight, model.loss_size, model.head.dropout, model.layer) == (
+        0.7, 20, 0.3, None)  # fmt: skip
+    assert model.head.classifier.weight.shape[:2] == (16, 16)  # classes; --dim of SMALL
+    assert model.head.aux_classifier.weight.shape[:2] == (16, 8)
+    assert segment.build(config("--protocol", "linear", "--layer", 2)).layer == 2
+
+
 def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch, capsys, tmp_path):
     original = encoders.describe
     known = {"mean": [0.5] * 3, "std": [0.5] * 3, "input": "its config's"}

@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import sincos_2d
 from data import UserError
-from downstream import encoders, prepare, segment
+from downstream import encoders, pixels, prepare, segment
 from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
-from test_segment import SMALL, folder
+from test_segment import SMALL, config, folder
 from tiny_run import lines, same_result
 
 
@@ -148,6 +148,50 @@ def test_run__the_probe_may_change_its_micro_batch(tmp_path):
     train(tmp_path, *flags, "--steps", 1, "--micro-batch", 4)
     train(tmp_path, *flags, "--steps", 2, "--resume")
     assert tiny_run.checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder"])
+def test_main__trains_on_random_crops_at_the_recipes_rate_and_looks_at_centres(
+    tmp_path, monkeypatch, source
+):
+    seen = {True: [], False: []}  # by `training`; predict is what both call
+    forward, predict = segment.Segmenter.forward, segment.evaluate
+    monkeypatch.setattr(
+        segment.Segmenter, "forward", lambda *a: seen[True].append(a[1]) or forward(*a)
+    )
+    monkeypatch.setattr(segment, "evaluate", lambda *a: seen[False].append(a[1]) or predict(*a))
+    flags = ["--iterations", 8, "--steps", 2, "--log-every", 1, "--crop-width", 48]
+    if source == "folder":
+        for split, n in (("train", 8), ("val", 4)):
+            folder(tmp_path, [(60, 40 + 8 * i) for i in range(n)], split)
+            for i in range(n):
+                noise = np.random.default_rng(i).integers(0, 256, (60, 40 + 8 * i, 3), np.uint8)
+                Image.fromarray(noise).save(tmp_path / split / "rgb" / f"{i}.png")
+        flags += ["--data", tmp_path, "--classes", 3]
+    train(tmp_path / "out", *flags)
+    for batch in seen[True] + seen[False]:
+        assert batch["rgb"].shape[2:] == batch["semantic"].shape[1:] == (32, 48)
+    if source == "folder":
+        cfg = config(*flags[6:])
+        for split, training in (("train", True), ("val", False)):
+            dataset, found = (
+                data.FolderDataset(
+                    str(tmp_path),
+                    split,
+                    None,
+                    granularities=("rgb", "semantic"),
+                    semantic_classes=3,
+                ),
+                seen[training][0],
+            )
+            for k, seed in enumerate(found["seed"].tolist()):
+                views = (pixels.Augment(cfg, training)(*dataset.load(i), seed)
+                         for i in range(len(dataset)))  # fmt: skip
+                assert any(torch.equal(v["rgb"], found["rgb"][k]) for v in views)
+    log = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    peak = config().lr  # no warm-up: a tenth of 8 steps is none
+    assert [r["lr"] for r in log if "lr" in r] == pytest.approx([peak, peak * 7 / 8])
+    assert set(log[0]["val"]) == {"loss", "loss_main", "pixel_accuracy"}
 
 
 def test_run__learns_labels_that_colours_tell(tmp_path):

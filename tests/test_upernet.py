@@ -258,6 +258,8 @@ def test_evaluate__is_the_loss_and_the_mean_of_the_samples_accuracies(layer):
         shares.append(sum(int(p[i, j] == y[i, j]) for i, j in at) / len(at))
     assert found["pixel_accuracy"].item() == pytest.approx(sum(shares) / 2)
     assert torch.equal(found["loss"], evaluate(model, b)["loss"])
+    b["semantic"][1] = 255  # no label at all
+    assert evaluate(model, b)["pixel_accuracy"].item() == pytest.approx(shares[0] / 2)
 
 
 def test_reconstruct__is_what_the_picture_shows(tmp_path):
