@@ -133,9 +133,10 @@ def _open(path: str | Path) -> tuple[dict, dict[str, Tensor], bool]:
     elif content["method"] in (*METHODS, "vit", "beit"):
         description = _ours(content["method"], run)
     else:  # a transfer's
-        if not run.get("description"):
+        kept = (content.get("facts") or {}).get("description") or run.get("description")
+        if not kept:
             raise UserError(f"{path}: a checkpoint of {content['method']} describes no encoder")
-        kept = json.loads(run["description"])
+        kept = json.loads(kept) if isinstance(kept, str) else kept
         H, W = run["image_size"], run.get("crop_width") or run["image_size"]
         description = {**_ours(kept["method"], kept["config"]), **kept}
         description["config"]["image_size"] = H if H == W else [H, W]

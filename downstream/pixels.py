@@ -1,33 +1,30 @@
-"""Images and label maps of segmentation: crops, whole images, sliding windows, scores, layouts.
+"""Images and label maps of segmentation: crops, whole images, sliding windows, scores.
 
-    Augment                      a crop of an image and its labels, for training
-    Whole, slide                 images at their own aspect, and windows over them
-    confusion, scores            mIoU, mean accuracy, pixel accuracy
-    prepare_ade, prepare_voc     from the data sets' own folders to ours
+    Augment              a crop of an image and its labels, for training
+    Whole, slide         images at their own aspect, and windows over them
+    count, scores        a whole split's pixels by class; mIoU, mean accuracy, pixel accuracy
 
 Images are (3, H, W) uint8, labels (H, W) uint8 with 255 = unlabelled. Crops and sizes are (H, W).
 """
 
-import os
 import random
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import engine  # before torch: it sets how threads wait
+import engine.config  # before torch: it sets how threads wait
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 from data import UNLABELLED
-from shapes import ShapeScenes
+from downstream.upernet import resize
 from engine import UserError
-
+from engine.ranks import World
+from shapes import ShapeScenes
 
 # --------------------------------------------------------------------------------------- training
 
@@ -60,14 +57,14 @@ def padded(rgb: Tensor, size: tuple[int, int], colour: tuple[int, int, int]) -> 
 
 
 class Augment:
-    """What data.FolderDataset.crop does, for segmentation: image and labels to one crop.
+    """`transform` of data.FolderDataset: image and labels to one crop, labels at every pixel.
 
     Training: scale, crop so that no class covers more than three quarters of the labels, flip,
     colours, pad, as mmsegmentation for ADE20K; or, where `crop_scale_min` is given, torchvision's
     RandomResizedCrop and flip. All from the sample's seed. Otherwise: the centre.
     """
 
-    def __init__(self, cfg: engine.Config, train: bool):
+    def __init__(self, cfg: engine.config.Config, train: bool):
         self.crop, self.train, self.photometric = cfg.crop, train, cfg.photometric
         self.scale, self.area = (cfg.scale_min, cfg.scale_max), cfg.crop_scale_min
         self.colour = cfg.colour
@@ -135,7 +132,7 @@ class Whole(data.Dataset):
     An unreadable image is {"unreadable": message}; a map that does not fit {"error": message}.
     """
 
-    def __init__(self, cfg: engine.Config, dataset: data.Dataset):
+    def __init__(self, cfg: engine.config.Config, dataset: data.Dataset):
         self.dataset, self.crop, self.evaluation = dataset, cfg.crop, cfg.evaluation
 
     def __len__(self) -> int:
@@ -166,9 +163,7 @@ def starts(length: int, window: int) -> list[int]:
     return [min(i * stride, length - window) for i in range(count)]
 
 
-def slide(
-    logits: Callable, imgs: Tensor, crop: tuple[int, int], limit: int = 16
-) -> Tensor:
+def slide(logits: Callable, imgs: Tensor, crop: tuple[int, int], limit: int = 16) -> Tensor:
     """Mean of the logits of all windows that see a pixel.
 
     Args:
@@ -211,89 +206,42 @@ def scores(matrix: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
     return {k: float(v) for k, v in means.items()}, iou, accuracy
 
 
-# --------------------------------------------------------------------------------- other layouts
+@torch.no_grad()
+def count(
+    model: nn.Module, dataset: data.Dataset, cfg: engine.config.Config, world: World
+) -> tuple[Tensor, int]:
+    """Run a model over a whole split, shared out over the ranks.
 
-
-def link(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise UserError(f"{source} is missing")
-    if not target.is_symlink():
-        os.symlink(source.resolve(), target)
-
-
-def read_map(path: Path) -> np.ndarray:
-    """Ids (H, W) of a label map; UserError where it cannot be read."""
-    try:
-        return data.decode_map(np.fromfile(path, np.uint8))
-    except Exception as error:  # Pillow raises anything on broken files
-        raise UserError(f"{path}: {error or type(error).__name__}") from None
-
-
-def folders(dst: Path) -> dict[str, tuple[Path, Path]]:
-    """Create DST/{train,val}/{rgb,semantic}; {split: (rgb, semantic)}."""
-    made = {s: (dst / s / "rgb", dst / s / "semantic") for s in ("train", "val")}
-    for folder in (f for pair in made.values() for f in pair):
-        folder.mkdir(parents=True, exist_ok=True)
-    return made
-
-
-def prepare_ade(argv: list[str]) -> int:
-    """Lay out ADEChallengeData2016: link images; in maps 0 (other) becomes 255, others one less."""
-    src, dst = _source(argv, "prepare-ade", prepare_ade.__doc__, "images/training")
-    for split, (rgb, semantic) in folders(dst).items():
-        part = {"train": "training", "val": "validation"}[split]
-        images = sorted((src / "images" / part).glob("*.jpg"))
-
-        def one(image: Path, part=part, rgb=rgb, semantic=semantic) -> None:
-            name = f"{image.stem}.png"
-            ids = read_map(src / "annotations" / part / name)
-            Image.fromarray(ids.astype(np.uint8) - np.uint8(1)).save(semantic / name)
-            link(image, rgb / image.name)
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(one, images))
-        print(f"{split}: {len(images)} images")
-    if (table := src / "objectInfo150.txt").is_file():  # the last column; its first line is a head
-        rows = table.read_text().splitlines()[1:]
-        (dst / "classes.txt").write_text("".join(r.split("\t")[-1].strip() + "\n" for r in rows))
-    return 0
-
-
-VOC = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
-
-
-def prepare_voc(argv: list[str]) -> int:
-    """Lay out VOCdevkit/VOC2012 by links: its palette maps, with 255 as border, fit as they are.
-
-    SemanticMIM's probe is trained on the larger set of 10,582 images: put its list, trainaug.txt,
-    and its maps, SegmentationClassAug, beside VOC's own 1,464, which are taken otherwise.
+    Returns: confusion matrix (C, C) int64 on the CPU, on every rank; images read.
     """
-    src, dst = _source(argv, "prepare-voc", prepare_voc.__doc__, "ImageSets/Segmentation")
-    for split, (rgb, semantic) in folders(dst).items():
-        lists, maps = src / "ImageSets" / "Segmentation", "SegmentationClass"
-        if split == "train" and (lists / "trainaug.txt").is_file():
-            split, maps = "trainaug", "SegmentationClassAug"
-        names = (lists / f"{split}.txt").read_text().split()
-        for name in names:
-            own = (src / maps / f"{name}.png").is_file()  # else VOC's
-            png = src / (maps if own else "SegmentationClass") / f"{name}.png"
-            link(src / "JPEGImages" / f"{name}.jpg", rgb / f"{name}.jpg")
-            link(png, semantic / f"{name}.png")
-        print(f"{split}: {len(names)} images")
-        if split == "train":
-            print(f"  VOC's own: there is no {lists}/trainaug.txt, SemanticMIM's training set")
-    (dst / "classes.txt").write_text("\n".join(VOC) + "\n")
-    return 0
-
-
-def _source(argv: list[str], name: str, doc: str, must_have: str) -> tuple[Path, Path]:
-    parser = engine.Parser(prog=f"downstream.segment {name}", description=doc)
-    parser.add_argument("src", type=Path)
-    parser.add_argument("dst", type=Path)
-    args = parser.parse_args(argv)
-    if not (args.src / must_have).is_dir():
-        raise UserError(f"there is no folder {args.src / must_have}")
-    return args.src, args.dst
+    model.eval()
+    whole, C = Whole(cfg, dataset), cfg.classes
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
+        batch_size=cfg.micro_batch,
+        collate_fn=list,
+        num_workers=world.workers(cfg.workers),
+        worker_init_fn=data.worker_init,
+    )
+    matrix, failed = torch.zeros(C * C + 1, dtype=torch.float64), {}  # the last: images read
+    for samples in loader:
+        failed = next((s for s in samples if "error" in s), {})
+        if failed:
+            break
+        samples, groups = [s for s in samples if "rgb" in s], {}
+        for sample in samples:
+            groups.setdefault(sample["rgb"].shape, []).append(sample)
+        for (_, h, w), group in groups.items():
+            imgs = torch.stack([padded(s["rgb"], cfg.crop, cfg.colour) for s in group])
+            imgs = imgs.to(world.device)
+            with world.autocast():
+                y = slide(model.logits, imgs, cfg.crop, cfg.micro_batch)[:, :, :h, :w]
+            for logits, sample in zip(y, group):
+                labels = sample["semantic"].to(world.device)
+                pred = resize(logits[None], labels.shape).argmax(1)[0]
+                matrix[:-1] += confusion(pred, labels, C).flatten().cpu()
+        matrix[-1] += len(samples)
+    world.raise_error(failed)  # on every rank
+    if world.size > 1:
+        dist.all_reduce(matrix)
+    return matrix[:-1].view(C, C).long(), int(matrix[-1])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from common import DROPOUT, IMAGENET_MEAN, IMAGENET_STD, Normalize, uniform
 from data import UNLABELLED
-from downstream.encoders import layer_decay_groups
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pyramid pooling
 AUX_LEVEL = 2  # the pyramid's third map, stride 16
@@ -97,9 +96,14 @@ class UperNet(nn.Module):
     """
 
     def __init__(
-        self, dims: Sequence[int], plain: bool, classes: int, dim: int = 768, aux_dim: int = 256,
+        self,
+        dims: Sequence[int],
+        plain: bool,
+        classes: int,
+        dim: int = 768,
+        aux_dim: int = 256,
         dropout: float = 0.1,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.dropout = dropout
         self.neck = Neck(dims[0]) if plain else nn.Identity()
@@ -190,23 +194,26 @@ class Segmenter(nn.Module):
         classes: of the label maps.
         layer: None for UperNet on the pyramid; otherwise the 1-based layer that a linear probe
             reads, and the encoder is frozen.
-        dim, aux_dim, dropout: as UperNet takes them.
         aux_weight: weight of the auxiliary loss.
-        layer_decay: the learning rate's factor from one layer to the one below it.
         loss_size: short side at which a probe's loss is taken; 0 = that of the labels.
         mean, std: (3,) each, of [0, 1] pixels, as the encoder expects them.
+        sizes: dim, aux_dim, dropout, as UperNet takes them.
     """
 
     def __init__(
-        self, encoder: nn.Module, classes: int, layer: int | None = None, dim: int = 768,
-        aux_dim: int = 256, dropout: float = 0.1, aux_weight: float = 0.4,
-        layer_decay: float = 1.0, loss_size: int = 0, mean: Sequence[float] = IMAGENET_MEAN,
+        self,
+        encoder: nn.Module,
+        classes: int,
+        layer: int | None = None,
+        aux_weight: float = 0.4,
+        loss_size: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-    ):  # fmt: skip
+        **sizes,
+    ):
         super().__init__()
         self.encoder, self.layer, self.loss_size = encoder, layer, loss_size
-        self.aux_weight, self.layer_decay = aux_weight, layer_decay
-        self.normalize = Normalize(mean, std)
+        self.aux_weight, self.normalize = aux_weight, Normalize(mean, std)
         shapes = copy.deepcopy(encoder).to("meta").eval()  # computes shapes alone
         imgs = torch.zeros(1, 3, *(n * encoder.patch_size for n in encoder.grid), device="meta")
         if layer:
@@ -219,7 +226,7 @@ class Segmenter(nn.Module):
         for p, grad in zip(encoder.parameters(), grads):
             p.requires_grad_(grad is not None)
         plain = len(set(encoder.strides)) == 1
-        self.head = UperNet([m.shape[1] for m in maps], plain, classes, dim, aux_dim, dropout)
+        self.head = UperNet([m.shape[1] for m in maps], plain, classes, **sizes)
 
     def features(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """What the head reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""
@@ -231,31 +238,35 @@ class Segmenter(nn.Module):
         k = math.isqrt(tokens.shape[1] // (h * w))  # an early stage has k x k tokens a patch
         return [tokens.transpose(1, 2).unflatten(2, (k * h, k * w))]
 
+    def predict(self, rgb: Tensor, seed: Tensor | None = None) -> list[Tensor]:
+        """The head's logits (B, classes, h, w) of images (B, 3, H, W) uint8.
+
+        Args: `seed` (B,) turns drop path and dropout on, and UperNet's auxiliary logits.
+        """
+        return self.head(self.features(self.normalize(rgb), seed), seed)
+
     def logits(self, rgb: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of images (B, 3, H, W) uint8, as in evaluation."""
-        (x,) = self.head(self.features(self.normalize(rgb)))
+        (x,) = self.predict(rgb)
         return resize(x.float(), rgb.shape[2:])
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """The batch's labels, (B, H, W), or smaller: of the size at which the loss is taken."""
+        labels = batch["semantic"]
+        share = self.loss_size / min(labels.shape[1:])
+        if not 0 < share < 1:
+            return labels
+        size = [round(n * share) for n in labels.shape[1:]]
+        return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].byte()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return pixel_loss(logits, labels, labelled=bool(self.layer))
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
         """Loss of a batch and logs; `progress` changes nothing here."""
-        labels, seed = batch["semantic"], batch["seed"] if self.training else None
-        share = self.loss_size / min(labels.shape[1:])
-        if 0 < share < 1:
-            size = [round(n * share) for n in labels.shape[1:]]
-            labels = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].byte()
-        x, *aux = self.head(self.features(self.normalize(batch["rgb"]), seed), seed)
-        loss = total = pixel_loss(x, labels, labelled=bool(self.layer))
+        labels = self.labels(batch)
+        x, *aux = self.predict(batch["rgb"], batch["seed"])
+        loss = total = self.loss(x, labels)
         for y in aux:
-            total = total + self.aux_weight * pixel_loss(y, labels)
-        logs = {"loss_main": loss.detach()}
-        if not self.training:
-            right, valid = resize(x, labels.shape[1:]).argmax(1) == labels, labels != UNLABELLED
-            right, valid = (right & valid).flatten(1).sum(1), valid.flatten(1).sum(1)
-            logs["pixel_accuracy"] = (right / valid.clamp(min=1)).mean()
-        return total, logs
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Groups by layer, see encoders.layer_decay_groups; a probe's is one, biases included."""
-        if self.layer:
-            return [{"params": list(self.head.parameters()), "weight_decay": weight_decay}]
-        return layer_decay_groups(self.encoder, [self.head], weight_decay, self.layer_decay)
+            total = total + self.aux_weight * self.loss(y, labels)
+        return total, {"loss_main": loss.detach()}

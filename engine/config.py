@@ -80,6 +80,8 @@ class Config:
         "output steps micro_batch workers device compile resume log_every save_minutes save_epochs "
         "val_epochs val_samples preview_epochs".split()
     )
+    SET: typing.ClassVar = ()  # what the program sets, or has no use for: no flags
+    FURTHER: typing.ClassVar = ()  # flags that --help names in one line
 
     def resolve(self) -> None:
         """Fill in defaults that depend on other fields; UserError on values that cannot work."""
@@ -112,7 +114,7 @@ def parse(
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    for f in (f for f in dataclasses.fields(cls) if f.name not in cls.SET):
         kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
         choices = list(presets) if f.name == "model" else f.metadata["choices"]
         shown = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
@@ -122,8 +124,10 @@ def parse(
             extra = {"type": kind, "choices": choices}
             extra |= {} if choices else {"metavar": kind.__name__}
         group = groups[inherited(cls, f.name, "group") or "model"]
+        shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
-    parser.epilog = "presets (--model), which change these defaults:\n" + "\n".join(
+    further = f"further flags: {' '.join(map(flag, cls.FURTHER))}\n\n" if cls.FURTHER else ""
+    parser.epilog = further + "presets (--model), which change these defaults:\n" + "\n".join(
         f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
         for name, values in presets.items()
     )

@@ -1,7 +1,10 @@
 """Files of weights, ours and public ones, read without running any code in them."""
 
 import argparse
+import functools
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -21,9 +24,10 @@ DTYPES = {
 }
 
 
-def read(path: str | Path, option: str = "") -> object:
+def read(path: str | Path, option: str = "", mapped: bool = False) -> object:
     """Read a file's tensors and plain data, `.safetensors` too; no code in it is run.
 
+    Args: `mapped`: tensors stay in the file until they are used, where its format allows.
     Errors: UserError, which begins with the option, e.g. "--init".
     """
     name = f"{option} {path}".strip()
@@ -35,7 +39,8 @@ def read(path: str | Path, option: str = "") -> object:
             return read_safetensors(path)
         # Public files keep their options beside the weights, as a Namespace; that is data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch's words advise to read it unsafely, or are "101"
         kind = ".safetensors" if str(path).endswith(".safetensors") else "a file of torch.save"
         if isinstance(e, PermissionError):
@@ -44,6 +49,17 @@ def read(path: str | Path, option: str = "") -> object:
             f"{name} cannot be read safely: it is damaged, cut short, not {kind}, or holds more "
             "than tensors and plain data"
         ) from None
+
+
+def read_once(path: str | Path, option: str = "") -> object:
+    """As `read`, mapped, and once in this process, however many ask; nobody may change it."""
+    stat = os.stat(path) if Path(path).is_file() else None
+    return _read_once(str(path), option, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_once(path: str, option: str, stamp: tuple | None) -> object:
+    return read(path, option, mapped=True)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

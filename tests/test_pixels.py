@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from data import UserError
-from downstream import pixels
+from downstream import pixels, prepare
 from PIL import Image
 from test_segment import config
 
@@ -203,7 +203,7 @@ def test_prepare_voc__takes_the_larger_training_set_and_says_so_where_it_is_miss
     tmp_path, capsys, aug
 ):
     source, out = voc(tmp_path / "voc", aug), tmp_path / "out"
-    assert pixels.prepare_voc([str(source), str(out)]) == 0
+    assert prepare.prepare_voc([str(source), str(out)]) == 0
     said = capsys.readouterr().out
     maps = {p.stem: int(np.asarray(Image.open(p))[0, 0]) for p in out.glob("*/semantic/*.png")}
     if aug:
@@ -222,10 +222,10 @@ def test_prepare_ade__an_unreadable_map_is_one_message(tmp_path):
         if content:
             (tmp_path / "annotations/training/a.png").write_bytes(content)
         with pytest.raises(UserError, match=f"annotations/training/a.png.*{words}|{words}.*a.png"):
-            pixels.prepare_ade(args)
+            prepare.prepare_ade(args)
 
 
 def test_read_map__gives_the_ids(tmp_path):
     ids = np.arange(6, dtype=np.uint8).reshape(2, 3)
     Image.fromarray(ids).save(tmp_path / "a.png")
-    assert np.array_equal(pixels.read_map(tmp_path / "a.png"), ids)
+    assert np.array_equal(prepare.read_map(tmp_path / "a.png"), ids)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from downstream import pixels, segment
+from downstream.segment_recipes import PRESETS, Config
+from engine.folder import open_data
+from engine.ranks import World
 from PIL import Image
 
 SMALL = (
@@ -18,7 +21,7 @@ SMALL = (
 
 
 def config(*flags):
-    return engine.parse(segment.Config, segment.PRESETS, "", [*SMALL, *map(str, flags)])
+    return engine.parse(Config, PRESETS, "", [*SMALL, *map(str, flags)])
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -92,7 +95,7 @@ def test_Whole__labels_are_uint8_where_the_file_has_16_bits(tmp_path):
     """Torch 2.6 indexes with no other unsigned type."""
     folder(tmp_path, [(30, 70)] * 2, dtype=np.uint16)
     args = (str(tmp_path), "val", 32, 4, ("rgb", "semantic"), (1, 1), False, 0)
-    dataset = data.open_dataset(*args, semantic_classes=3)
+    dataset = data.open_dataset(*args, label_stride=1, semantic_classes=3)
     assert dataset.load(1)[1]["semantic"].dtype != np.uint8
     labels = pixels.Whole(config("--data", tmp_path, "--classes", 3), dataset)[1]["semantic"]
     assert labels.dtype == torch.uint8 and labels.shape == (30, 70)
@@ -102,14 +105,16 @@ def test_Whole__labels_are_uint8_where_the_file_has_16_bits(tmp_path):
 @pytest.mark.parametrize("evaluation, dtype", [
     ("slide", np.uint8), ("whole", np.uint16), ("crop", np.uint8),
 ])  # fmt: skip
-def test_finish__reads_all_images_at_their_own_size(tmp_path, evaluation, dtype):
+def test_report__reads_all_images_at_their_own_size(tmp_path, evaluation, dtype):
     """`crop`: labels at the crop's, 32 x 32, as SemanticMIM's probe is scored at 448 x 448."""
     folder(tmp_path, [(30, 70), (90, 41), (32, 32), (400, 20), (30, 70), (7, 5)], dtype=dtype)
     (tmp_path / "val" / "rgb" / "x.png").write_bytes(b"broken")
     (tmp_path / "val" / "semantic" / "x.png").write_bytes(b"never read")
     (tmp_path / "classes.txt").write_text("black\ngrey\nlight\n")
     cfg = config("--data", tmp_path, "--classes", 3, "--evaluation", evaluation)
-    segment.finish(cfg, engine.World(cfg), ReadsColour(), tmp_path)
+    world = World("cpu", "fp32")
+    dataset = open_data(cfg, world, tmp_path, "val", **segment.samples(cfg))
+    segment.report(ReadsColour(), dataset, cfg, world, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["mIoU"] == result["pixel_accuracy"] == 1
     assert (result["images"], result["unreadable"], result["classes_seen"]) == (6, 1, 3)

@@ -6,18 +6,19 @@ SEG/configs/convmae/upernet_convmae_base_512_slide_160k_ade20k.py, mmsegmentatio
 configs/mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py.
 """
 
-import json
-
 import engine
 import pytest
+import tiny_run
 import torch
 from data import UserError
 from downstream import encoders, segment
+from downstream.segment_recipes import PRESETS, RECIPES, Config
+from downstream.upernet import Segmenter
 from test_segment import SMALL, config
 
 
 def parse(argv):
-    return engine.parse(segment.Config, segment.PRESETS, "", argv.split())
+    return engine.parse(Config, PRESETS, "", argv.split())
 
 
 @pytest.mark.parametrize("method, size, lr, decay, drop_path", [
@@ -33,23 +34,28 @@ def test_Config__has_the_papers_upernet(method, size, lr, decay, drop_path):
     assert cfg.drop_path == drop_path and cfg.train_position == (method == "mcmae")
     # CFMAE Table 10, SemanticMIM Table 4, MCMAE Sec. 3.3; both public configurations and MAE's
     assert (cfg.batch_size, cfg.weight_decay, cfg.beta1, cfg.beta2) == (16, 0.05, 0.9, 0.999)
-    assert cfg.total_steps(1263) == 160_000 and cfg.clip_grad is None and cfg.classes == 150
+    assert (cfg.iterations, cfg.epochs, cfg.clip_grad, cfg.classes) == (160_000, None, None, 150)
     assert (cfg.dim, cfg.aux_dim, cfg.aux_weight, cfg.dropout) == (768, 256, 0.4, 0.1)
     assert (cfg.scale_min, cfg.scale_max, cfg.crop_scale_min) == (0.5, 2.0, None)
     assert cfg.photometric and cfg.evaluation == "slide" and cfg.layer is None
-    rates = [cfg.learning_rate(step, 1263) for step in (0, 749, 1499, 80_000, 159_999)]
+    steps = (0, 749, 1499, 80_000, 159_999)
+    rates = [segment.learning_rate(cfg, step, 160_000) for step in steps]
     shares = [1 / 1500, 0.5 * (1 - 749 / 160_000), 1 - 1499 / 160_000, 0.5, 1 / 160_000]
     assert rates == pytest.approx([lr * share for share in shares])  # up 1,500 steps, a line to 0
-    optimizer = cfg.optimizer([{"params": [torch.zeros(1)]}])
+    encoder = encoders.build(encoders.describe(method="cfmae", model="tiny"))
+    optimizer = segment.make_optimizer(cfg, Segmenter(encoder, 5, dim=8, aux_dim=8))
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["eps"] == 1e-8
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert min(g["lr_scale"] for g in optimizer.param_groups) == pytest.approx(decay**5)
     assert cfg.options == {}  # MCMAE's pyramid is the paper's
 
 
 def test_RECIPES__public_encoders_have_their_families():
-    rates = {k: (v["lr"], v["layer_decay"]) for k, v in segment.RECIPES.items()}
+    rates = {k: (v["lr"], v["layer_decay"]) for k, v in RECIPES.items()}
     assert (rates["vit"], rates["beit"]) == ((1e-4, 0.65), (3e-5, 0.9))
     assert rates["vit 24"] == rates["vit 32"] == (1e-4, 0.75)
-    assert segment.RECIPES["beit"]["image_size"] == 640
+    assert all(rates[k.replace("vit", "mae")] == rates[k] for k in ("vit", "vit 24", "vit 32"))
+    assert RECIPES["beit"]["image_size"] == 640
 
 
 @pytest.mark.parametrize("recipe, lr, decay, layer", [
@@ -58,14 +64,21 @@ def test_RECIPES__public_encoders_have_their_families():
 ])  # fmt: skip
 def test_Config__has_semanticmims_linear_probe(recipe, lr, decay, layer):
     cfg = parse(f"--method semanticmim --protocol linear --data x --recipe {recipe}")
-    assert (cfg.crop, cfg.batch_size, cfg.total_steps(88)) == ((448, 448), 120, 25 * 88)  # Table 6
+    assert (cfg.crop, cfg.batch_size) == ((448, 448), 120)  # Table 6
+    assert (cfg.epochs, cfg.iterations) == (25, None)
     assert (cfg.lr, cfg.weight_decay, cfg.layer, cfg.loss_size) == (lr, decay, layer, 100)
     assert (cfg.crop_scale_min, cfg.photometric, cfg.evaluation) == (0.8, False, "crop")
     assert (cfg.drop_path, cfg.classes, cfg.train_position) == (0, 21, False)
-    optimizer = cfg.optimizer([{"params": [torch.zeros(1)]}])
+    encoder = encoders.build(encoders.describe(method="cfmae", model="tiny"))
+    model = Segmenter(encoder, 5, layer=2)
+    optimizer = segment.make_optimizer(cfg, model)
     assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups  # one, in which biases decay, too
+    assert group["weight_decay"] == decay and "lr_scale" not in group
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.head.classifier.parameters()]
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, False)
-    rates = [cfg.learning_rate(epoch * 88 + i, 88) for epoch in range(25) for i in (0, 87)]
+    steps = [epoch * 88 + i for epoch in range(25) for i in (0, 87)]
+    rates = [segment.learning_rate(cfg, step, 25 * 88) for step in steps]
     assert rates == pytest.approx(20 * [lr] + 20 * [lr / 10] + 10 * [lr / 100])  # StepLR(10)
 
 
@@ -88,42 +101,59 @@ def test_Config__tiny_is_the_laptops():
     cfg = parse("--model tiny --method cfmae --encoder tiny")
     assert (cfg.data, cfg.crop, cfg.batch_size, cfg.dim, cfg.aux_dim) == (
         "shapes", (64, 64), 16, 64, 32)  # fmt: skip
-    assert (cfg.lr, cfg.drop_path, cfg.photometric, cfg.total_steps(9)) == (1e-3, 0, False, 400)
-    assert (cfg.classes, cfg.layer_decay, cfg.learning_rate(39, 9)) == (
+    assert (cfg.lr, cfg.drop_path, cfg.photometric, cfg.iterations) == (1e-3, 0, False, 400)
+    assert (cfg.classes, cfg.layer_decay, segment.learning_rate(cfg, 39, 400)) == (
         16, 0.65, pytest.approx(1e-3 * (1 - 39 / 400)))  # fmt: skip
     probe = parse("--model tiny --method cfmae --encoder tiny --protocol linear")
-    assert (probe.lr, probe.total_steps(9)) == (0.01, 400)
+    assert (probe.lr, probe.iterations, probe.epochs) == (0.01, 400, None)
 
 
 # ------------------------------------------------------------------------------ pixels' statistics
 
 
+def said_of_pixels(capsys, out, *flags):
+    """The line that a run of one step prints."""
+    with tiny_run.short_epochs():
+        segment.main([*SMALL, "--steps", "1", "--output", str(out), *flags])
+    return next(x for x in capsys.readouterr().out.splitlines() if x.startswith("pixels"))
+
+
 def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
     imgs = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
-    world = engine.World(config())
-    for flags, mean, std, words in (
+    for i, (flags, mean, std, words) in enumerate((
         ((), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "ImageNet's"),
         (("--mean", "0.5,0.4,0.3", "--std", ".5,.5,.25"), (0.5, 0.4, 0.3), (0.5, 0.5, 0.25),
          "mean and std as given"),
         (("--std", "1,1,1"), (0.485, 0.456, 0.406), (1.0, 1.0, 1.0), "std as given"),
-    ):  # fmt: skip
-        model = segment.build(config(*flags), world)
-        found = model.normalize(imgs)
+    )):  # fmt: skip
+        found = segment.build(config(*flags)).normalize(imgs)
         for c in range(3):
             expected = (imgs[:, c] / 255 - mean[c]) / std[c]
             torch.testing.assert_close(found[:, c], expected)
-        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("pixels"))
+        line = said_of_pixels(capsys, tmp_path / str(i), *flags)
         assert words in line and str(list(mean)) in line and str(list(std)) in line
 
 
-def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch, capsys):
+def test_build__every_setting_reaches_the_model(monkeypatch):
+    seen, original = {}, encoders.build
+    monkeypatch.setattr(encoders, "build", lambda *a: seen.update(a=a[1:]) or original(*a))
+    flags = "--aux-weight 0.7 --loss-size 20 --dropout 0.3 --drop-path 0.25 --crop-width 48"
+    model = segment.build(config(*flags.split()))
+    assert seen["a"] == ((32, 48), 0.25, False)
+    assert (model.aux_weight, model.loss_size, model.head.dropout, model.layer) == (
+        0.7, 20, 0.3, None)  # fmt: skip
+    assert model.head.classifier.weight.shape[:2] == (16, 16)  # classes; --dim of SMALL
+    assert model.head.aux_classifier.weight.shape[:2] == (16, 8)
+    assert segment.build(config("--protocol", "linear", "--layer", 2)).layer == 2
+
+
+def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch, capsys, tmp_path):
     original = encoders.describe
     known = {"mean": [0.5] * 3, "std": [0.5] * 3, "input": "its config's"}
     monkeypatch.setattr(encoders, "describe", lambda *a, **k: original(*a, **k) | known)
     cfg = config()
     assert cfg.statistics == ([0.5] * 3, [0.5] * 3) and cfg.colour == (128, 128, 128)
-    segment.build(cfg, engine.World(cfg))
-    assert "[0.5, 0.5, 0.5]: its config's" in capsys.readouterr().out
+    assert "[0.5, 0.5, 0.5]: its config's" in said_of_pixels(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("flags", ["--mean 0.5", "--std 0.5,0.5,0", "--mean a,b,c",
@@ -145,13 +175,14 @@ def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
         return original(method="cfmae", model="tiny")
 
     monkeypatch.setattr(encoders, "describe", describe)
-    monkeypatch.setattr(encoders, "load", lambda *a, key=None: seen.append(("load", key)) or "")
+    monkeypatch.setattr(encoders, "load", lambda *a: seen.append(("load", a[-1])) or "")
     argv = [*SMALL, "--init", str(tmp_path / "x.pt"), "--init-key", "model_ema"]
     at = argv.index("--method")
     del argv[at : at + 4]
-    cfg = engine.parse(segment.Config, segment.PRESETS, "", argv)
-    segment.build(cfg, engine.World(cfg))
-    assert seen == [("describe", "model_ema"), ("load", "model_ema")]
+    assert engine.parse(Config, PRESETS, "", argv).described["method"] == "cfmae"
+    with tiny_run.short_epochs():
+        segment.main([*argv, "--steps", "1", "--output", str(tmp_path / "out")])
+    assert seen == 2 * [("describe", "model_ema")] + [("load", "model_ema")]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -168,8 +199,7 @@ MCMAE = "--data shapes --model tiny --method mcmae --encoder tiny --image-size 6
 
 
 def mcmae_model(flags=""):
-    cfg = parse(f"{MCMAE} {flags}")
-    return segment.build(cfg, engine.World(cfg))
+    return segment.build(parse(f"{MCMAE} {flags}"))
 
 
 @pytest.mark.parametrize("flags", ["", "--relative-bias --init-values 1 --fourth conv"])
@@ -184,7 +214,7 @@ def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
         assert not own[table].any() and (own["blocks3.0.ls1.gamma"] == 1).all()
         assert own[table].shape[0] == (2 * 8 - 1) ** 2  # offsets on the crop's grid, 8 x 8
         assert own["fourth.0.weight"].shape[2:] == (3, 3)
-        assert json.loads(parse(f"{MCMAE} {flags}").description)["options"] == {
+        assert parse(f"{MCMAE} {flags}").described["options"] == {
             "relative_bias": True, "init_values": 1.0, "fourth": "conv"}  # fmt: skip
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     batch = {"rgb": images, "semantic": images[:, 0] % 16, "seed": torch.arange(2)}
@@ -194,9 +224,10 @@ def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
 
 def test_build__mcmaes_layers_decay_as_its_public_code_has_them():
     """Stems, stages 1 and 2, positions at level 0; stage 3 from 1; the head and what follows: 1."""
-    model = mcmae_model("--fourth conv --layer-decay 0.75")
+    model = mcmae_model("--fourth conv")
     depth, scale = len(model.encoder.blocks3), {}
-    for group in model.parameter_groups(0.05):
+    cfg = parse(f"{MCMAE} --layer-decay 0.75")
+    for group in segment.make_optimizer(cfg, model).param_groups:
         scale |= {id(p): group["lr_scale"] for p in group["params"]}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -1,13 +1,26 @@
 """UperNet, the linear probe and their loss, against loops and the papers' parameter counts."""
 
+import types
+
+import pictures
 import pytest
 import torch
 import torch.nn.functional as F
 from downstream import encoders
+from downstream.segment import evaluate, make_optimizer, reconstruct
 from downstream.upernet import POOL_SCALES, Neck, Probe, Segmenter, UperNet, pixel_loss, pool
 from torch import nn
 
 METHODS = ("cfmae", "semanticmim", "mcmae", "coma_dyvit")
+
+
+def groups(model, protocol="upernet", weight_decay=0.05, layer_decay=0.5):
+    """Parameter groups of a run's optimizer."""
+    cfg = types.SimpleNamespace(
+        protocol=protocol, weight_decay=weight_decay, layer_decay=layer_decay, momentum=0.9,
+        beta1=0.9, beta2=0.999,
+    )  # fmt: skip
+    return make_optimizer(cfg, model).param_groups
 
 
 def tiny(method, size=(32, 64), **kwargs):
@@ -172,10 +185,10 @@ def test_Segmenter__dropout_comes_from_the_samples_seeds_in_training_alone():
     assert not torch.equal(first[0], plain)
 
 
-def test_parameter_groups__all_of_the_probe_decays():
+def test_make_optimizer__all_of_the_probe_decays():
     """As torch.optim.SGD on the whole layer, SemanticMIM's public code."""
     model = tiny("cfmae", layer=2)
-    (group,) = model.parameter_groups(1e-4)
+    (group,) = groups(model, "linear", 1e-4)
     assert group["weight_decay"] == 1e-4 and group.get("lr_scale", 1) == 1
     assert [id(p) for p in group["params"]] == [id(p) for p in model.head.classifier.parameters()]
 
@@ -212,10 +225,10 @@ def test_Segmenter__is_built_without_a_trace_in_the_encoder():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parameter_groups__rate_falls_by_the_layer_and_small_parameters_do_not_decay(method):
-    model = tiny(method, layer_decay=0.5)
+def test_make_optimizer__rate_falls_by_the_layer_and_small_parameters_do_not_decay(method):
+    model = tiny(method)
     ids, of = model.encoder.layer_ids(), {}
-    for group in model.parameter_groups(0.05):
+    for group in groups(model):
         of |= {id(p): group for p in group["params"]}
     top = max(ids.values())
     for name, p in model.named_parameters():
@@ -228,3 +241,37 @@ def test_parameter_groups__rate_falls_by_the_layer_and_small_parameters_do_not_d
         assert of[id(p)]["weight_decay"] == (0 if small else 0.05), name
     scales = {g["lr_scale"] for g in of.values()}
     assert {1.0, 0.5, 0.5**top} <= scales  # head, last block, stem
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_evaluate__is_the_loss_and_the_mean_of_the_samples_accuracies(layer):
+    """Without dropout and auxiliary loss, as often as it is asked."""
+    model, b = tiny("cfmae", layer=layer, loss_size=16).eval(), batch()
+    b["semantic"][0, :20] = 255
+    found = evaluate(model, b)
+    labels = b["semantic"][:, 1::2, 1::2]  # 16 x 32 of 32 x 64
+    (x,) = model.predict(b["rgb"])
+    torch.testing.assert_close(found["loss"], pixel_loss(x, labels, labelled=layer is not None))
+    pred, shares = F.interpolate(x, (16, 32), mode="bilinear").argmax(1), []
+    for p, y in zip(pred, labels):
+        at = [(i, j) for i in range(16) for j in range(32) if y[i, j] != 255]
+        shares.append(sum(int(p[i, j] == y[i, j]) for i, j in at) / len(at))
+    assert found["pixel_accuracy"].item() == pytest.approx(sum(shares) / 2)
+    assert torch.equal(found["loss"], evaluate(model, b)["loss"])
+    b["semantic"][1] = 255  # no label at all
+    assert evaluate(model, b)["pixel_accuracy"].item() == pytest.approx(shares[0] / 2)
+
+
+def test_reconstruct__is_what_the_picture_shows(tmp_path):
+    model, b = tiny("cfmae").eval(), batch()
+    b["semantic"][0, :20] = 255
+    found = reconstruct(model, b)
+    rgb, hidden, over = found["image"]
+    labels, none, pred = found["labels"]
+    assert hidden is None and none is None and torch.equal(rgb, b["rgb"])
+    assert torch.equal(labels, b["semantic"]) and torch.equal(pred, model.logits(rgb).argmax(1))
+    assert over.shape == rgb.shape and over.dtype == torch.uint8 and not torch.equal(over, rgb)
+    columns = pictures.columns(found)
+    assert list(columns) == ["image", "image: prediction", "labels", "labels: prediction"]
+    assert torch.equal(columns["labels"][0, :, :20], torch.zeros(3, 20, 64, dtype=torch.uint8))
+    pictures.contact_sheet(columns, tmp_path / "x.png", "caption")

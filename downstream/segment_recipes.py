@@ -1,0 +1,353 @@
+"""Settings of segmentation: the papers' recipes by protocol and method, and the command line.
+
+    UPERNET, RECIPES, LINEAR, TABLE_6, TINY    what a field becomes that the command line leaves out
+    describe                                   what the encoder is: its source's, or a resumed run's
+    Config
+
+Where a paper is silent we do what its authors' public code does; SemanticMIM's and MCMAE's run on
+mmsegmentation.
+"""
+
+import json
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine  # before torch: it sets how threads wait
+import engine.config
+
+import torch
+from torch import nn
+
+from common import IMAGENET_MEAN, IMAGENET_STD
+from data import UNLABELLED
+from downstream import encoders
+from engine import UserError, arg, require
+from engine.reader import read_once
+from shapes import ShapeScenes
+
+UPERNET = dict(
+    image_size=512, batch_size=16, weight_decay=0.05, drop_path=0.1, train_position=False,
+    photometric=True, evaluation="slide", classes=150,
+)  # fmt: skip
+RECIPES = {
+    # Table 10 (drop path, weight decay, batch 16 too). NOTE paper unclear: "base learning rate";
+    # taken as the rate itself, as in the three other papers.
+    "cfmae": dict(lr=4e-4, layer_decay=0.65),
+    # Table 4; the layer-wise decay is its public configuration's.
+    "semanticmim": dict(image_size=640, lr=3e-5, layer_decay=0.9),
+    # Sec. 3.3; drop path, trained positions, and 160k where the text has a "16k-iteration"
+    # schedule, are the public configuration's. It also has --relative-bias --init-values 1
+    # --fourth conv: options, as Sec. 2.3 max-pools the fourth map and names neither of the others.
+    "mcmae": dict(lr=1e-4, layer_decay=0.75, drop_path=0.2, train_position=True),
+    "mae": dict(lr=1e-4, layer_decay=0.65),  # mmsegmentation's for MAE
+}
+# 24 blocks and more: at 0.65 the first would learn at 2e-5 of the rate. 0.75 is MAE's for ViT-L, in
+# its fine-tuning.
+DEEP = RECIPES["mae"] | dict(layer_decay=0.75)
+# CoMA: "the same fine-tuning protocol as MAE", at 512 x 512 (Table 3); no numbers.
+RECIPES |= {"coma_dyvit": RECIPES["mae"], "coma_dyvit 24": DEEP, "mae 24": DEEP, "mae 32": DEEP}
+# Public encoders; a number is the depth.
+RECIPES |= {"vit": RECIPES["mae"], "vit 24": DEEP, "vit 32": DEEP, "beit": RECIPES["semanticmim"]}
+# SemanticMIM's, for every method: Table 6 and, where that is silent or differs, its public code.
+LINEAR = dict(
+    image_size=448, batch_size=120, weight_decay=1e-4, drop_path=0.0, layer_decay=1.0,
+    train_position=False, photometric=False, crop_scale_min=0.8, evaluation="crop", classes=21,
+)  # fmt: skip
+PROBE_RATE = 0.01 / 60  # for each sample of the batch: 0.02 at 120
+TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print, which also has the layer at half the depth
+TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": dict(lr=0.01)}  # --model tiny, ours
+
+PRESETS = {
+    "paper": dict(),
+    # Ours, for a laptop: 64 x 64 scenes, and 400 steps.
+    "tiny": dict(
+        data="shapes", image_size=64, batch_size=16, dim=64, aux_dim=32, photometric=False
+    ),
+}
+
+
+def _data(*args, **kwargs):
+    return arg(*args, group="data", **kwargs)
+
+
+def _optim(*args, **kwargs):
+    return arg(*args, group="optimisation", **kwargs)
+
+
+@dataclass
+class Config(engine.config.Config):
+    """Settings of a run. None: what RECIPES has for the protocol and the encoder's method.
+
+    `resolve` reads the encoder's description into the attribute `described`, which is no field.
+    """
+
+    model: str = arg("paper", "preset")
+    protocol: str = arg(
+        "upernet", "upernet end to end, or linear on a frozen layer", ["upernet", "linear"]
+    )
+    checkpoint: str | None = arg(None, "encoder from a checkpoint of this project")
+    init: str | None = arg(None, "encoder from a public state dict: MAE, timm ViT, ConvMAE, BEiT")
+    init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
+    method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
+    encoder: str | None = arg(None, "... and of this preset of it")
+    random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
+    num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
+    train_position: bool | None = arg(
+        None, "train fixed positions: MCMAE's public configuration; learned ones are, anyway"
+    )
+    relative_bias: bool = arg(
+        False, "MCMAE: stage 3 gets a relative position bias; on in its public configuration"
+    )
+    init_values: float | None = arg(
+        None, "MCMAE: stage 3 gets LayerScale that starts here; 1 in its public configuration"
+    )
+    fourth: str = arg(
+        "pool",
+        "MCMAE: its fourth map by max-pooling, Sec. 2.3, or by a trained convolution, its public "
+        "configuration",
+        ["pool", "conv"],
+    )
+    layer: int | None = arg(
+        None,
+        "linear: which layer, 1-based. Two thirds of the depth: 8 of 12, SemanticMIM's public "
+        "code; half of it: 6 of 12, its Table 6",
+    )
+    drop_path: float | None = arg(
+        None,
+        "0.1: CFMAE Table 10, SemanticMIM Table 4; 0.2: MCMAE's public code; linear: 0",
+        within="[0, 0.99]",
+    )
+    dim: int = arg(
+        768, "UperNet's channels; public code of SemanticMIM and MCMAE", within="(0, inf)"
+    )
+    aux_dim: int = arg(256, "auxiliary head's channels; the same code", within="(0, inf)")
+    dropout: float = arg(
+        0.1, "share of channels dropped before the classifiers; the same code", within="[0, 0.99]"
+    )
+
+    classes: int | None = _data(None, "of the maps. UperNet: 150 (ADE20K); linear: 21 (VOC)")
+    image_size: int | None = _data(
+        None,
+        "height of the crop. 512: CFMAE Sec. E.4, CoMA Table 3; 640: SemanticMIM Table 4; linear: "
+        "448, SemanticMIM Table 6",
+    )
+    crop_width: int | None = _data(None, "width of the crop; default: its height")
+    mean: str | None = _data(
+        None,
+        "R,G,B of [0, 1] pixels, subtracted from images; default: what the encoder is known to "
+        "want, else ImageNet's",
+    )
+    std: str | None = _data(None, "R,G,B by which they are divided; default likewise")
+    scale_min: float = _data(
+        0.5,
+        "UperNet: random scale, as a factor of the size that covers the crop; public code of "
+        "SemanticMIM and MCMAE",
+        within="(0, inf)",
+    )
+    scale_max: float = _data(2.0, "the largest one; the same code", within="(0, inf)")
+    crop_scale_min: float | None = _data(
+        None, "linear: smallest area of a random resized crop; 0.8: SemanticMIM's public code"
+    )
+    photometric: bool | None = _data(
+        None,
+        "random brightness, contrast, saturation, hue; UperNet: public code of SemanticMIM and "
+        "MCMAE",
+    )
+    evaluation: str | None = _data(
+        None,
+        "slide: windows over the image as it is (UperNet); whole: the image resized to the crop; "
+        "crop: its labels, too (linear)",
+        ["slide", "whole", "crop"],
+    )
+
+    recipe: str = _optim(
+        "public",
+        "of the linear probe: SemanticMIM's public code, or Table 6 as it is printed (rate, decay, "
+        "layer)",
+        ["public", "table6"],
+    )
+    iterations: int | None = _optim(
+        None,
+        "length. UperNet: 160,000 (CFMAE Table 10, SemanticMIM Table 4; MCMAE's text says 16,000)",
+        within="(0, inf)",
+    )
+    epochs: int | None = _optim(
+        None, "length in another unit. Linear: 25, SemanticMIM Table 6", within="(0, inf)"
+    )
+    warmup_steps: int = _optim(
+        1500,
+        "CFMAE Table 10, SemanticMIM Table 4; at most a tenth of the run. Linear: none",
+        within="[0, inf)",
+    )
+    batch_size: int | None = _optim(
+        None, "16: CFMAE Table 10, SemanticMIM Table 4; linear: 120, SemanticMIM Table 6"
+    )
+    micro_batch: int = arg(
+        16, "most samples that one device takes at a time; UperNet's BatchNorm depends on it"
+    )
+    lr: float | None = _optim(
+        None,
+        "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table 4; "
+        "1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01 x batch / 60, SemanticMIM's public code, or "
+        "0.01, its Table 6",
+        within="(0, inf)",
+    )
+    layer_decay: float | None = _optim(
+        None,
+        "rate of a layer / of the next. 0.65: CFMAE Table 10, MAE; 0.75: MCMAE Sec. 3.3; 0.9: "
+        "SemanticMIM's public code",
+        within="[0, 1]",
+    )
+    weight_decay: float | None = _optim(
+        None,
+        "0.05: CFMAE Table 10, SemanticMIM Table 4, MCMAE Sec. 3.3; linear: 1e-4, SemanticMIM's "
+        "public code, or 0, its Table 6",
+    )
+    beta2: float = _optim(0.999, "CFMAE Table 10, SemanticMIM Table 4")
+    momentum: float = _optim(0.9, "of SGD, linear; SemanticMIM's public code", within="[0, 0.99]")
+    aux_weight: float = _optim(
+        0.4, "weight of the auxiliary loss; public code of SemanticMIM and MCMAE", within="[0, inf)"
+    )
+    loss_size: int = _optim(
+        100, "linear: short side at which the loss is taken, SemanticMIM Table 6", within="(0, inf)"
+    )
+
+    # No flags: the rate is --lr, its warm-up --warmup-steps, patches are the encoder's.
+    SET: typing.ClassVar = ("base_lr", "min_lr", "warmup_epochs", "patch_size")
+    FURTHER: typing.ClassVar = tuple(
+        "beta1 beta2 clip_grad momentum loss_size aux_weight dim aux_dim dropout scale_min "
+        "scale_max crop_scale_min deterministic log_every save_minutes save_epochs val_epochs "
+        "val_samples preview_epochs".split()
+    )
+    GONE: typing.ClassVar = ("description", "norm_batch")  # of older runs; facts by now
+    FREE = engine.config.Config.FREE + GONE + ("patch_size",)
+
+    def resolve(self) -> None:
+        """Read the encoder's architecture, fill in the recipe, refuse what cannot work.
+
+        Errors: UserError naming the field and values that work.
+        """
+        self.described = describe(self)
+        if self.iterations and self.epochs:
+            raise UserError("--iterations and --epochs both say how long; give one")
+        with torch.device("meta"):  # no memory, no time
+            encoder = encoders.build(self.described)
+        for name, value in recipe(self, encoders.num_layers(encoder)).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.crop_width = self.crop_width or self.image_size
+        check_encoder(self, encoder)
+        self.patch_size = encoder.patch_size
+        super().resolve()
+        self.base_lr = self.lr * 256 / self.batch_size  # as the run's first screen shows it
+        low = ShapeScenes.SEMANTIC_CLASSES if self.data == "shapes" else 1
+        inside = low <= self.classes <= UNLABELLED
+        require(
+            (inside, "classes", f"{self.classes} is outside [{low}, {UNLABELLED}]"),
+            (self.scale_min <= self.scale_max, "scale_min", "is above --scale-max"),
+        )
+
+    @property
+    def options(self) -> dict:
+        """What MCMAE's encoder gets beyond its pre-training; the description has it, too."""
+        asked = {k: getattr(self, k) for k in ("relative_bias", "init_values", "fourth")}
+        return {k: v for k, v in asked.items() if v != getattr(Config, k)}
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of [0, 1] pixels that the encoder wants, or as given."""
+        usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # older runs kept none
+        return tuple(list(self.described.get(k) or v) for k, v in usual.items())
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """What images are padded with: 0 after normalisation."""
+        return tuple(round(255 * x) for x in self.statistics[0])
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.image_size, self.crop_width
+
+
+def describe(cfg: Config) -> dict:
+    """What the encoder is, see encoders.py: of the run that goes on, or of the source.
+
+    Errors: UserError.
+    """
+    last = Path(cfg.output or "", "last.pt")
+    if cfg.resume and cfg.output and last.exists():
+        return kept(read_once(last), last)
+    asked = {"num_heads": cfg.num_heads, "key": cfg.init_key}
+    asked |= {name: triple(cfg, name) for name in ("mean", "std")}
+    asked = {k: v for k, v in asked.items() if v is not None}
+    found = encoders.describe(cfg.checkpoint, cfg.init, cfg.method, cfg.encoder, **asked)
+    if found["method"] == "cfmae":  # images alone do not train the maps' embeddings
+        found["config"]["granularities"] = "R"
+    if cfg.options and (cfg.protocol == "linear" or found["method"] != "mcmae"):
+        flags = ", ".join(map(engine.flag, cfg.options))
+        raise UserError(f"{flags}: for UperNet on MCMAE's encoder alone")
+    return {**found, "options": {**found["options"], **cfg.options}}
+
+
+def kept(checkpoint: dict, path: Path) -> dict:
+    """The encoder's description in a run's checkpoint; older ones have it in their settings."""
+    try:
+        facts = checkpoint.get("facts") or {}
+        return facts.get("description") or json.loads(checkpoint["config"]["description"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no checkpoint of a segmentation run") from None
+
+
+def triple(cfg: Config, name: str) -> list[float] | None:
+    """The three numbers of --mean or --std, "R,G,B"; UserError where they are none."""
+    if (text := getattr(cfg, name)) is None:
+        return None
+    try:
+        r, g, b = values = [float(x) for x in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    ok = all(0 <= x <= 1 for x in values) and (name == "mean" or all(values))
+    require((ok, name, f"{text} is not R,G,B of pixels in [0, 1], e.g. 0.5,0.5,0.5"))
+    return values
+
+
+def recipe(cfg: Config, depth: int) -> dict:
+    """What fields that are None become, for an encoder of so many layers."""
+    linear, described = cfg.protocol == "linear", cfg.described
+    kind = "vit" if described["config"].get("backbone") == "vit" else described["method"]
+    ok = linear or cfg.recipe == "public"
+    require((ok, "recipe", "table6 is of the linear probe: --protocol linear"))
+    found = UPERNET | RECIPES.get(f"{kind} {depth}", RECIPES[kind])
+    if linear:
+        found = LINEAR | {"lr": PROBE_RATE * (cfg.batch_size or LINEAR["batch_size"])}
+        found |= TABLE_6 if cfg.recipe == "table6" else {}
+        found |= {"layer": round(depth * (1 / 2 if cfg.recipe == "table6" else 2 / 3))}
+    if cfg.model == "tiny":
+        found |= TINY[cfg.protocol]
+    if cfg.data == "shapes":
+        found |= {"classes": ShapeScenes.SEMANTIC_CLASSES}
+    if not (cfg.iterations or cfg.epochs):
+        length = {"epochs": 25} if linear else {"iterations": 160_000}
+        found |= {"iterations": 400} if cfg.model == "tiny" else length
+    return found
+
+
+def check_encoder(cfg: Config, encoder: nn.Module) -> None:
+    """UserError where the crop does not fit the encoder's strides, or it lacks the layer."""
+    stride = max(encoder.strides)
+    for name in ("image_size", "crop_width"):
+        side = getattr(cfg, name)
+        n = max(side // stride, 1)
+        near = " or ".join(str(x * stride) for x in sorted({max(n, 2), n + 1}))
+        words = f"{side} is not at least two times the encoder's largest stride, {stride}, and "
+        ok = side % stride == 0 and side >= 2 * stride
+        require((ok, name, words + f"divisible by it; nearest: {near}"))
+    depth = encoders.num_layers(encoder)
+    if cfg.protocol == "linear":
+        ok = 1 <= cfg.layer <= depth
+        require((ok, "layer", f"{cfg.layer}: this encoder has layers 1 to {depth}"))
+    else:
+        require((cfg.layer is None, "layer", "is the linear probe's; UperNet reads four levels"))
