@@ -32,13 +32,17 @@ from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
+import mae
 import mcmae
 import semanticmim
 from common import IMAGENET_MEAN, IMAGENET_STD, init_weights, resize_position
 from downstream import public
 from engine import UserError
 
-METHODS = {"cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae, "coma_dyvit": coma_dyvit}
+METHODS = {
+    "mae": mae, "cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae,
+    "coma_dyvit": coma_dyvit,
+}  # fmt: skip
 FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes
 
 
