@@ -48,8 +48,8 @@ def our_checkpoint(path, method, **changes):
 
 # --------------------------------------------------------------------------------- our checkpoints
 
-KINDS = [("mae", {}), ("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}), ("mcmae", {}),
-         ("coma_dyvit", {}), ("coma_dyvit", {"backbone": "vit"})]  # fmt: skip
+KINDS = [("mae", {}), ("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}),
+         ("mcmae", {}), ("coma_dyvit", {}), ("coma_dyvit", {"backbone": "vit"})]  # fmt: skip
 
 
 @pytest.mark.parametrize("method, changes", KINDS)
@@ -272,7 +272,7 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
     cases = [
         (dict(), "one of --checkpoint, --init, --method"),
         (dict(init="a", method="mcmae"), "one of --checkpoint, --init, --method"),
-        (dict(method="mae"), "choose from cfmae, semanticmim"),
+        (dict(method="simmim"), "choose from mae, cfmae, semanticmim"),
         (dict(method="mcmae", model="giant"), "mcmae has tiny, small"),
         (dict(method="mcmae", model="tiny", color="red"), "no field color"),
         (dict(checkpoint=ours, num_heads=2), "--num-heads is for --init"),
