@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from test_visualize import fresh
 
+from downstream.encoders import METHODS
 from engine import UserError
 from pictures import colorize, columns, hide
-from tools import figures, masks, models, visualize
+from tools import figures, masks, visualize
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def run(tmp_path, *words):
 # ---------------------------------------------------------------------------- every command
 
 
-@pytest.mark.parametrize("method", models.MODELS)
+@pytest.mark.parametrize("method", METHODS)
 def test_reconstruct__size(tmp_path, checkpoints, method):
     width, height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints[method], "--images",
                         "0,4", "--side", "100")  # fmt: skip
@@ -109,8 +110,8 @@ def test_masks__methods_below_each_other(tmp_path, monkeypatch):
         run_masks = [*("masks", "--images", "0", *tiny, "--output", "x.png")]
         visualize.main(run_masks)
     starts = [sum(shown["bands"][:i]) for i in range(len(shown["bands"]))]
-    assert shown["bands"] == [6, 6, 2, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
-    assert [shown["columns"][i] for i in starts] == ["rgb", "CFMAE IG, rgb", *4 * ["rgb"]]
+    assert shown["bands"] == [2, 6, 6, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
+    assert [shown["columns"][i] for i in starts] == ["rgb", "rgb", "CFMAE IG, rgb", *3 * ["rgb"]]
     assert all(cell is not None for cell in shown["rows"][0])
     width, height = run(tmp_path, *run_masks[:-2])
     assert width < 900 and 6 * 132 < height < 6 * (132 + 40) + 60

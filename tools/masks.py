@@ -53,11 +53,8 @@ def masks(args: argparse.Namespace) -> None:
     if args.over_training is not None:
         return over_training(args)
     table = Table()
-    if args.method in (None, "cfmae"):
-        cfmae_bands(args, table)
-    for method in PANELS:
-        if args.method in (None, method):
-            band(args, method, table)
+    for method in [args.method] if args.method else METHODS:
+        BANDS.get(method, band)(args, method, table)
     caption = f"masks (hatched = hidden) on {args.data}, seed {args.seed}; hidden: "
     caption += "; ".join(table.shares)
     columns = [title for band in table.bands for title in band]
@@ -67,10 +64,10 @@ def masks(args: argparse.Namespace) -> None:
     sheet(args.output, caption, columns, cells, names, args.side, args.palette, key, sizes)
 
 
-def cfmae_bands(args: argparse.Namespace, table: Table) -> None:
+def cfmae_bands(args: argparse.Namespace, method: str, table: Table) -> None:
     """Each kind of mask of CFMAE, over the granularities that --data has."""
     have = available(args)
-    cfg = configure(args, "cfmae", "--granularities", "R+I+S", "--masking", "SG-IG-RD")
+    cfg = configure(args, method, "--granularities", "R+I+S", "--masking", "SG-IG-RD")
     table.shares.append(
         f"CFMAE {cfg.mask_ratio:.1%}, {cfg.num_visible} patches of all maps visible"
     )
@@ -82,7 +79,7 @@ def cfmae_bands(args: argparse.Namespace, table: Table) -> None:
         cells = {m: look(batch, m) for m in have}
         table.maps += [cells["semantic"]] if "semantic" in have else []
         for kind in kinds:
-            mask = own_mask("cfmae", dataclasses.replace(cfg, masking=kind), batch)[0]
+            mask = own_mask(method, dataclasses.replace(cfg, masking=kind), batch)[0]
             shown = {m: x for m, x in zip(cfg.names, mask) if m in have}
             cells |= {f"CFMAE {kind}, {m}": look(batch, m, x) for m, x in shown.items()}
         table.add(name, cells)
@@ -91,7 +88,7 @@ def cfmae_bands(args: argparse.Namespace, table: Table) -> None:
 def band(args: argparse.Namespace, method: str, table: Table) -> None:
     """A method's panels, beside the image."""
     titles = ["rgb"]
-    for title, flags, complement in PANELS[method]:
+    for title, flags, complement in PANELS.get(method, ((method, (), None),)):
         cfg = configure(args, method, *flags)
         for name, batch in open_images(args, cfg.image_size, cfg.patch_size):
             mask = own_mask(method, cfg, batch)
@@ -101,6 +98,9 @@ def band(args: argparse.Namespace, method: str, table: Table) -> None:
         table.shares.append(f"{title} {mask.float().mean():.1%}")
         titles += [title, complement] if complement else [title]
     table.bands.append(titles)
+
+
+BANDS = {"cfmae": cfmae_bands}  # whose masks are of several granularities
 
 
 def over_training(args: argparse.Namespace) -> None:

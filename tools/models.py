@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import typing
 from unittest import mock
 
 import engine  # before torch: it sets how threads wait
@@ -9,29 +10,21 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-import cfmae
-import coma_dyvit
-import mae
-import mcmae
-import semanticmim
 from downstream.encoders import METHODS, open_encoder
 from engine import UserError
 from tools.charts import peek
 
-MODELS = {  # what a script pre-trains, decoder included
-    "mae": mae.MAE,
-    "cfmae": cfmae.CFMAE,
-    "semanticmim": semanticmim.SemanticMIM,
-    "mcmae": mcmae.MCMAE,
-    "coma_dyvit": coma_dyvit.CoMA,
-}
+
+def model_class(method: str) -> type[nn.Module]:
+    """What a script pre-trains, decoder included: what its `reconstruct` takes."""
+    return typing.get_type_hints(METHODS[method].reconstruct)["model"]
 
 
 def read(path: str) -> tuple[str, engine.Config, dict]:
     """Method, settings and content of a pre-training checkpoint; UserError where it is none."""
     method = peek(path).get("method", "cfmae")
-    if method not in MODELS:
-        raise UserError(f"{path} is of {method}; wanted a checkpoint of {', '.join(MODELS)}")
+    if method not in METHODS:
+        raise UserError(f"{path} is of {method}; wanted a checkpoint of {', '.join(METHODS)}")
     checkpoint = engine.load(path, method)
     cfg = engine.load_config(path, METHODS[method].Config, checkpoint["config"])
     return method, cfg, checkpoint
@@ -51,7 +44,7 @@ def load_model(path: str) -> tuple[str, nn.Module, int]:
     Errors: UserError where the file is no checkpoint of a pre-training script.
     """
     method, cfg, checkpoint = read(path)
-    model = MODELS[method](cfg).eval()
+    model = model_class(method)(cfg).eval()
     engine.load_weights(model, checkpoint["model"], path)
     return method, check_finite(model, path), checkpoint["step"]
 
