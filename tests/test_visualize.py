@@ -9,9 +9,9 @@ import torch
 import common
 import engine
 import semanticmim
+from downstream.encoders import METHODS
 from engine import UserError
 from pictures import hide
-from downstream.encoders import METHODS
 from tools import attention, figures, models, reconstruct, visualize
 
 TINY = {
@@ -154,6 +154,7 @@ def test_choose_mask__chosen_patches(checkpoints):
         for row in hidden.view(-1, N):
             assert {i for i in range(N) if row[i]} == {0, 2, 3}
         assert torch.equal(choose(patches="0,2-3", visible=True), ~hidden)
+        assert 4 * (~choose(mask_ratio=0.75)).sum() == own.numel()
         with pytest.raises(UserError, match="there are"):
             choose(patches=f"0,{N}")
 
