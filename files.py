@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # Names of each granularity's folder below a split; the first is ours, `semseg` MultiMAE's.
@@ -50,6 +50,14 @@ def read_bytes(path: str) -> np.ndarray:
     return np.fromfile(path, np.uint8)
 
 
+def open_image(data: np.ndarray, formats: Sequence[str]) -> Image.Image:
+    """Open bytes with Pillow, whose own message would name the address of a buffer."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise ValueError("not an image that Pillow or torchvision reads") from None
+
+
 def decode_image(data: np.ndarray) -> Tensor:
     """Decode bytes (n,) uint8 to RGB (3, H, W) uint8 as displayed. Any Exception: unreadable.
 
@@ -59,7 +67,7 @@ def decode_image(data: np.ndarray) -> Tensor:
     """
     from torchvision.io import ImageReadMode, decode_jpeg  # two CPU seconds, for folders alone
 
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with open_image(data, FORMATS) as image:
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             data = torch.from_numpy(data)
             return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
@@ -78,7 +86,7 @@ def decode_map(data: np.ndarray) -> np.ndarray:
     """
     if bytes(data[:8]) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("not a PNG file")
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+    with open_image(data, ("PNG",)) as image:
         depth, colour = data[24], data[25]  # in the IHDR chunk; 0 is grey, 3 palette
         if colour != 3 and (colour or depth < 8):
             kind = {0: "grey", 2: "RGB", 4: "grey + alpha", 6: "RGBA"}[int(colour)]
@@ -204,6 +212,8 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     """
     base, folders = f"{root}/{split}", layout(root, split)
     if not folders:
+        if os.path.isfile(root):
+            raise UserError(f"{root} is a file, a folder was wanted{LAYOUT}")
         seen = ", ".join(subfolders(root)[:8]) or "no folders"
         where = f"{base} (in {root}: {seen})" if os.path.isdir(root) else root
         raise UserError(f"there is no folder {where}{LAYOUT}")

@@ -63,24 +63,34 @@ def _resized(images: Tensor, side: int) -> list[Image.Image]:
     return [Image.fromarray(a).resize(size, Image.Resampling.NEAREST) for a in arrays]
 
 
+def parts(truth: Tensor, hidden: Tensor | None, pred: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What is shown of one entry of `reconstruct`, pictures (B, 3, H, W) uint8 each.
+
+    Args:
+        truth, pred: images (B, 3, H, W) uint8 or label maps (B, H, W); `pred` may be None.
+        hidden: (B, h, w) bool, True = hidden, on any grid that divides the image; None where
+            nothing of the truth is read.
+    Returns: truth; what is visible of it; the prediction; it in the hidden places of the truth.
+    """
+    truth, pred = (colorize(x) if x is not None and x.ndim == 3 else x for x in (truth, pred))
+    if hidden is None:
+        return truth, None, pred, None
+    for axis in (1, 2):
+        times = truth.shape[axis + 1] // hidden.shape[axis]
+        hidden = hidden.repeat_interleave(times, axis)
+    hidden = hidden[:, None]
+    return truth, hide(truth, hidden), pred, None if pred is None else pred.where(hidden, truth)
+
+
 def columns(reconstruction: dict[str, tuple]) -> dict[str, Tensor]:
     """The columns of a contact sheet: truth, what is visible of it, and the prediction of the rest.
 
-    Args:
-        reconstruction: name -> (truth, hidden, prediction). Truth and prediction are images
-            (B, 3, H, W) uint8 or label maps (B, H, W); hidden (B, h, w) bool, True = hidden, on any
-            grid that divides the image; None shows the prediction whole. A prediction may be None.
+    Args: name -> (truth, hidden, prediction) as `parts` takes them.
     """
     found = {}
-    for name, (truth, hidden, pred) in reconstruction.items():
-        none = pred is None
-        truth, pred = (colorize(x) if x.ndim == 3 else x for x in (truth, truth if none else pred))
-        found[name] = truth
-        if hidden is not None:
-            scale = [n // m for n, m in zip(truth.shape[-2:], hidden.shape[-2:])]
-            hidden = hidden.repeat_interleave(scale[0], 1).repeat_interleave(scale[1], 2)[:, None]
-            found[f"{name}: visible"] = truth.masked_fill(hidden, 255)
-            pred = pred.where(hidden, truth)
-        if not none:
-            found[f"{name}: prediction"] = pred
+    for name, entry in reconstruction.items():
+        truth, visible, pred, both = parts(*entry)
+        shown = {name: truth, f"{name}: visible": visible}
+        shown[f"{name}: prediction"] = pred if both is None else both
+        found |= {k: v for k, v in shown.items() if v is not None}
     return found

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 
-import engine  # noqa: F401  (first: it sets how threads wait)
+import engine  # first: it sets how threads wait
 
 import pytest
 import torch
@@ -13,31 +13,50 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import data
+import shapes
 from engine import UserError
-from tools import benchmark, peers
+from tools import benchmark, memory, peers, stopwatch
 
+MATRIX_PEAK = stopwatch.matrix_peak
 STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
             device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
             json=None, rounds=1, peers=False, peers_from=None)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Products of 2048 x 2048 and a million names take longer than all else here."""
+    monkeypatch.setattr(stopwatch, "matrix_peak", lambda *_: 1e12)
+    monkeypatch.setattr(benchmark, "file_list", lambda: {})
 
 
 def options(**changes):
     return argparse.Namespace(**{**STEP, **changes})
 
 
+def count_flops(run):
+    """FLOPs of a forward pass, and of it with its backward pass."""
+    with stopwatch.flop_counter() as counter:
+        loss = run()
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops()
+
+
 @pytest.mark.parametrize("groups", [1, 4])
-def test_count_flops__counts_a_convolution_by_hand(groups):
+def test_flop_counter__counts_a_convolution_by_hand(groups):
     conv = nn.Conv2d(8, 16, 3, padding=1, groups=groups)
     x = torch.randn(2, 8, 5, 7, requires_grad=True)
-    forward, whole = benchmark.count_flops(lambda: conv(x).sum())
+    forward, whole = count_flops(lambda: conv(x).sum())
     by_hand = 2 * 2 * 16 * 5 * 7 * (8 // groups) * 9
     assert forward == by_hand
     assert whole == 3 * by_hand  # the input's gradient and the weight's cost as much each
 
 
-def test_count_flops__counts_a_linear_layer_by_hand():
+def test_flop_counter__counts_a_linear_layer_by_hand():
     layer, x = nn.Linear(6, 10), torch.randn(4, 6)
-    forward, whole = benchmark.count_flops(lambda: layer(x).sum())
+    forward, whole = count_flops(lambda: layer(x).sum())
     assert (forward, whole) == (2 * 4 * 6 * 10, 2 * 2 * 4 * 6 * 10)  # x needs no gradient
 
 
@@ -50,7 +69,7 @@ def test_parts__books_forward_and_backward_on_the_module():
         def forward(self, x):
             return F.mse_loss(self.decoder_pred(self.encoder(x)), x)
 
-    with benchmark.Parts(cuda=False) as parts:
+    with stopwatch.Parts(cuda=False) as parts:
         Model()(torch.randn(4, 8)).backward()
     shares = parts.shares()
     assert set(shares) == {"encoder", "decoder", "masks, loss"}
@@ -62,16 +81,46 @@ def test_parts__books_forward_and_backward_on_the_module():
 
 @pytest.mark.parametrize("row", [r for r in benchmark.ROWS if not r.startswith("beit")])
 def test_one__every_row_runs(row):
-    result = benchmark.one(options(rows=row))
+    result = stopwatch.one(options(rows=row), benchmark.ROWS)
     assert result["row"] == row and len(result["times"]) == 1
     assert result["flops_step"] > 1.5 * result["flops"] > 0
     assert sum(result["parts"].values()) == pytest.approx(1)
 
 
+def test_one__counts_the_script_s_own_forward_pass():
+    import mae
+
+    args = options(rows="mae", steps=2, warmup=1)
+    result = stopwatch.one(args, benchmark.ROWS)
+    cfg = engine.parse(mae.Config, mae.PRESETS, "", args.flags.split())
+    batch = data.collate([shapes.ShapeScenes("train", 32, 2, ("rgb",))[0, i] for i in range(2)])
+    model = mae.MAE(cfg)
+    flops = count_flops(lambda: model(batch, torch.tensor(0.5))[0])
+    assert [2 * result[k] for k in ("flops", "flops_step")] == list(flops)
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(result["times"]) == 2  # warm-up is not among them
+
+
+def test_one__a_peer_goes_through_the_same_loop(monkeypatch):
+    class Small(peers.Peer):
+        def make(self):
+            self.model = nn.Conv2d(3, 4, 16, 16)
+
+        def loss(self, imgs, rgb):
+            return self.model(imgs).square().mean()
+
+    model = Small()
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(peers, "build", lambda name, clones: model)
+    result = stopwatch.one(options(rows="peer-hiera"), benchmark.ROWS)
+    assert result["row"] == "peer-hiera" and result["flops"] == 2 * 196 * 768 * 4
+    assert all((a != b).all() for a, b in zip(before, model.parameters()))  # AdamW took its steps
+
+
 def test_random_tokenizer__is_one_that_the_script_takes(tmp_path):
     import semanticmim
 
-    benchmark.random_tokenizer(tmp_path / "t.pth")
+    stopwatch.random_tokenizer(tmp_path / "t.pth")
     assert semanticmim.load_tokenizer(tmp_path / "t.pth", 224, 14).num_codes == 8192
 
 
@@ -141,7 +190,7 @@ def test_peers__are_the_published_models(name):
         losses.append(model({"rgb": rgb}, torch.tensor(0.5))[0])
         return losses[0]
 
-    flops = benchmark.count_flops(run)[0] / 2
+    flops = count_flops(run)[0] / 2
     assert losses[0].isfinite() and losses[0].shape == ()
     wanted = HAND[name]() if name in HAND else by_hand(KINDS.get(name, "MAE"))
     assert flops == pytest.approx(wanted, rel=0.02)
@@ -234,10 +283,11 @@ def test_step__refuses_unknown_rows():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is nothing to refuse")
-def test_on_cuda__never_falls_back_in_silence():
-    assert not benchmark.on_cuda(options(device="auto"))
-    with pytest.raises(UserError, match="--device cpu works anywhere"):
-        benchmark.on_cuda(options(device="cuda"))
+def test_device__never_falls_back_in_silence(monkeypatch):
+    monkeypatch.setattr(benchmark, "child", lambda *_, **__: pytest.fail("started"))
+    for command in (benchmark.step, benchmark.memory):
+        with pytest.raises(UserError, match="--device cpu works anywhere"):
+            command(options(rows="mae", device="cuda"))
 
 
 def test_step__writes_a_table(capsys, tmp_path):
@@ -315,10 +365,9 @@ def test_memory__finds_the_largest_micro_batch(monkeypatch, most):
         return {"peak": 100 + 10 * batch_size} if batch_size <= most else None
 
     monkeypatch.setattr(benchmark, "child", child)
-    monkeypatch.setattr(benchmark, "available", lambda: 1e9)
-    (row, files) = benchmark.memory(options(rows="mae"))
+    monkeypatch.setattr(memory, "available", lambda: 1e9)
+    (row, _) = benchmark.memory(options(rows="mae"))
     assert most - max(1, most // 16) <= row["micro_batch"] <= most
-    assert files["files"] == 1_281_167 and 20 < files["bytes"] / files["files"] < 60
 
 
 def test_memory__on_a_cpu_stops_before_memory_runs_out(monkeypatch):
@@ -327,6 +376,18 @@ def test_memory__on_a_cpu_stops_before_memory_runs_out(monkeypatch):
         return {"peak": 100 + 10 * batch_size}
 
     monkeypatch.setattr(benchmark, "child", child)
-    monkeypatch.setattr(benchmark, "available", lambda: 1000.0)
+    monkeypatch.setattr(memory, "available", lambda: 1000.0)
     (row, _) = benchmark.memory(options(rows="mae"))
     assert 70 <= row["micro_batch"] <= 80  # 0.9 x 1000 MiB are 80 samples
+
+
+def test_file_list__counts_bytes(capsys):
+    found = memory.file_list(2000)
+    each = len("n00000999/n00000999_1999.JPEG") + 4  # a name, padded to the longest, and a label
+    assert found["files"] == 2000 and found["open_s"] > 0 and found["bytes"] == 2000 * each
+    assert f"{each}.0 bytes each" in capsys.readouterr().out
+
+
+def test_matrix_peak__is_a_rate():
+    """Ten products of 2 x 2048^3 operations; the fixture above has the name in `stopwatch`."""
+    assert 1e9 < MATRIX_PEAK(torch.device("cpu"), torch.float32) < 1e14

@@ -105,6 +105,9 @@ def test_scan__says_what_it_looked_for(tmp_path, good):
         with pytest.raises(UserError, match=words) as error:
             data.scan(root, split)
         assert "--data shapes" in str(error.value) and "ROOT/{train,val}/rgb" in str(error.value)
+    open(f"{tmp_path}/images.tar", "w").close()
+    with pytest.raises(UserError, match="images.tar is a file, a folder was wanted\nExpected"):
+        data.scan(f"{tmp_path}/images.tar", "train")
     write(f"{tmp_path}/plain/train/x.jpg", smooth(8, 8))
     with pytest.raises(UserError, match="only rgb found in .*train, no instance, semantic"):
         data.scan(f"{tmp_path}/plain", "train", ALL)
@@ -176,6 +179,21 @@ def test_folder__labels_a_replacement_as_what_it_is(tmp_path):
     dataset = FolderDataset(str(tmp_path), "train", None, 32, 4)
     open(f"{tmp_path}/train/a/1.png", "wb").close()
     assert dataset[0, 0]["label"] == dataset[0, 1]["label"] == 1 and dataset[0, 0]["bad"] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all"])
+def test_load__says_that_a_file_is_no_image(good, content):
+    """Pillow's message names the address of a buffer in memory."""
+    for name in ("rgb/1.png", "semantic/2.png"):
+        with open(f"{good}/train/{name}", "wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\n" * name.startswith("semantic") + content)
+    dataset = FolderDataset(good, "train", None, 32, 4, ALL)
+    with pytest.raises(data.Unreadable) as error:
+        dataset.load(1)
+    assert str(error.value) == "1.png: not an image that Pillow or torchvision reads"
+    with pytest.raises(UserError, match="semantic/2.png: (not an image|Truncated)") as error:
+        dataset.load(2)
+    assert "BytesIO" not in str(error.value)
 
 
 def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatch):

@@ -9,11 +9,13 @@ import torch
 import common
 import engine
 import semanticmim
+from downstream.encoders import METHODS
 from engine import UserError
 from pictures import hide
-from tools import figures, model_figures, visualize
+from tools import attention, figures, models, reconstruct, visualize
 
 TINY = {
+    "mae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
     "cfmae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
     "semanticmim": "--image-size 32 --embed-dim 48 --depth 3 --num-heads 3 --proxies 2",
     "mcmae": "--image-size 32 --embed-dims 16,16,32 --num-heads 2 --decoder-depth 1",
@@ -25,12 +27,13 @@ TINY = {
 def fresh(folder):
     """Write a checkpoint of fresh weights, step 7, of each method: {method: path}."""
     paths = {}
-    for name, (script, build) in model_figures.MODELS.items():
+    for name, script in METHODS.items():
         flags = ["--model", "tiny", *TINY[name].split()]
         cfg = engine.parse(script.Config, script.PRESETS, "", flags)
         torch.manual_seed(0)
         state = {"format": engine.FORMAT, "method": name, "step": 7, "optimizer": {}, "window": {}}
-        state |= {"config": dataclasses.asdict(cfg), "model": build(cfg).state_dict()}
+        model = models.model_class(name)(cfg)
+        state |= {"config": dataclasses.asdict(cfg), "model": model.state_dict()}
         paths[name] = str(folder / f"{name}.pt")
         engine.save(folder / f"{name}.pt", state)
     return paths
@@ -70,7 +73,7 @@ def naive_attention(vit, imgs, layer):
 def test_attentions__naive_softmax(checkpoints):
     encoder = semanticmim.load_encoder(checkpoints["semanticmim"]).eval()
     args = options(data="shapes", split="val", images="5", image_size=None)
-    ((name, rgb, grid, maps),) = model_figures.attentions(args, encoder, [1, 3])
+    ((name, rgb, grid, maps),) = attention.attentions(args, encoder, [1, 3])
     imgs = common.Normalize()(rgb[None])
     assert name == "scene 5" and grid == (4, 4) and list(maps) == [1, 3]
     for layer, found in maps.items():
@@ -80,7 +83,7 @@ def test_attentions__naive_softmax(checkpoints):
 def test_attention_distance__naive_loop():
     h, w, p, P = 3, 4, 8, 2
     a = torch.rand(2, 3, P + h * w, P + h * w, generator=torch.Generator().manual_seed(0))
-    found = model_figures.attention_distance(a.softmax(-1), (h, w), p)
+    found = attention.attention_distance(a.softmax(-1), (h, w), p)
     for head in range(3):
         total = 0.0
         for image in range(2):
@@ -96,11 +99,11 @@ def test_attention_distance__naive_loop():
 
 def test_queries__tokens_by_name(checkpoints):
     encoder = semanticmim.load_encoder(checkpoints["semanticmim"])
-    found = model_figures.queries(options(query=["proxies", "1,2"]), encoder, (4, 4))
+    found = attention.queries(options(query=["proxies", "1,2"]), encoder, (4, 4))
     assert found == {"proxy 0": 0, "proxy 1": 1, "patch 1,2": 2 + 4 + 2}
     for wrong in ("cls", "4,0", "1", "one,two"):
         with pytest.raises(UserError, match="--query"):
-            model_figures.queries(options(query=[wrong]), encoder, (4, 4))
+            attention.queries(options(query=[wrong]), encoder, (4, 4))
 
 
 def test_open__weights_that_are_not_finite(checkpoints, tmp_path):
@@ -127,74 +130,97 @@ def test_attention__no_weight_on_patches(checkpoints, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- reconstruct
 
 
+def opened(path, images="3", **changes):
+    """A model of a checkpoint and a scene: method, model, batch."""
+    method, model, _ = models.load_model(path)
+    args, cfg = options(data="shapes", split="val", images=images), model.cfg
+    names = reconstruct.granularities(cfg)
+    ((_, batch),) = figures.open_images(args, cfg.image_size, cfg.patch_size, names)
+    return method, model, batch
+
+
+def test_model_class__is_what_the_script_trains():
+    found = [models.model_class(method).__name__ for method in METHODS]
+    assert found == ["MAE", "CFMAE", "SemanticMIM", "MCMAE", "CoMA"]
+
+
 def test_choose_mask__chosen_patches(checkpoints):
-    seed = torch.tensor([3])
     for name, path in checkpoints.items():
-        cfg = model_figures.load_model(path)[1].cfg
-        N = cfg.num_positions if name == "mcmae" else cfg.num_patches
-        chosen = {0, 2, 3}
-        hidden = model_figures.choose_mask(options(patches="0,2-3"), cfg, seed)
-        assert all({i for i in range(N) if row[i]} == chosen for row in hidden)
-        shown = model_figures.choose_mask(options(patches="0,2-3", visible=True), cfg, seed)
-        assert torch.equal(shown, ~hidden)
-        random = model_figures.choose_mask(options(), cfg, seed)
-        assert random.shape == hidden.shape and (~random).sum() == cfg.num_visible
+        method, model, batch = opened(path)
+        cfg = model.cfg
+        choose = lambda **flags: reconstruct.choose_mask(options(**flags), method, cfg, batch)  # noqa: E731, B023
+        own, hidden = choose(), choose(patches="0,2-3")
+        N = own.shape[-1]
+        assert method == name and own.shape == hidden.shape and (~own).sum() == cfg.num_visible
+        for row in hidden.view(-1, N):
+            assert {i for i in range(N) if row[i]} == {0, 2, 3}
+        assert torch.equal(choose(patches="0,2-3", visible=True), ~hidden)
+        assert 4 * (~choose(mask_ratio=0.75)).sum() == own.numel()
         with pytest.raises(UserError, match="there are"):
-            model_figures.choose_mask(options(patches=f"0,{N}"), cfg, seed)
+            choose(patches=f"0,{N}")
 
 
 def test_choose_mask__whole_granularities(checkpoints):
-    cfg, seed = model_figures.load_model(checkpoints["cfmae"])[1].cfg, torch.tensor([3])
-    mask = model_figures.choose_mask(options(only=("instance",)), cfg, seed)
+    method, model, batch = opened(checkpoints["cfmae"])
+    choose = lambda **flags: reconstruct.choose_mask(options(**flags), method, model.cfg, batch)[0]  # noqa: E731
+    mask = choose(only=("instance",))
     assert mask.all(1).tolist() == [True, False, True] and not mask[1].any()
-    mask = model_figures.choose_mask(options(hide=("semantic",), mask_ratio=0.25), cfg, seed)
+    mask = choose(hide=("semantic",), mask_ratio=0.25)
     assert mask.sum(1).tolist() == [4, 4, 16] and not torch.equal(mask[0], mask[1])
     with pytest.raises(UserError, match="hides everything"):
-        model_figures.choose_mask(options(only=("rgb",), hide=("rgb",)), cfg, seed)
+        choose(only=("rgb",), hide=("rgb",))
 
 
 def test_predict__reads_visible_patches_alone(checkpoints):
     """What the flags hide cannot change a prediction; what they leave visible does."""
     for path in checkpoints.values():
-        model = model_figures.load_model(path)[1]
-        names = getattr(model.cfg, "names", ("rgb",))
-        args = options(data="shapes", split="val", images="1")
-        size = (model.cfg.image_size, model.cfg.patch_size)
-        ((_, batch),) = figures.open_images(args, *size, names)
-        args, (H, p) = options(patches="1", visible=True), size
-        mask = model_figures.choose_mask(args, model.cfg, batch["seed"])
-        hidden = figures.enlarge(mask[0].view(H // p, -1), (H, H))
+        method, model, batch = opened(path, "1")
+        before, (H, p) = model.cfg, (model.cfg.image_size, model.cfg.patch_size)
+        mask = reconstruct.choose_mask(options(patches="1", visible=True), method, before, batch)
+        hidden = mask.view(-1, mask.shape[-1])[0].view(H // p, -1)
+        pixels = figures.enlarge(hidden, (H, H))
         # mirrored inside patches: hidden ones keep the mean and deviation that they get back
         mirrored = batch["rgb"].unflatten(3, (-1, p)).flip(4).flatten(3)
-        views = batch["rgb"], batch["rgb"].where(~hidden, mirrored), batch["rgb"].where(hidden, 0)
-        what = "hog" if "proxies" in vars(model.cfg) else "rgb"
-        pred = [model_figures.predict(model, {**batch, "rgb": x}, mask)[what][1] for x in views]
-        first, same, other = (x.float() * figures.enlarge(hidden, x.shape[1:]) for x in pred)
+        views = batch["rgb"], batch["rgb"].where(~pixels, mirrored), batch["rgb"].where(pixels, 0)
+        found = [reconstruct.predict(method, model, {**batch, "rgb": x}, mask) for x in views]
+        what = next(k for k in ("HOG", "adaptive", "rgb") if k in found[0])
+        shown = [entry[what][2][0].float() for entry in found]
+        first, same, other = (x * figures.enlarge(hidden, x.shape[1:]) for x in shown)
+        assert torch.equal(found[0][what][1][0], hidden)
         assert (same - first).abs().max() <= 1 < (other - first).abs().max(), path
+        assert model.cfg is before and METHODS[method].make_mask.__module__ == method
 
 
-def test_predict__pixels_get_their_statistics_back(checkpoints):
-    """A perfect prediction of normalised patches is the picture itself."""
-    model = model_figures.load_model(checkpoints["mcmae"])[1]
-    rgb = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    patches = common.patchify(model.normalize(rgb), 8)
-    mean, std = common.patch_statistics(patches)
-    target = (patches - mean) / std
-    assert torch.equal(model_figures.pixels(model, target, rgb), rgb[0])
-    assert torch.equal(model_figures.pixels(model, None, rgb), rgb[0])
-    alone = model_figures.pixels(model, target, rgb, True)  # as if the image were brighter
-    other = model_figures.pixels(model, target, rgb // 2 + 100, True)
-    assert torch.equal(alone, other) and not torch.equal(alone, rgb[0])
+def test_predict__normalised_is_what_the_model_makes_alone(checkpoints):
+    """Neither the prediction nor the truth tells a hidden patch's mean and deviation."""
+    for name in ("mae", "mcmae", "cfmae"):
+        method, model, batch = opened(checkpoints[name])
+        mask = reconstruct.choose_mask(options(patches="1", visible=True), method, model.cfg, batch)
+        hidden = mask.view(-1, mask.shape[-1])[0].view(4, 4)
+        hidden, rgb = figures.enlarge(hidden, (32, 32)), batch["rgb"]
+        views = [rgb, rgb.where(~hidden, rgb // 2 + 100)]  # as if the hidden ones were brighter
+        for normalised in (True, False):
+            pair = [reconstruct.predict(method, model, {**batch, "rgb": x}, mask, normalised)["rgb"]
+                    for x in views]  # fmt: skip
+            preds = [pred.where(hidden, 0).float() for _, _, pred in pair]
+            assert torch.equal(*preds) == normalised
+        truth = reconstruct.predict(method, model, batch, mask, True)["rgb"][0]
+        imgs = ((rgb[0] / 255).permute(1, 2, 0) - torch.tensor(common.IMAGENET_MEAN))
+        x = (imgs / torch.tensor(common.IMAGENET_STD))[8:16, 24:32]  # in row 1, column 3
+        x = (x - x.mean()) / (x.var() + 1e-6).sqrt()
+        x = x * torch.tensor(common.IMAGENET_STD) + torch.tensor(common.IMAGENET_MEAN)
+        wanted = (255 * x).round().clamp(0, 255)
+        assert (truth[0, :, 8:16, 24:32].permute(1, 2, 0) - wanted).abs().max() <= 1
 
 
 def test_reconstruct__columns(checkpoints, monkeypatch):
     """Input, visible, prediction, both: the last is the truth where patches are visible."""
     shown = {}
-    keep = lambda *args: shown.update(rows=args[3], caption=args[1])  # noqa: E731
-    monkeypatch.setattr(model_figures, "sheet", keep)
+    keep = lambda *args: shown.update(rows=args[3], caption=args[1], labels=args[4])  # noqa: E731
+    monkeypatch.setattr(reconstruct, "sheet", keep)
     visualize.main(["reconstruct", "--checkpoint", checkpoints["cfmae"], "--images", "2",
                     "--patches", "5-9", "--output", "x.png"])  # fmt: skip
-    truth, visible, pred, both = shown["rows"][2]  # semantic
+    truth, visible, pred, both = dict(zip(shown["labels"], shown["rows"]))["scene 2 semantic"]
     hidden = torch.zeros(16, dtype=torch.bool).index_fill(0, torch.arange(5, 10), True).view(4, 4)
     hidden = hidden.repeat_interleave(4, 0).repeat_interleave(4, 1)
     assert torch.equal(both, torch.where(hidden, pred, truth)) and not torch.equal(pred, truth)

@@ -10,7 +10,7 @@ from test_visualize import fresh
 
 import engine
 from engine import UserError
-from tools import charts, visualize
+from tools import charts, masks, visualize
 from tools.charts import Series
 
 
@@ -28,7 +28,7 @@ def drawn(monkeypatch):
         shown.clear()
         shown.update({title: (axis, series) for title, axis, series in panels})
 
-    for module in (charts, visualize):
+    for module in (charts, masks):
         monkeypatch.setattr(module, "chart", keep)
     return shown
 
@@ -103,7 +103,7 @@ def test_matplotlib__missing_is_one_line(tmp_path, checkpoints, logs, monkeypatc
     """Also before the attention of many images is computed; sheets need none."""
     for module in [m for m in sys.modules if m.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
-    monkeypatch.setattr("tools.model_figures.attentions", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("tools.attention.attentions", lambda *_: pytest.fail("too late"))
     distance = ("attention", "--distance", "--checkpoint", checkpoints["cfmae"])
     for words in (("schedule",), ("log", logs / "a"), distance):
         with pytest.raises(UserError, match="pip install matplotlib$"):

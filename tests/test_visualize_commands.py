@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from test_visualize import fresh
 
+from downstream.encoders import METHODS
 from engine import UserError
-from pictures import colorize, hide
-from tools import figures, model_figures, visualize
+from pictures import colorize, columns, hide
+from tools import figures, masks, visualize
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +32,11 @@ def run(tmp_path, *words):
 # ---------------------------------------------------------------------------- every command
 
 
-@pytest.mark.parametrize("method", model_figures.MODELS)
+@pytest.mark.parametrize("method", METHODS)
 def test_reconstruct__size(tmp_path, checkpoints, method):
     width, height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints[method], "--images",
                         "0,4", "--side", "100")  # fmt: skip
-    rows = {"cfmae": 6, "semanticmim": 4, "mcmae": 2, "coma_dyvit": 6, "mae": 2}[method]
+    rows = {"cfmae": 6, "semanticmim": 4, "mae": 2, "mcmae": 2, "coma_dyvit": 6}[method]
     assert width >= 4 * 104 and rows * 104 < height < rows * 104 + 120
 
 
@@ -51,14 +52,13 @@ def test_attention__sizes(tmp_path, checkpoints):
     assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
     with pytest.raises(UserError, match="hierarchical"):
         run(tmp_path, *flags, "--checkpoint", checkpoints["coma_dyvit"])
-    assert run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])[1] > 2 * 54  # its stage 3
 
 
 def test_masks__counts(monkeypatch, tmp_path):
     """Each panel hides as many patches as its paper says."""
     shown = {}
     keep = lambda *args: shown.update(columns=args[2], rows=args[3])  # noqa: E731
-    monkeypatch.setattr(visualize, "sheet", keep)
+    monkeypatch.setattr(masks, "sheet", keep)
     visualize.main(["masks", "--images", "3", "--output", "x.png"])
     cells = dict(zip(shown["columns"], shown["rows"][0]))
 
@@ -67,10 +67,10 @@ def test_masks__counts(monkeypatch, tmp_path):
         x = (x == hide(x, torch.ones(x.shape[1:], dtype=torch.bool))).all(0).float()[None, None]
         return int((torch.nn.functional.avg_pool2d(x, side) == 1).sum())
 
+    assert hidden("MAE", 16) == 147
     assert hidden("SemanticMIM", 16) == 118 and hidden("plain MIM", 16) == 79
     assert hidden("MCMAE block", 16) == 147 and hidden("MCMAE token", 4) == 3136 * 3 // 4
     assert hidden("CoMA", 32) == 30 and hidden("CoMA complement", 32) == 19
-    assert hidden("MAE", 16) == 147
     for kind in ("SG", "IG", "RD"):
         sides = {"rgb": 16, "instance": 4, "semantic": 4}
         assert sum(hidden(f"CFMAE {kind}, {m}", s) for m, s in sides.items()) == 588 - 98
@@ -106,15 +106,15 @@ def test_masks__methods_below_each_other(tmp_path, monkeypatch):
     shown, tiny = {}, ("--image-size", "64")
     keep = lambda *args: shown.update(columns=args[2], rows=args[3], bands=args[8])  # noqa: E731
     with monkeypatch.context() as m:
-        m.setattr(visualize, "sheet", keep)
+        m.setattr(masks, "sheet", keep)
         run_masks = [*("masks", "--images", "0", *tiny, "--output", "x.png")]
         visualize.main(run_masks)
     starts = [sum(shown["bands"][:i]) for i in range(len(shown["bands"]))]
-    assert shown["bands"] == [6, 6, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
-    assert [shown["columns"][i] for i in starts] == ["rgb", "CFMAE IG, rgb", "rgb", "rgb", "rgb"]
+    assert shown["bands"] == [2, 6, 6, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
+    assert [shown["columns"][i] for i in starts] == ["rgb", "rgb", "CFMAE IG, rgb", *3 * ["rgb"]]
     assert all(cell is not None for cell in shown["rows"][0])
     width, height = run(tmp_path, *run_masks[:-2])
-    assert width < 900 and 5 * 132 < height < 5 * (132 + 40) + 60
+    assert width < 900 and 6 * 132 < height < 6 * (132 + 40) + 60
 
 
 def test_folder_of_bare_images(tmp_path, checkpoints):
@@ -245,3 +245,33 @@ def test_colorize__semantic_ids_are_told_apart():
 
 def test_numbers__ranges():
     assert figures.numbers("3,17-20", 21, "x") == [3, 17, 18, 19, 20]
+
+
+def test_columns__what_is_hidden_is_hatched():
+    """Visible patches are the truth's, hidden ones hatched, or predicted; label maps in colour."""
+    rgb = torch.randint(0, 255, (2, 3, 16, 24), dtype=torch.uint8)
+    ids = torch.randint(0, 9, (2, 8, 12), dtype=torch.uint8)
+    hidden = torch.rand(2, 4, 6) < 0.5
+    entries = {"rgb": (rgb, hidden, 255 - rgb), "semantic": (ids, hidden, ids + 1)}
+    found = columns({**entries, "whole": (rgb, None, 255 - rgb), "alone": (rgb, hidden, None)})
+    kinds = ("", ": visible", ": prediction")
+    assert list(found) == [
+        *(f"{name}{kind}" for name in ("rgb", "semantic") for kind in kinds),
+        "whole", "whole: prediction", "alone", "alone: visible",
+    ]  # fmt: skip
+    for name, truth, pred in (
+        ("rgb", rgb, 255 - rgb),
+        ("semantic", colorize(ids), colorize(ids + 1)),
+    ):
+        for b in range(2):
+            for y in range(truth.shape[2]):
+                for x in range(truth.shape[3]):
+                    at, k = (b, slice(None), y, x), 16 // 4 if name == "rgb" else 2
+                    gone = hidden[b, y // k, x // k]
+                    assert torch.equal(found[name][at], truth[at])
+                    wanted = pred[at] if gone else truth[at]
+                    assert torch.equal(found[f"{name}: prediction"][at], wanted)
+                    seen = found[f"{name}: visible"][at]
+                    grey = seen[0] in (160, 240) and (seen == seen[0]).all()
+                    assert grey if gone else torch.equal(seen, truth[at])
+    assert torch.equal(found["whole: prediction"], 255 - rgb)

@@ -154,14 +154,22 @@ def read_result(path: Path) -> dict:
         raise UserError(f"{path} is no result.json of classify or segment") from None
     source = next((x for x in found if x), None)
     if source is None or not Path(source).is_file():
-        raise UserError(f"{path}: its encoder's file, {source}, is not here (paths start in the "
-                        "folder where the command ran), and only that has the settings")
+        raise UserError(
+            f"{path}: its encoder's file, {source}, is not here (paths start in the "
+            "folder where the command ran), and only that has the settings"
+        )
     about = peek(source)
     config = about.get("config", {})
     if epoch := re.fullmatch(r"epoch-(\d+)\.pt", Path(source).name):  # a snapshot
         config = {**config, "epochs": int(epoch[1])}
-    return {**facts, "of": source, "ours": bool(about), "config": config,
-            "method": about.get("method", Path(source).stem), "step": about.get("step")}
+    return {
+        **facts,
+        "of": source,
+        "ours": bool(about),
+        "config": config,
+        "method": about.get("method", Path(source).stem),
+        "step": about.get("step"),
+    }
 
 
 def setting(facts: dict, name: str, path: Path) -> object:

@@ -1,6 +1,6 @@
 """Look over a folder of images and maps: list its splits and decode every file.
 
-    python -m tools.check_data ROOT [--semantic-classes 133] [--list]
+python -m tools.check_data ROOT [--semantic-classes 133] [--list]
 """
 
 import argparse

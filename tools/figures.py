@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import engine  # before torch: it sets how threads wait
+import engine  # noqa: F401 - before torch: it sets how threads wait
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import data
+import files
 import shapes
 from engine import UserError
 from pictures import colorize, hide
@@ -54,7 +55,7 @@ def where(args: argparse.Namespace) -> tuple[str, str]:
 
 def available(args: argparse.Namespace) -> tuple[str, ...]:
     """The granularities that --data has."""
-    return data.GRANULARITIES if args.data == "shapes" else tuple(data.layout(*where(args)))
+    return tuple(data.GRANULARITIES if args.data == "shapes" else files.layout(*where(args)))
 
 
 def open_images(
@@ -75,7 +76,9 @@ def open_images(
             except data.Unreadable as e:
                 left_out(str(e))
                 continue
-        batch = engine.raise_error(data.collate([dataset[0, i]]))
+        batch = data.collate([dataset[0, i]])
+        if "error" in batch:
+            raise UserError(batch["error"])
         yielded += 1
         yield dataset.files.name(i) if args.data != "shapes" else f"scene {i}", batch
     if not yielded:
@@ -100,7 +103,7 @@ def class_names(folder: str) -> Sequence[str]:
         try:
             return [str(c["name"]) for c in json.loads(path.read_text())]
         except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: wanted a list of {{\"name\": ...}}, as COCO has it") from None
+            raise UserError(f'{path}: wanted a list of {{"name": ...}}, as COCO has it') from None
     return ()
 
 

@@ -15,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 
 import data
+import files
 import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
@@ -52,8 +53,8 @@ def loader(args: argparse.Namespace) -> list[dict]:
         root = args.data or folder
         if args.data is None:
             photographs(Path(root), args.count)
-        maps = set(data.GRANULARITIES) <= set(data.layout(root, "train"))
-        chosen = [("rgb",)] + [data.GRANULARITIES] * maps
+        maps = set(data.GRANULARITIES) <= set(files.layout(root, "train"))
+        chosen = [("rgb",)] + [tuple(data.GRANULARITIES)] * maps
         return [loader_parts(root, names, args.count, args.feed) for names in chosen]
 
 
@@ -78,7 +79,7 @@ def readable(dataset: data.FolderDataset, count: int) -> list[int]:
 
 def loader_parts(root: str, names: tuple[str, ...], count: int, feed: float | None) -> dict:
     """Time reading, decoding, cropping and collating; for RGB beside the usual PIL pipeline."""
-    dataset = data.FolderDataset(root, "train", None, 224, 16, names)
+    dataset = data.FolderDataset(root, "train", None, 224, 4, names)
     chosen = readable(dataset, count)
     n, stems = len(chosen), [dataset.files.name(i) for i in chosen]
     decode, paths = {}, {}

@@ -1,0 +1,273 @@
+"""Time one row of `benchmark step`: the script's own loop, around one batch that is there already.
+
+`Stopwatch` takes the place of `engine.Run`, so what is timed is what a run does: forward, backward,
+clipping where the recipe has it, what a method adds (CoMA's Eq. 4), AdamW. Of that:
+
+    FLOPs    torch.utils.flop_counter, 2 a multiply-add
+    parts    one more step, in which a dispatch mode times each operator and asks which module it
+             belongs to, forward or backward. Shares, as it slows the step
+"""
+
+import argparse
+import contextlib
+import itertools
+import resource
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import engine  # before torch: it sets how threads wait
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.module_tracker import ModuleTracker
+
+import data
+import shapes
+from downstream.encoders import METHODS
+from engine.ranks import World
+from tools import peers
+
+PER_EPOCH = 1000  # steps, which only the rate depends on
+
+
+# ------------------------------------------------------------------------------------ what counts
+
+
+def backward_of_convolution(grad, x, w, _bias, _stride, _pad, _dil, transposed, *rest, **_) -> int:
+    """FLOPs of a convolution's backward; flop_counter's own takes a grouped one for a dense one."""
+    (_, _, wanted), dims = rest[-3:], (x, w, grad)
+    return sum(wanted[:2]) * conv_flop_count(*dims, transposed=transposed)
+
+
+def flop_counter() -> FlopCounterMode:
+    mapping = {torch.ops.aten.convolution_backward: backward_of_convolution}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+class Parts(TorchDispatchMode):
+    """Times every operator and books it on the part of the model that it belongs to."""
+
+    def __init__(self, cuda: bool):
+        super().__init__()
+        self.cuda, self.tracker, self.spans = cuda, ModuleTracker(), []
+
+    def __enter__(self):
+        self.tracker.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.tracker.__exit__(*args)
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        began = self.now()
+        out = func(*args, **(kwargs or {}))
+        owners = [p.partition(".")[2] for p in self.tracker.parents]  # "" is the model itself
+        names = ("encoder", "decoder", "evaluation")
+        part = next((n for n in names if any(o.startswith(n) for o in owners)), "masks, loss")
+        self.spans.append((part, began, self.now()))
+        return out
+
+    def shares(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = defaultdict(float)
+        for part, a, b in self.spans:
+            total[part] += a.elapsed_time(b) if self.cuda else b - a
+        whole = sum(total.values())
+        return {k: v / whole for k, v in sorted(total.items())}
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of a square matrix product in ten, FLOP/s."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(12):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times[2:])
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+class Step(engine.Step):
+    """A step of the loop, which notes what its parts take."""
+
+    def micro_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        with self.run.watch:
+            yield from super().micro_batches()
+
+    def backward(self, loss: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
+        if isinstance(self.run.watch, FlopCounterMode):
+            self.run.result["flops"] = self.run.watch.get_total_flops()  # forward's
+        super().backward(loss, logs)
+
+    def update(self, lr: float) -> None:
+        began = self.run.clock()
+        super().update(lr)
+        self.seconds = self.run.clock() - began
+
+
+class Stopwatch(engine.Run):
+    """A run as its loop sees it: one batch, no data, nothing saved; `result` is what it measured.
+
+    Args: `args`, of `benchmark step`; `out`, a folder to forget; the others as `engine.Run`'s.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        out: str,
+        method: str,
+        cfg: engine.Config,
+        iterations: int | None = None,
+        granularities: tuple[str, ...] = ("rgb",),
+        **_,
+    ):
+        self.args, self.method, self.cfg, self.out = args, method, cfg, Path(out)
+        self.world = World(cfg.device, cfg.precision)
+        self.device, self.lead, self.checkpoint, self.signal = self.world.device, True, None, 0
+        self.cuda = self.device.type == "cuda"
+        if not self.cuda:
+            engine.keep_freed_memory()
+        self.accum, self.micro, self.per_epoch = 1, args.batch_size, PER_EPOCH
+        self.total = self.stop = iterations or cfg.epochs * PER_EPOCH
+        self.number = self.start = self.total // 2  # halfway, where two masks of CFMAE may mix
+        self.granularities, self.result, self.raw = granularities, {}, False
+        torch.manual_seed(cfg.seed)
+
+    def place(self, model: nn.Module) -> Callable:
+        """The model, compiled or not; while operators are counted, never."""
+        compiled = super().place(model)
+        return lambda *args: (self.model if self.raw else compiled)(*args)
+
+    def clock(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def scenes(self, size: int) -> dict[str, torch.Tensor]:
+        """A batch of ShapeScenes, with the granularities that the method asks for."""
+        stride = max(self.cfg.patch_size // 4, 1)
+        scenes = shapes.ShapeScenes("train", self.cfg.image_size, stride, self.granularities)
+        batch = data.collate([scenes[0, i] for i in range(size)])
+        return {k: v if k == "bad" else v.to(self.device) for k, v in batch.items()}
+
+    def steps(
+        self, model: Callable, optimizer: torch.optim.Optimizer, *_: object
+    ) -> Iterator[Step]:
+        """Yield warm-up and timed steps, and with --details two more, for FLOPs and for parts."""
+        args, times, updates = self.args, [], []
+        self.step_model, self.optimizer, self.saved = model, optimizer, time.monotonic()
+        self.meter, self.watch = engine.Meter(self.out, self.world, None, None), NOTHING
+        self.meter.restart()
+        self.batches = itertools.repeat(self.scenes(args.batch_size))
+        for _ in range(args.warmup + args.steps):
+            began = self.clock()
+            yield (step := Step(self))
+            times.append(self.clock() - began)
+            updates.append(step.seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        self.result |= {"times": times[args.warmup :], "peak": peak}
+        if args.details:
+            yield from self.details(statistics.median(updates[args.warmup :]))
+
+    def details(self, update: float) -> Iterator[Step]:
+        self.raw, whole, found = True, self.batches, self.result
+        self.batches, self.watch = itertools.repeat(self.scenes(2)), flop_counter()
+        yield Step(self)
+        found |= {"flops": found["flops"] / 2, "flops_step": self.watch.get_total_flops() / 2}
+        self.batches, self.watch = whole, Parts(self.cuda)
+        yield Step(self)
+        rest = update / statistics.median(found["times"])
+        shares = {k: v * (1 - rest) for k, v in self.watch.shares().items()}
+        found["parts"] = shares | {"optimizer": rest}
+        found["parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        dtype = torch.bfloat16 if self.world.bf16 else torch.float32
+        found["matrix_peak"] = matrix_peak(self.device, dtype)
+
+
+NOTHING = contextlib.nullcontext()
+
+
+def train_peer(name: str, clones: str | None, flags: list[str]) -> None:
+    """The loop of mae.py around another library's model."""
+    cfg = engine.parse(engine.Config, {"base": {}}, "", flags)
+    with engine.Run(name, cfg) as run:
+        peer = peers.build(name, clones)
+        model = run.place(peer)
+        optimizer = torch.optim.AdamW(
+            engine.decay_groups(peer, cfg.weight_decay),
+            lr=0.0,
+            betas=(cfg.beta1, cfg.beta2),
+            fused=True,
+        )
+        for step in run.steps(model, optimizer):
+            for batch in step.micro_batches():
+                with run.autocast():
+                    loss, logs = model(batch, step.progress)
+                step.backward(loss, logs)
+            step.update(engine.cosine(cfg, step))
+
+
+def random_tokenizer(path: Path) -> None:
+    """Write a state dict with the shapes of DALL-E's image encoder, and random values."""
+    convs, width = {"blocks.input": (256, 3, 7)}, 256
+    for group in range(1, 5):
+        out = 256 * 2 ** (group - 1)
+        for name in (f"blocks.group_{group}.block_{b}" for b in (1, 2)):
+            if width != out:
+                convs[f"{name}.id_path"] = (out, width, 1)
+            shapes = (out // 4, width, 3), *2 * [(out // 4, out // 4, 3)], (out, out // 4, 1)
+            convs |= {f"{name}.res_path.conv_{i}": s for i, s in enumerate(shapes, 1)}
+            width = out
+    convs["blocks.output.conv"] = (8192, width, 1)
+    state = {}
+    for name, (o, i, n) in convs.items():
+        state[f"{name}.w"] = torch.randn(o, i, n, n) / (i * n * n) ** 0.5
+        state[f"{name}.b"] = torch.zeros(o)
+    torch.save(state, path)
+
+
+def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
+    """Time one of `rows`, {name: (method, its flags)}, a peer, or --method, in this process."""
+    runs = []
+    with tempfile.TemporaryDirectory() as out:
+
+        def run(*given, **options) -> Stopwatch:
+            runs.append(Stopwatch(args, out, *given, **options))
+            return runs[0]
+
+        how = ["--precision", args.precision, "--device", args.device]
+        how += ["--compile"] * args.compile + ["--log-every", str(10**9)]
+        with mock.patch.object(engine, "Run", run):
+            if args.rows in peers.PEERS:
+                train_peer(args.rows, args.peers_from, how)
+            else:
+                method, flags = rows.get(args.rows) or (args.method, f"--model {args.model}")
+                if "DALLE" in flags:
+                    random_tokenizer(Path(out, "dalle.pth"))
+                    flags = flags.replace("DALLE", f"{out}/dalle.pth")
+                METHODS[method].main([*flags.split(), *args.flags.split(), *how])
+    return {"row": args.rows or f"{args.method}-{args.model}", **runs[0].result}
