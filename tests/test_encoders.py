@@ -10,12 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import engine
-from downstream import encoders, public
+from downstream import encoders, public_vit
 from downstream.encoders import METHODS, UserError, build, describe, open_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-MODELS = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE", "coma_dyvit": "CoMA"}
+MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE"}
+MODELS |= {"coma_dyvit": "CoMA"}
 WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -47,8 +48,8 @@ def our_checkpoint(path, method, **changes):
 
 # --------------------------------------------------------------------------------- our checkpoints
 
-KINDS = [("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}), ("mcmae", {}),
-         ("coma_dyvit", {}), ("coma_dyvit", {"backbone": "vit"})]  # fmt: skip
+KINDS = [("mae", {}), ("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}),
+         ("mcmae", {}), ("coma_dyvit", {}), ("coma_dyvit", {"backbone": "vit"})]  # fmt: skip
 
 
 @pytest.mark.parametrize("method, changes", KINDS)
@@ -212,7 +213,7 @@ def test_statistics__of_our_encoders(tmp_path):
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["config"] |= {"mean": (0.1, 0.2, 0.3), "std": [1, 2, 3]}  # of a checkpoint that tells
     engine.save(tmp_path / "told.pt", content)
-    assert encoders._open(tmp_path / "told.pt")[0]["mean"] == [0.1, 0.2, 0.3]
+    assert describe(checkpoint=tmp_path / "told.pt")["mean"] == [0.1, 0.2, 0.3]
     given = describe(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.5, 0.5))
     assert given["mean"] == [0.5] * 3 and given["std"] == imagenet["std"]
     assert "mean as given" in given["input"]
@@ -271,7 +272,7 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
     cases = [
         (dict(), "one of --checkpoint, --init, --method"),
         (dict(init="a", method="mcmae"), "one of --checkpoint, --init, --method"),
-        (dict(method="mae"), "choose from cfmae, semanticmim"),
+        (dict(method="simmim"), "choose from mae, cfmae, semanticmim"),
         (dict(method="mcmae", model="giant"), "mcmae has tiny, small"),
         (dict(method="mcmae", model="tiny", color="red"), "no field color"),
         (dict(checkpoint=ours, num_heads=2), "--num-heads is for --init"),
@@ -326,7 +327,7 @@ def mae_layer(name, num_layers):
 
 def test_layer_decay_groups__as_mae():
     sizes = dict(image_size=(32, 32), patch_size=8, embed_dim=32, depth=3, num_heads=2)
-    encoder, head = public.PublicViT(relative=True, **sizes), nn.Linear(32, 5)
+    encoder, head = public_vit.PublicViT(relative=True, **sizes), nn.Linear(32, 5)
     encoder.norm.bias.requires_grad_(False)
     groups = encoders.layer_decay_groups(encoder, [head], 0.05, 0.5)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -345,5 +346,5 @@ def test_layer_decay_groups__every_method(method):
     encoder = build(describe(method=method, model="tiny"))
     groups = encoders.layer_decay_groups(encoder, [], 0.05, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(encoder.parameters()))
-    blocks = {"cfmae": 4, "semanticmim": 4, "mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}[method]
+    blocks = {"mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}.get(method, 4)
     assert {g["lr_scale"] for g in groups} == {0.5**i for i in range(blocks + 2)}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from common import ViT
 from downstream import encoders
+from downstream.source import open_source
 from engine import UserError
 
 # timm's names of the usual sizes, for 224 pixels, by (width, depth, heads, patch size).
@@ -122,7 +123,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
     if not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent} to write {out.name} to")
     encoder, description, _ = encoders.open_encoder(checkpoint=checkpoint)
-    content, method = engine.read(checkpoint, "CHECKPOINT"), description["method"]
+    content, method = open_source(checkpoint).content, description["method"]
     source, step = content["model"], content.get("step", 0)
     left = [k for k in source if not k.startswith("encoder.")]
     notes = []
