@@ -105,9 +105,7 @@ def fill(x: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
 class Normalize(nn.Module):
     """Map (B, 3, H, W) uint8 to float32 by a mean and standard deviation of [0, 1] pixels."""
 
-    def __init__(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-    ):
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
         mean, std = torch.tensor(mean), torch.tensor(std)
         self.register_buffer("mean", mean[:, None, None], persistent=False)
@@ -463,6 +461,7 @@ class ViT(nn.Module):
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter for layer-wise decay: 0 embedding, 1.. blocks, last the norm."""
+
         def depth(name: str) -> int:
             if name.startswith("blocks."):
                 return int(name.split(".")[1]) + 1
