@@ -110,9 +110,12 @@ class Augmented(data.Dataset):
     """
 
     def __init__(
-        self, dataset: data.Dataset, cfg: object, mean: Sequence[float],
+        self,
+        dataset: data.Dataset,
+        cfg: object,
+        mean: Sequence[float],
         std: Sequence[float],
-    ):  # fmt: skip
+    ):
         self.dataset, self.reprob, self.jitter = dataset, cfg.reprob, cfg.color_jitter
         self.classes, self.granularities = dataset.classes, dataset.granularities
         self.files = getattr(dataset, "files", None)

@@ -42,10 +42,15 @@ FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change 
 
 
 def describe(
-    checkpoint: str | Path | None = None, init: str | Path | None = None,
-    method: str | None = None, model: str | None = None, key: str | None = None,
-    mean: Sequence[float] | None = None, std: Sequence[float] | None = None, **changes,
-) -> dict:  # fmt: skip
+    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+    method: str | None = None,
+    model: str | None = None,
+    key: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **changes,
+) -> dict:
     """Describe the encoder of one source, in plain JSON types.
 
     Args:
@@ -105,9 +110,12 @@ def kept_description(cfg: object) -> str | None:
 
 
 def build(
-    description: dict, image_size: int | Sequence[int] | None = None, drop_path: float = 0.0,
-    train_position: bool = False, **options,
-) -> nn.Module:  # fmt: skip
+    description: dict,
+    image_size: int | Sequence[int] | None = None,
+    drop_path: float = 0.0,
+    train_position: bool = False,
+    **options,
+) -> nn.Module:
     """Build an encoder with fresh weights, drawn as its method draws them.
 
     Args:
@@ -123,8 +131,10 @@ def build(
     size, p = pair(image_size or config["image_size"]), config["patch_size"]
     if any(n < p or n % p for n in size):
         near = " x ".join(str(max(round(n / p), 1) * p) for n in size)
-        raise UserError(f"image size {size[0]} x {size[1]} is not divisible by the encoder's patch "
-                        f"size {p}; nearest that works: {near}")  # fmt: skip
+        raise UserError(
+            f"image size {size[0]} x {size[1]} is not divisible by the encoder's patch "
+            f"size {p}; nearest that works: {near}"
+        )
     kwargs = {"image_size": size, "drop_path": drop_path}
     kwargs |= {"trained_size": description.get("trained_size"), **description.get("options", {})}
     kwargs |= options
@@ -149,9 +159,12 @@ def num_layers(encoder: nn.Module) -> int:
 
 
 def load(
-    encoder: nn.Module, description: dict, checkpoint: str | Path | None = None,
-    init: str | Path | None = None, key: str | None = None,
-) -> str:  # fmt: skip
+    encoder: nn.Module,
+    description: dict,
+    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+    key: str | None = None,
+) -> str:
     """Load the weights of a checkpoint of ours or of a public file: all of them or nothing.
 
     Learned positions are resized to the grid that the encoder was built for: embeddings
@@ -184,19 +197,27 @@ def load(
     else:
         own_parts = {k.split(".")[0] for k in state} - {"instance_embed", "semantic_embed"}
     report = engine.load_weights(
-        encoder, state | dict.fromkeys(source.other), source.path,
+        encoder,
+        state | dict.fromkeys(source.other),
+        source.path,
         may_miss=lambda k: k.split(".")[0] in source.may_miss or k not in known,
         may_stay=lambda k: k in source.other or k.split(".")[0] not in own_parts,
-    )  # fmt: skip
+    )
     return "; ".join([f"encoder     {report}", *notes])
 
 
 def open_encoder(
-    checkpoint: str | Path | None = None, init: str | Path | None = None,
-    method: str | None = None, model: str | None = None, random: bool = False,
-    image_size: int | Sequence[int] | None = None, drop_path: float = 0.0,
-    key: str | None = None, train_position: bool = False, **changes,
-) -> tuple[nn.Module, dict, str]:  # fmt: skip
+    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+    method: str | None = None,
+    model: str | None = None,
+    random: bool = False,
+    image_size: int | Sequence[int] | None = None,
+    drop_path: float = 0.0,
+    key: str | None = None,
+    train_position: bool = False,
+    **changes,
+) -> tuple[nn.Module, dict, str]:
     """Describe, build and load: (encoder, description, report).
 
     Args:
@@ -219,9 +240,11 @@ def open_encoder(
 
 
 def open_classifier(
-    init: str | Path, image_size: int | Sequence[int] | None = None, key: str | None = None,
+    init: str | Path,
+    image_size: int | Sequence[int] | None = None,
+    key: str | None = None,
     **changes,
-) -> tuple[nn.Module, dict, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[nn.Module, dict, dict[str, Tensor]]:
     """A public classifier, fine-tuned: MAE's, ConvMAE's, BEiT's, timm's and transformers' ViT.
 
     Args: as `open_encoder`.

@@ -33,7 +33,6 @@ from engine.ranks import World
 IN_MEMORY = 8 * 2**30  # bytes of features that are read into memory; more stay on disk
 
 
-
 def choose_layers(text: str | None, encoder: nn.Module) -> list[str]:
     """Layers of `--layers`: numbers, `norm`, or `all`; UserError on others."""
     depth = encoders.num_layers(encoder)
@@ -85,9 +84,12 @@ def pooled_norm(encoder: nn.Module, state: dict[str, Tensor]) -> nn.Module | Non
 
 
 def columns(
-    encoder: nn.Module, size: int, layers: list[str], kinds: str | None,
+    encoder: nn.Module,
+    size: int,
+    layers: list[str],
+    kinds: str | None,
     norm: nn.Module | None = None,
-) -> tuple[dict, int]:  # fmt: skip
+) -> tuple[dict, int]:
     """Where each feature lies in a row, {"7/patch": slice}, and the width of a row."""
     device, at, where = next(encoder.parameters()).device, 0, {}
     for name, x in features(encoder, torch.zeros(1, 3, size, size, device=device), layers, norm):
@@ -107,9 +109,16 @@ def columns(
 
 
 def extract(
-    encoder: nn.Module, dataset: data.Dataset, view: int, layers: list[str], width: int,
-    path: Path, cfg: Config, world: World, norm: nn.Module | None = None,
-) -> None:  # fmt: skip
+    encoder: nn.Module,
+    dataset: data.Dataset,
+    view: int,
+    layers: list[str],
+    width: int,
+    path: Path,
+    cfg: Config,
+    world: World,
+    norm: nn.Module | None = None,
+) -> None:
     """Write the features of a split to PATH.npy (N, width) and its labels to PATH.labels.npy.
 
     Ranks share the rows. An unreadable image gets label -1. `view` is the epoch whose crops a
@@ -126,12 +135,21 @@ def extract(
     starts = range(first, last, cfg.micro_batch)
     batches = [[(view, i) for i in range(s, min(s + cfg.micro_batch, last))] for s in starts]
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=data.collate, worker_init_fn=data.worker_init,
+        dataset,
+        batch_sampler=batches,
+        collate_fn=data.collate,
+        worker_init_fn=data.worker_init,
         num_workers=world.workers(cfg.workers) if len(dataset) > 2048 else 0,
-    )  # fmt: skip
+    )
     normalize, finite, failed = Normalize(*cfg.statistics).to(world.device), True, {}
-    bar = tqdm(zip(starts, loader), total=len(batches), disable=world.rank > 0, unit="batch",
-               desc=path.stem, mininterval=5)  # fmt: skip
+    bar = tqdm(
+        zip(starts, loader),
+        total=len(batches),
+        disable=world.rank > 0,
+        unit="batch",
+        desc=path.stem,
+        mininterval=5,
+    )
     for start, batch in bar:
         if "error" in batch:
             failed = batch
@@ -159,9 +177,14 @@ def read(path: Path, where: slice) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cached(
-    encoder: nn.Module, layers: list[str], width: int, out: Path, cfg: Config, world: World,
+    encoder: nn.Module,
+    layers: list[str],
+    width: int,
+    out: Path,
+    cfg: Config,
+    world: World,
     norm: nn.Module | None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Folder of the features, which are computed unless they lie there from the same encoder."""
     folder = Path(cfg.cache or out / "features")
     source = cfg.checkpoint or cfg.init
@@ -183,8 +206,10 @@ def cached(
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None and found != key:
             changed = ", ".join(k for k in key if found.get(k) != key[k])
-            raise UserError(f"{folder} holds features of another run ({changed} differ); "
-                            "choose another --cache or --output")  # fmt: skip
+            raise UserError(
+                f"{folder} holds features of another run ({changed} differ); "
+                "choose another --cache or --output"
+            )
         return found is not None
 
     if not world.from_rank_0(start):

@@ -19,11 +19,10 @@ Map: `recipes.py`                   the papers' settings by method
      `report`                       top-1 and top-5 over all of val
 
 Data: ROOT/{train,val}/<class>/NAME.jpg (or rgb/<class>/, see data.py). A run leaves result.json and
-per_class.csv beside engine.Run's files. augment.py has the augmentation, probe.py the protocols
-with a frozen encoder, robustness.py ImageNet-A, -R, -Sketch and -C.
+per_class.csv beside engine.Run's files. augment.py has the augmentation, evaluate.py the second
+test, probe.py the protocols with a frozen encoder, robustness.py ImageNet-A, -R, -Sketch and -C.
 """
 
-import dataclasses
 import sys
 import typing
 from dataclasses import dataclass
@@ -41,10 +40,8 @@ from cfmae import NAMES
 from common import Normalize
 from downstream import encoders, recipes, transfer
 from downstream.augment import Augmented, draw_mix, mix, soft_targets
-from downstream.scores import count_hits, match_classes, shares, tally, write_result
-from downstream.source import open_source
+from downstream.scores import count_hits, shares, tally, write_result
 from engine import UserError, arg, cosine, layer_decay_groups, require
-from engine.folder import open_data
 from engine.ranks import World
 
 
@@ -52,38 +49,60 @@ from engine.ranks import World
 class Config(transfer.Config):
     """Settings of a run. None: what the encoder's method or its checkpoint sets."""
 
-    recipe: str = arg("public", "for SemanticMIM: the public code's, or Table 3",
-                      choices=["public", "table3"], group="optimisation")  # fmt: skip
+    recipe: str = arg(
+        "public",
+        "for SemanticMIM: the public code's, or Table 3",
+        choices=["public", "table3"],
+        group="optimisation",
+    )
     granularities: str | None = arg(
-        None, "CFMAE: what the encoder sees; default R. R+I+S is the dagger row of Table 1",
-        choices=["R", "R+S", "R+I", "R+I+S"], group="data",
-    )  # fmt: skip
+        None,
+        "CFMAE: what the encoder sees; default R. R+I+S is the dagger row of Table 1",
+        choices=["R", "R+S", "R+I", "R+I+S"],
+        group="data",
+    )
     pool: str = arg(
-        "patch", "mean of the patch tokens (CFMAE E.2, CoMA, MAE), or of class and proxy tokens "
-        "(SemanticMIM Table 1, CLS)", choices=["patch", "prefix"],
-    )  # fmt: skip
+        "patch",
+        "mean of the patch tokens (CFMAE E.2, CoMA, MAE), or of class and proxy tokens "
+        "(SemanticMIM Table 1, CLS)",
+        choices=["patch", "prefix"],
+    )
     epochs: int | None = arg(None, "100: CFMAE Table 8, SemanticMIM Table 3, MCMAE Sec. 3.1")
     warmup_epochs: float | None = arg(None, "5: CFMAE E.2, MAE; 20: SemanticMIM's public code")
-    batch_size: int | None = arg(None, "2048: CFMAE Table 8, SemanticMIM's public code on "
-                                 "MaskFeat; 1024: on BEiT, its Table 3, MAE")  # fmt: skip
-    base_lr: float | None = arg(None, "CFMAE Table 8: 1e-3 (400 epochs), 5e-4 (1600); 1e-3: "
-                                      "SemanticMIM; 5e-4: MAE's public code")  # fmt: skip
+    batch_size: int | None = arg(
+        None,
+        "2048: CFMAE Table 8, SemanticMIM's public code on "
+        "MaskFeat; 1024: on BEiT, its Table 3, MAE",
+    )
+    base_lr: float | None = arg(
+        None,
+        "CFMAE Table 8: 1e-3 (400 epochs), 5e-4 (1600); 1e-3: SemanticMIM; 5e-4: MAE's public code",
+    )
     min_lr: float | None = arg(None, "1e-6: MAE's and SemanticMIM's public code; 0: its Table 3")
     weight_decay: float | None = arg(None, "0.05: CFMAE Table 8, MAE, SemanticMIM's public code")
     beta2: float = arg(0.999, "CFMAE Table 8, SemanticMIM Table 3")
     layer_decay: float | None = arg(
-        None, "rate of a layer / of the next. CFMAE Table 8: 0.7 (400 epochs), 0.65 (1600); 0.65: "
+        None,
+        "rate of a layer / of the next. CFMAE Table 8: 0.7 (400 epochs), 0.65 (1600); 0.65: "
         "public code of MAE, MCMAE, SemanticMIM; 0.75: of MAE for 24 blocks and more",
-        within="[0, 1]", group="optimisation",
-    )  # fmt: skip
-    train_position: bool | None = arg(None, "train fixed positions, too: public code of MAE, "
-                                      "MCMAE; learned ones always are")  # fmt: skip
-    drop_path: float | None = arg(None, "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE",
-                                  within="[0, 0.99]", group="optimisation")  # fmt: skip
+        within="[0, 1]",
+        group="optimisation",
+    )
+    train_position: bool | None = arg(
+        None, "train fixed positions, too: public code of MAE, MCMAE; learned ones always are"
+    )
+    drop_path: float | None = arg(
+        None,
+        "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE",
+        within="[0, 0.99]",
+        group="optimisation",
+    )
     mixup: float | None = arg(
-        None, "Beta parameter, 0 = off. 0.8: CFMAE Table 8, MAE; 0 with maps",
-        within="[0, 1]", group="data",
-    )  # fmt: skip
+        None,
+        "Beta parameter, 0 = off. 0.8: CFMAE Table 8, MAE; 0 with maps",
+        within="[0, 1]",
+        group="data",
+    )
     cutmix: float | None = arg(
         None, "Beta parameter, 0 = off. 1.0: CFMAE Table 8, MAE", within="[0, 1]", group="data"
     )
@@ -94,28 +113,33 @@ class Config(transfer.Config):
         0.1, "label smoothing. CFMAE Table 8, MAE", within="[0, 0.99]", group="data"
     )
     rand_augment: float = arg(
-        9.0, "magnitude of 10, 0 = off. (9, 0.5): CFMAE Table 8, MAE", within="[0, 10]",
+        9.0,
+        "magnitude of 10, 0 = off. (9, 0.5): CFMAE Table 8, MAE",
+        within="[0, 10]",
         group="data",
-    )  # fmt: skip
+    )
     rand_augment_std: float = arg(0.5, "of that magnitude", within="[0, inf)", group="data")
     reprob: float | None = arg(
-        None, "random erasing. 0.25: public code of MAE, MCMAE, SemanticMIM; 0: CFMAE Table 8 does "
-        "not name it", within="[0, 1]", group="data",
-    )  # fmt: skip
+        None,
+        "random erasing. 0.25: public code of MAE, MCMAE, SemanticMIM; 0: CFMAE Table 8 does "
+        "not name it",
+        within="[0, 1]",
+        group="data",
+    )
     color_jitter: float | None = arg(
         None, "0.4: SemanticMIM's public code on MaskFeat", within="[0, 1]", group="data"
     )
     head_std: float | None = arg(
-        None, "first weights of the classifier. 2e-5: MAE, SemanticMIM on MaskFeat; 0.02: on BEiT",
+        None,
+        "first weights of the classifier. 2e-5: MAE, SemanticMIM on MaskFeat; 0.02: on BEiT",
         within="[0, inf)",
-    )  # fmt: skip
+    )
     val_samples: int = arg(2048, "evenly spaced images of val that are looked at while training")
 
     SET = (*transfer.Config.SET, "preview_epochs")
     FURTHER: typing.ClassVar = tuple(
-        "init_key num_heads mean std crop_scale_min min_lr beta1 beta2 clip_grad switch_prob "
-        "rand_augment_std color_jitter head_std log_every save_minutes save_epochs deterministic "
-        "train_position".split()
+        "crop_scale_min min_lr beta1 beta2 clip_grad switch_prob rand_augment_std color_jitter "
+        "head_std log_every save_minutes save_epochs deterministic".split()
     )
     # Those after FREE's own: what runs from before had in their config.
     FREE = engine.config.Config.FREE + tuple(
@@ -210,9 +234,13 @@ def evaluate(model: Classifier, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def report(
-    model: Classifier, dataset: data.Dataset, out: Path, world: World, facts: dict,
+    model: Classifier,
+    dataset: data.Dataset,
+    out: Path,
+    world: World,
+    facts: dict,
     numbers: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Test a model on all of a split and write result.json and per_class.csv.
 
     Args: `facts`: of result.json; `numbers`: as `count_hits`'.
@@ -221,8 +249,11 @@ def report(
     if world.rank == 0:
         write_result(out, model.classes, counts, facts | {"unreadable": unreadable})
         x = shares(counts)
-        print(f"val         {x['images']} images, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
-              f"{out / 'result.json'}", flush=True)  # fmt: skip
+        print(
+            f"val         {x['images']} images, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
+            f"{out / 'result.json'}",
+            flush=True,
+        )
 
 
 def told(cfg: Config, finetuned: str | None = None, trained: bool = True) -> dict:
@@ -232,111 +263,7 @@ def told(cfg: Config, finetuned: str | None = None, trained: bool = True) -> dic
     return facts | ({"epochs": cfg.epochs, "steps": cfg.steps} if trained else {})
 
 
-def open_finetuned(path: str | Path) -> Classifier:
-    """The classifier of a run, without the file that its encoder came from; UserError."""
-    source = open_source(path)
-    if source.content["method"] != "classify":
-        raise UserError(f"{path} is of method {source.content['method']}, not a fine-tuning run's")
-    kept = {"train_position": False} | source.content["config"]  # before that field: fixed
-    known = {f.name for f in dataclasses.fields(Config)}
-    cfg = Config(**{k: v for k, v in kept.items() if k in known})
-    cfg.described = source.facts["description"]
-    transfer.fill(cfg, recipes.finetuning(cfg.described) | transfer.inputs(cfg))
-    model, _ = build(cfg, source.facts["classes"], load=False)
-    engine.load_weights(model, source.content["model"], path)
-    return model
-
-
-def open_public(
-    init: str, root: str, image_size: int | None = None, **given
-) -> tuple[Classifier, str]:
-    """A public classifier of the classes of a data set, and a report; UserError.
-
-    The norm comes after the mean of the patches (`fc_norm`), or is `norm` on the class token; the
-    head must have as many rows as there are classes.
-
-    Args: `given`: init_key, num_heads, mean, std, as on the command line.
-    """
-    cfg = Config(init=init, data=root, image_size=image_size, **given)
-    cfg.resolve()
-    classes, heads = transfer.class_names(root, trained=False), cfg.num_heads
-    encoder, description, state = encoders.open_classifier(
-        init, cfg.image_size, cfg.init_key, **({} if heads is None else {"num_heads": heads})
-    )
-    if (rows := len(state["head.weight"])) != len(classes):
-        raise UserError(f"--init {init} classifies {rows} classes, {root} has {len(classes)}")
-    cfg.pool = description["pool"]
-    model = Classifier(cfg, encoder, classes)
-    state = {
-        k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in state.items()
-    }
-    state |= {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-    engine.load_weights(model, state, init)
-    return model, description["report"]
-
-
-# ----------------------------------------------------------------------------------------- command
-
-
-def model_flags(parser: engine.Parser) -> None:
-    """Flags of what tests a model: which one, and where it is computed."""
-    parser.add_argument("--finetuned", help="last.pt of a fine-tuning run")
-    parser.add_argument("--init", help="instead: a public classifier (MAE, ConvMAE, BEiT, timm)")
-    parser.add_argument("--init-key", help="which state dict of --init's file")
-    parser.add_argument("--num-heads", type=int, help="of --init, where the width does not tell")
-    parser.add_argument("--image-size", type=int, help="of --init; default: its own")
-    parser.add_argument("--mean", help="of --init's pixels, as 0.5,0.5,0.5; default: as trained")
-    parser.add_argument("--std", help="their deviation, alike")
-    parser.add_argument("--micro-batch", type=int, default=128, help="images at a time")
-    parser.add_argument("--workers", type=int, help="loader processes a rank")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-
-
-def open_model(args: object, world: World) -> Classifier:
-    """The model that `model_flags` name, on its device."""
-    given = {k: getattr(args, k) for k in ("init_key", "num_heads", "image_size", "mean", "std")}
-    given = {k: v for k, v in given.items() if v is not None}
-    if args.finetuned and given:
-        flags = ", ".join(map(engine.flag, given))
-        raise UserError(f"{flags}: for --init; --finetuned knows its own")
-    if args.finetuned:
-        model = open_finetuned(args.finetuned)
-    else:
-        model, words = open_public(args.init, args.data, **given)
-        if world.rank == 0:
-            print(words, flush=True)
-    model.cfg.micro_batch, model.cfg.workers = args.micro_batch, args.workers
-    require(
-        (args.micro_batch > 0, "micro_batch", f"{args.micro_batch} must be above 0"),
-        ((args.workers or 0) >= 0, "workers", f"{args.workers} must be 0 or above"),
-    )
-    return model.to(world.device).eval()
-
-
-def run_evaluate(argv: list[str]) -> None:
-    """Test a fine-tuned model on a val split, without the encoder's own file."""
-    parser = engine.Parser(prog="downstream.finetune evaluate", description=run_evaluate.__doc__,
-                           allow_abbrev=False)  # fmt: skip
-    parser.add_argument("--data", help="whose val; default: that of the run")
-    parser.add_argument("--output", help="folder of the result; default: a new one under runs/")
-    model_flags(parser)
-    args = parser.parse_args(argv)
-    if bool(args.finetuned) == bool(args.init):
-        raise UserError("evaluate needs --finetuned, last.pt of a run, or --init, a public "
-                        "classifier")  # fmt: skip
-    args.data = args.data or ("data/imagenet" if args.init else None)
-    world = World(args.device, args.precision)
-    model = open_model(args, world)
-    cfg = model.cfg
-    cfg.data, cfg.output, cfg.resume = args.data or cfg.data, args.output, False
-    out = Path(world.from_rank_0(lambda: engine.open_folder(cfg, "classify")[0]))
-    dataset = open_data(cfg, world, out, "val", **loading(cfg), crop_pct=cfg.crop_pct)
-    if dataset is None:
-        raise UserError(f"{cfg.data} has no folder val")
-    numbers = match_classes(transfer.in_classes(dataset).classes, model.classes, cfg.data)
-    facts = told(cfg, args.finetuned, trained=not args.init)
-    report(model, dataset, out, world, facts, numbers)
+# ----------------------------------------------------------------------------------------- ---main
 
 
 def loading(cfg: Config) -> dict:
@@ -375,7 +302,9 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["evaluate"]:
-        return run_evaluate(argv[1:])
+        from downstream.evaluate import main as test  # which needs this module
+
+        return test(argv[1:])
     cfg = engine.parse(Config, PRESETS, __doc__, argv)
     facts = {"description": cfg.described, "classes": transfer.class_names(cfg.data)}
 

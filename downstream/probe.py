@@ -54,21 +54,29 @@ class Config(transfer.Config):
     head_std: float | None = arg(
         None, "first weights. MAE's 0.01, SemanticMIM's public code 0.02", within="[0, inf)"
     )
-    layers: str | None = arg(None, "frozen layers: 1,2,...; norm, the last after its norm "
-                                   "(default); all. SemanticMIM Sec. 4.2: 7 of 12")  # fmt: skip
+    layers: str | None = arg(
+        None,
+        "frozen layers: 1,2,...; norm, the last after its norm "
+        "(default); all. SemanticMIM Sec. 4.2: 7 of 12",
+    )
     features: str | None = arg(None, "patch, prefix, both, with commas; default: all it has")
     probe: str | None = arg(
-        None, "adamw, on a LayerNorm: SemanticMIM Table 5, its public code; lars, on a BatchNorm: "
-        "MAE", ["lars", "adamw"], group="optimisation",
-    )  # fmt: skip
+        None,
+        "adamw, on a LayerNorm: SemanticMIM Table 5, its public code; lars, on a BatchNorm: MAE",
+        ["lars", "adamw"],
+        group="optimisation",
+    )
     rates: str | None = arg(
-        None, "base rates to try: lr = rate * batch / 256; the first is MAE's 0.1 or SemanticMIM's "
-        "1e-3", group="optimisation",
-    )  # fmt: skip
+        None,
+        "base rates to try: lr = rate * batch / 256; the first is MAE's 0.1 or SemanticMIM's 1e-3",
+        group="optimisation",
+    )
     views: int = arg(
-        0, "augmented passes over train that take turns; 0 = the centre crop alone",
-        within="[0, inf)", group="data",
-    )  # fmt: skip
+        0,
+        "augmented passes over train that take turns; 0 = the centre crop alone",
+        within="[0, inf)",
+        group="data",
+    )
     cache: str | None = arg(
         None, "folder of the features, for use again; default: in --output", group="run"
     )
@@ -118,8 +126,14 @@ class LARS(torch.optim.Optimizer):
     enters the momentum; biases take neither that factor nor the decay.
     """
 
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9,
-                 trust: float = 0.001):  # fmt: skip
+    def __init__(
+        self,
+        params,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+    ):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
         super().__init__(params, defaults)
 
@@ -164,9 +178,13 @@ class Heads(nn.Module):
 
 
 def train_heads(
-    rows: np.ndarray | list[np.ndarray], labels: np.ndarray, classes: int, rates: list[float],
-    cfg: Config, device: torch.device,
-) -> Heads:  # fmt: skip
+    rows: np.ndarray | list[np.ndarray],
+    labels: np.ndarray,
+    classes: int,
+    rates: list[float],
+    cfg: Config,
+    device: torch.device,
+) -> Heads:
     """Train one head a learning rate, all on the same batches.
 
     Args:
@@ -224,9 +242,15 @@ def score_heads(heads: Heads, rows: np.ndarray, labels: np.ndarray, device: torc
 
 @torch.no_grad()
 def knn(
-    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int = 20,
-    temperature: float = 0.07, block: int = 16384, device: torch.device = torch.device("cpu"),
-) -> Tensor:  # fmt: skip
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    block: int = 16384,
+    device: torch.device = torch.device("cpu"),
+) -> Tensor:
     """Votes of the k most similar of the bank, weighted by exp(cosine / temperature).
 
     The bank passes once, `block` rows at a time; each query keeps its best k so far. So memory
@@ -314,9 +338,12 @@ def main(argv: list[str] | None = None) -> None:
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         whose = cfg.described.get("input", "ImageNet's")
-        print(f"{words}\npixels      mean {cfg.mean}, deviation {cfg.std}: {whose}\n"
-              f"features    {', '.join(where)}: {width} numbers an image\n"
-              f"output      {out}", flush=True)  # fmt: skip
+        print(
+            f"{words}\npixels      mean {cfg.mean}, deviation {cfg.std}: {whose}\n"
+            f"features    {', '.join(where)}: {width} numbers an image\n"
+            f"output      {out}",
+            flush=True,
+        )
     folder = cached(encoder, layers, width, out, cfg, world, norm)
     world.maximum(0)
     if world.rank:

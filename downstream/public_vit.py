@@ -1,7 +1,7 @@
 """A ViT that computes what public ones do: MAE's, timm's, transformers', BEiT.
 
-    PublicViT      learned positions, BEiT's bias, or both
-    resize_table   that bias on another grid
+PublicViT      learned positions, BEiT's bias, or both
+resize_table   that bias on another grid
 """
 
 import functools

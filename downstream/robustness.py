@@ -33,7 +33,8 @@ from pathlib import Path
 import engine  # before torch: it sets how threads wait
 
 import data
-from downstream.finetune import Classifier, model_flags, open_model
+from downstream.evaluate import model_flags, open_model
+from downstream.finetune import Classifier
 from downstream.scores import count_hits, match_classes, shares
 from engine import UserError
 from engine.ranks import World
@@ -91,8 +92,13 @@ class Folder(data.FolderDataset):
 
     def __init__(self, path: Path, files: data.FileList, size: int, crop_pct: float):
         super().__init__(
-            str(path.parent), path.name, files, size, train=False, crop_pct=crop_pct,
-        )  # fmt: skip
+            str(path.parent),
+            path.name,
+            files,
+            size,
+            train=False,
+            crop_pct=crop_pct,
+        )
 
     @staticmethod
     def scan(path: Path) -> data.FileList:
@@ -150,9 +156,11 @@ def corruptions(root: Path) -> dict[str, Path]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = engine.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, prog="robustness",
-    )  # fmt: skip
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        prog="robustness",
+    )
     parser.add_argument("--data", help="for --init: its class folders name the classes")
     parser.add_argument("--output", required=True, help="folder of the result")
     for name in ALL:
@@ -167,8 +175,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.finetuned) == bool(args.init) or bool(args.init) != bool(args.data):
         raise UserError("which model? --finetuned RUN/last.pt, or --init FILE with --data ROOT")
     if (Path(args.output) / "robustness.json").exists():
-        raise UserError(f"{args.output}/robustness.json is a finished result; give another "
-                        "--output")  # fmt: skip
+        raise UserError(
+            f"{args.output}/robustness.json is a finished result; give another --output"
+        )
     return args
 
 
@@ -201,8 +210,11 @@ def main(argv: list[str] | None = None) -> None:
             shown = (f"{k} {v:.5g}" for k, v in row.items())
             print("  ".join([f"{name:<28}", *shown]), flush=True)
             if row["classes"] < PUBLISHED.get(name, 0):
-                print(f"{name} has {row['classes']} class folders, the published set "
-                      f"{PUBLISHED[name]}: this is not its figure", flush=True)  # fmt: skip
+                print(
+                    f"{name} has {row['classes']} class folders, the published set "
+                    f"{PUBLISHED[name]}: this is not its figure",
+                    flush=True,
+                )
         return row["top1"]
 
     chosen = [name for name in SETS if name in given]

@@ -37,8 +37,11 @@ def tally(logits: Tensor, labels: Tensor) -> Tensor:
 def shares(counts: Tensor) -> dict[str, float]:
     """Top-1 and top-5 in per cent over all images of (C, 3) counts."""
     images, top1, top5 = counts.sum(0).tolist()
-    return {"top1": 100 * top1 / max(images, 1), "top5": 100 * top5 / max(images, 1),
-            "images": int(images)}  # fmt: skip
+    return {
+        "top1": 100 * top1 / max(images, 1),
+        "top5": 100 * top5 / max(images, 1),
+        "images": int(images),
+    }
 
 
 def write_result(out: Path, classes: list[str], counts: Tensor, facts: dict) -> None:
@@ -54,9 +57,13 @@ def write_result(out: Path, classes: list[str], counts: Tensor, facts: dict) -> 
 
 @torch.no_grad()
 def count_hits(
-    model: nn.Module, dataset: data.Dataset, cfg: object, world: World,
-    numbers: Tensor | None = None, among: Tensor | None = None,
-) -> tuple[Tensor, int]:  # fmt: skip
+    model: nn.Module,
+    dataset: data.Dataset,
+    cfg: object,
+    world: World,
+    numbers: Tensor | None = None,
+    among: Tensor | None = None,
+) -> tuple[Tensor, int]:
     """Count top-1 and top-5 hits over all of a split, every image once, shared over the ranks.
 
     Args:
@@ -70,10 +77,12 @@ def count_hits(
     mine = [world.rank * share + i for i in range(share)]  # past the end: the last one, not counted
     batches = [mine[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[(0, min(i, total - 1)) for i in b] for b in batches],
-        collate_fn=data.collate, worker_init_fn=data.worker_init,
+        dataset,
+        batch_sampler=[[(0, min(i, total - 1)) for i in b] for b in batches],
+        collate_fn=data.collate,
+        worker_init_fn=data.worker_init,
         num_workers=world.workers(cfg.workers) if share > 2048 else 0,
-    )  # fmt: skip
+    )
     numbers = torch.arange(classes) if numbers is None else numbers
     hidden = torch.full((classes,), among is not None)
     hidden = (hidden if among is None else hidden.index_fill(0, among, False)).to(world.device)

@@ -1,7 +1,7 @@
 """Files that hold an encoder: checkpoints of ours, public state dicts.
 
-    METHODS       the scripts
-    open_source   either kind of file, read once in a process -> Source
+METHODS       the scripts
+open_source   either kind of file, read once in a process -> Source
 """
 
 import dataclasses
@@ -26,9 +26,12 @@ from engine import UserError
 from engine.reader import read_once
 
 METHODS = {
-    "mae": mae, "cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae,
+    "mae": mae,
+    "cfmae": cfmae,
+    "semanticmim": semanticmim,
+    "mcmae": mcmae,
     "coma_dyvit": coma_dyvit,
-}  # fmt: skip
+}
 
 
 class Source(NamedTuple):
@@ -51,9 +54,11 @@ class Source(NamedTuple):
 
 
 def open_source(
-    checkpoint: str | Path | None = None, init: str | Path | None = None, key: str | None = None,
+    checkpoint: str | Path | None = None,
+    init: str | Path | None = None,
+    key: str | None = None,
     **changes,
-) -> Source:  # fmt: skip
+) -> Source:
     """Open a checkpoint of ours, or a public file, the state dict under `key` in it.
 
     Args: `changes`: fields of the encoder's config to override, e.g. num_heads.
@@ -78,8 +83,11 @@ def _public(path: str | Path, key: str | None, changes: dict) -> Source:
 def _ours(path: str | Path, changes: dict) -> Source:
     content = read_once(path, "--checkpoint")
     keys = {"format", "method", "config", "model"}
-    if not (isinstance(content, dict) and keys <= content.keys()
-            and all(isinstance(content[k], dict) for k in ("config", "model"))):  # fmt: skip
+    if not (
+        isinstance(content, dict)
+        and keys <= content.keys()
+        and all(isinstance(content[k], dict) for k in ("config", "model"))
+    ):
         raise UserError(f"{path} is no checkpoint of this project; public weights: --init {path}")
     if content["format"] != engine.FORMAT:
         raise UserError(f"{path} has format {content['format']}; wanted {engine.FORMAT}")

@@ -37,9 +37,11 @@ class Config(engine.config.Config):
     patch_size: int | None = arg(None, "the encoder's; set by the run")
     crop_scale_min: float = arg(0.08, "SemanticMIM Table 3; the usual one")
     crop_pct: float | None = arg(
-        None, "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; below 1: ours",
-        within="(0, 1]", group="data",
-    )  # fmt: skip
+        None,
+        "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; below 1: ours",
+        within="(0, 1]",
+        group="data",
+    )
 
     SET: typing.ClassVar = ("patch_size",)
 

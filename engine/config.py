@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import textwrap
 import typing
 from dataclasses import dataclass
 
@@ -126,7 +127,8 @@ def parse(
         group = groups[inherited(cls, f.name, "group") or "model"]
         shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
-    further = f"further flags: {' '.join(map(flag, cls.FURTHER))}\n\n" if cls.FURTHER else ""
+    words = f"further flags, see Config: {' '.join(map(flag, cls.FURTHER))}"
+    further = textwrap.fill(words, 79, break_on_hyphens=False) + "\n\n" if cls.FURTHER else ""
     parser.epilog = (
         further
         + "presets (--model), which change these defaults:\n"

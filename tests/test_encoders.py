@@ -115,7 +115,7 @@ def transfer_of(path, encoder, description, image_size, **config):
 def test_ours__positions_refer_to_the_trained_grid_through_a_transfer(method, changes, tmp_path):
     """Pre-trained at 64, fine-tuned at 96, opened at 128: as the pre-trained one at 128."""
     our_checkpoint(tmp_path / "a.pt", method, **changes)
-    description = describe(checkpoint=tmp_path / "a.pt", image_size=96)  # as classify calls it
+    description = describe(checkpoint=tmp_path / "a.pt", image_size=96)  # as finetune calls it
     tuned = build(description, 96)
     encoders.load(tuned, description, tmp_path / "a.pt")
     transfer_of(tmp_path / "b.pt", tuned, description, 96)

@@ -15,6 +15,7 @@ import shapes
 import engine
 from common import AUGMENT, DROP_PATH, Normalize, uniform
 from downstream import encoders, finetune, scores, transfer
+from downstream import evaluate as testing
 from engine.ranks import World
 
 SMALL = {
@@ -320,7 +321,7 @@ def test_evaluate__a_public_classifier(norm, tmp_path, monkeypatch, capsys):
     evaluate(*flags, "--output", tmp_path / "out")
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert found["source"] == "public.pth" and found["images"] == 40 and "epochs" not in found
-    model, words = finetune.open_public("public.pth", "shapes", 32, init_key="model_ema")
+    model, words = testing.open_public("public.pth", "shapes", 32, init_key="model_ema")
     assert words == "read" and not model.eval().training
     hits, dataset = 0, shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
     for i in range(40):

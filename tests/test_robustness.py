@@ -11,7 +11,7 @@ from test_finetune import run, write_checkpoint
 import data
 import shapes
 import engine
-from downstream import finetune, robustness
+from downstream import evaluate, robustness
 
 TABLE_4 = {  # CFMAE: IN-A, IN-R, IN-S, mCE, score
     "MAE": (35.9, 48.3, 34.5, 51.7, 41.8), "MFM": (32.7, 48.6, 34.8, 47.5, 42.2),
@@ -92,7 +92,7 @@ def test_main__all_four_sets(finetuned, tmp_path, capsys):
     assert (tmp_path / "out/robustness.json").read_text() == text
     found = json.loads(text)
 
-    model = finetune.open_finetuned(finetuned).eval()
+    model = evaluate.open_finetuned(finetuned).eval()
 
     def top1(folder: Path, among: list[str], edge: int) -> float:
         """One image at a time, without the `edge` of its 48 pixels, the best of `among`."""
