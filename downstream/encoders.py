@@ -34,6 +34,7 @@ from downstream import public
 from downstream.public_vit import TABLE, PublicViT, resize_table
 from downstream.source import METHODS, describe_preset, make_config, open_source, pair
 from engine import UserError, layer_decay_groups  # noqa: F401
+from engine.reader import forget
 
 FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes
 
@@ -89,6 +90,7 @@ def kept_facts(cfg: object) -> dict | None:
     if not (cfg.resume and cfg.output and path.exists()):
         return None
     source = open_source(path)
+    forget()
     return {"description": source.description, **source.facts}
 
 
@@ -203,6 +205,7 @@ def load(
         may_miss=lambda k: k.split(".")[0] in source.may_miss or k not in known,
         may_stay=lambda k: k in source.other or k.split(".")[0] not in own_parts,
     )
+    forget()  # the weights are in the encoder
     return "; ".join([f"encoder     {report}", *notes])
 
 

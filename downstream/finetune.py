@@ -212,7 +212,7 @@ class Classifier(nn.Module):
 
 
 def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifier, str]:
-    """The model of a run, and a report of what its encoder's weights are; `load`: from the file."""
+    """The model of a run, and a report of its encoder's weights; `load`: whether from the file."""
     encoder = encoders.build(cfg.described, cfg.image_size, cfg.drop_path, cfg.train_position)
     if cfg.pool == "prefix" and not getattr(encoder, "num_prefix", 0):
         raise UserError("--pool prefix: this encoder has no class or proxy tokens; --pool patch")
@@ -263,7 +263,7 @@ def told(cfg: Config, finetuned: str | None = None, trained: bool = True) -> dic
     return facts | ({"epochs": cfg.epochs, "steps": cfg.steps} if trained else {})
 
 
-# ----------------------------------------------------------------------------------------- ---main
+# ------------------------------------------------------------------------------------------- loop
 
 
 def loading(cfg: Config) -> dict:
@@ -317,8 +317,10 @@ def main(argv: list[str] | None = None) -> None:
     ) as run:
         settle(run)
         classifier, words = build(cfg, facts["classes"], load=run.checkpoint is None)
+        if run.checkpoint is None:
+            run.say(words)
         whose = cfg.described.get("input", "ImageNet's")
-        run.say(f"{words}\npixels      mean {cfg.mean}, deviation {cfg.std}: {whose}")
+        run.say(f"pixels      mean {cfg.mean}, deviation {cfg.std}: {whose}")
         model = run.place(classifier)
         heads = [classifier.fc_norm, classifier.head]
         groups = layer_decay_groups(classifier.encoder, heads, cfg.weight_decay, cfg.layer_decay)

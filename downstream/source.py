@@ -48,7 +48,8 @@ class Source(NamedTuple):
     @property
     def facts(self) -> dict:
         """What a transfer's checkpoint keeps: description, classes. Older ones: in its config."""
-        kept = {k: self.content["config"].get(k) for k in ("description", "classes")}
+        config = self.content.get("config", {})
+        kept = {k: config.get(k) for k in ("description", "classes")}
         kept = {k: json.loads(v) for k, v in kept.items() if isinstance(v, str)}
         return kept | (self.content.get("facts") or {})
 

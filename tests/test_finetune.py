@@ -437,3 +437,12 @@ def test_bad_input__images_outside_class_folders(tmp_path):
     with pytest.raises(engine.UserError, match="loose.png lies in no class folder"):
         run("--checkpoint", path, "--data", tmp_path / "d", "--output", tmp_path / "o",
             "--batch-size", 1)  # fmt: skip
+
+
+def test_resume__refuses_other_classes(tmp_path, monkeypatch):
+    flags = ["--checkpoint", write_checkpoint(tmp_path, "mae"), "--batch-size", 8, "--steps"]
+    run(*flags, 1, "--output", tmp_path / "o")
+    other = [*shapes.SHAPES[:-1], "blob"]
+    monkeypatch.setattr(transfer, "class_names", lambda root: other)
+    with pytest.raises(engine.UserError, match="shapes has other classes than when .*o was begun"):
+        run(*flags, 2, "--output", tmp_path / "o", "--resume")
