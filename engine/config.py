@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import textwrap
 import typing
 from dataclasses import dataclass
 
@@ -127,15 +126,10 @@ def parse(
         group = groups[inherited(cls, f.name, "group") or "model"]
         shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
-    words = f"further flags, see Config: {' '.join(map(flag, cls.FURTHER))}"
-    further = textwrap.fill(words, 79, break_on_hyphens=False) + "\n\n" if cls.FURTHER else ""
-    parser.epilog = (
-        further
-        + "presets (--model), which change these defaults:\n"
-        + "\n".join(
-            f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
-            for name, values in presets.items()
-        )
+    further = f"further flags: {' '.join(map(flag, cls.FURTHER))}\n\n" if cls.FURTHER else ""
+    parser.epilog = further + "presets (--model), which change these defaults:\n" + "\n".join(
+        f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
+        for name, values in presets.items()
     )
     given = vars(parser.parse_args(argv))
     preset = presets[given.get("model", cls.model)]
