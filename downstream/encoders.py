@@ -61,7 +61,7 @@ def describe(
         mean, std: three numbers each, of pixels in [0, 1]; None: what the source tells.
         changes: fields of the config to override, e.g. granularities="R" (CFMAE without the map
             embeddings, which images alone would not train), num_heads (of --init, where the file
-            does not tell), backbone="vit" (of coma_dyvit's presets).
+            does not tell).
     Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}, ...}: see above.
     Errors: UserError.
     """

@@ -37,10 +37,13 @@ RECIPES = {
     # 24 blocks would learn at 2e-5 of the rate, at 0.75 at 8e-4. DyViT's positions are fixed.
     "coma_dyvit": MAE | dict(train_position=False),
     "coma_dyvit 24": MAE | dict(train_position=False, layer_decay=0.75),
-    "vit": MAE,
-    "vit 24": MAE_LARGE,
-    "vit 32": MAE_LARGE | dict(drop_path=0.3),  # its ViT-H's
+    "mae": MAE,
+    "mae 24": MAE_LARGE,
+    "mae 32": MAE_LARGE | dict(drop_path=0.3),  # its ViT-H's
 }
+RECIPES |= {
+    key.replace("mae", "vit"): RECIPES[key] for key in ("mae", "mae 24", "mae 32")
+}  # public
 TABLE_3 = dict(  # SemanticMIM's, as printed; the rest, layer-wise decay too, is its public code's
     epochs=100, warmup_epochs=0.0, batch_size=1024, base_lr=1e-3, min_lr=0.0, weight_decay=1e-4,
     drop_path=0.1,
@@ -70,8 +73,7 @@ def finetuning(description: dict, printed: bool = False, maps: bool = False) -> 
     method, config = description["method"], description["config"]
     with torch.device("meta"):  # no memory, no time
         depth = encoders.num_layers(encoders.build(description, config["patch_size"]))
-    kind = "vit" if method == "mae" or config.get("backbone") == "vit" else method
-    keys = (f"{kind} {config.get('target')}", f"{kind} {depth}", kind)
+    keys = (f"{method} {config.get('target')}", f"{method} {depth}", method)
     found = next(RECIPES[key] for key in keys if key in RECIPES)
     found = found | {"mixup": 0.0 if maps else 0.8, "cutmix": 1.0}
     if method == "cfmae" and config["epochs"] < 1600:  # Table 8; from scratch alike

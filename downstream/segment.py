@@ -68,8 +68,9 @@ RECIPES = {
 # 24 blocks and more: at 0.65 the first would learn at 2e-5 of the rate. 0.75 is MAE's for ViT-L, in
 # its fine-tuning.
 DEEP = RECIPES["coma_dyvit"] | dict(layer_decay=0.75)
-RECIPES |= {"vit": RECIPES["coma_dyvit"], "beit": RECIPES["semanticmim"]}  # public encoders
-RECIPES |= {"coma_dyvit 24": DEEP, "vit 24": DEEP, "vit 32": DEEP}  # by depth
+RECIPES |= {"mae": RECIPES["coma_dyvit"], "vit": RECIPES["coma_dyvit"]}
+RECIPES |= {"beit": RECIPES["semanticmim"]}  # as "vit", of public encoders
+RECIPES |= dict.fromkeys(("coma_dyvit 24", "mae 24", "mae 32", "vit 24", "vit 32"), DEEP)
 # SemanticMIM's, for every method: Table 6 and, where that is silent or differs, its public code.
 LINEAR = dict(
     image_size=448, batch_size=120, weight_decay=1e-4, drop_path=0.0, layer_decay=1.0,
