@@ -9,7 +9,7 @@ All draws come from the sample's seed. What the papers cite by name alone follow
 
 from collections.abc import Callable, Sequence
 
-import engine  # before torch: it sets how threads wait
+import engine  # noqa: F401  before torch: it sets how threads wait
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from common import AUGMENT, uniform
 
 
 # -------------------------------------------------------------------------------- in the loader
+
 
 def _affine(im: Image.Image, fill: tuple, *matrix: float) -> Image.Image:
     return im.transform(im.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=fill)
@@ -109,9 +110,12 @@ class Augmented(data.Dataset):
     """
 
     def __init__(
-        self, dataset: data.Dataset, cfg: engine.Config, mean: Sequence[float],
+        self,
+        dataset: data.Dataset,
+        cfg: object,
+        mean: Sequence[float],
         std: Sequence[float],
-    ):  # fmt: skip
+    ):
         self.dataset, self.reprob, self.jitter = dataset, cfg.reprob, cfg.color_jitter
         self.classes, self.granularities = dataset.classes, dataset.granularities
         self.files = getattr(dataset, "files", None)

@@ -1,15 +1,8 @@
-"""Probes of a frozen encoder: its features once through the data, then a linear layer or knn.
+"""Probes of a frozen encoder: a linear layer, or nearest neighbours, on its features.
 
-    columns, extract     features of several layers, averaged, in memory-mapped files
     LARS, train_heads    a norm without parameters and a linear layer, many rates at a time
     knn                  weighted nearest neighbours by cosine, streamed over the bank
-    run                  what `python -m downstream.classify --protocol linear | knn` does
-
-A feature is a layer and what is taken from it: the mean of its patch tokens (`patch`), of its
-prefix tokens, the class token or the proxies (`prefix`), or both side by side (`both`). Layers are
-1-based block outputs; `norm` is the last one after the norm that was trained with it: the encoder's
-final norm, before the mean, or fine-tuning's, after it. Where pre-training's norm saw something
-else (SemanticMIM's, MCMAE's), it is a fresh LayerNorm after the mean, as their public code has it.
+    main                 features.py passes once through the data; then every feature is scored
 
 The protocol is MAE's: BatchNorm, LARS, rate 0.1 x batch / 256, batch 16384 (MCMAE's: 4096), 90
 epochs, 10 of warm-up, no decay. SemanticMIM's is its Table 5, AdamW, 4e-3 at batch 1024, decay
@@ -18,49 +11,98 @@ epochs, 10 of warm-up, no decay. SemanticMIM's is its Table 5, AdamW, 4e-3 at ba
 in every epoch, here the features are those of the centre crop, or of `--views` augmented passes
 that take turns.
 
-  CPU:  python -m downstream.classify --protocol knn --data shapes --model tiny --checkpoint ...
-  GPU:  torchrun --nproc_per_node=8 -m downstream.classify --protocol linear --layers all
+  CPU:  python -m downstream.probe --protocol knn --data shapes --model tiny --checkpoint ...
+  GPU:  torchrun --nproc_per_node=8 -m downstream.probe --protocol linear --layers all
         --data data/imagenet --checkpoint ... --cache features
         (8 ranks share the pass over the data, the first one trains the heads)
+
+The encoder is found as in finetune.py: --checkpoint, --init, --method, --random.
 """
 
 import dataclasses
 import json
 import math
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
+import engine.config
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-import data
-from common import Normalize
-from downstream import encoders, public
+from downstream import encoders, recipes, transfer
+from downstream.features import cached, choose_layers, columns, pooled_norm, read
 from downstream.scores import shares, tally, write_result
-from engine import UserError
-
-IN_MEMORY = 8 * 2**30  # bytes of features that are read into memory; more stay on disk
-
-
-# --------------------------------------------------------------------------------------- features
+from downstream.source import open_source
+from engine import UserError, arg
+from engine.ranks import World
+from engine.schedule import warmup_cosine
 
 
-def choose_layers(text: str | None, encoder: nn.Module) -> list[str]:
-    """Layers of `--layers`: numbers, `norm`, or `all`; UserError on others."""
-    depth = encoders.num_layers(encoder)
-    if text is None:
-        share = encoder.probe_layer
-        return ["norm"] if share is None else [str(math.ceil(depth * share))]
-    known = [str(n) for n in range(1, depth + 1)] + ["norm"]
-    chosen = known if text == "all" else [x.strip() for x in text.split(",")]
-    if wrong := [x for x in chosen if x not in known]:
-        raise UserError(f"--layers {','.join(wrong)}: choose from 1 to {depth}, norm; or all")
-    return list(dict.fromkeys(chosen))
+@dataclass
+class Config(transfer.Config):
+    """Settings of a probe. None: what the encoder's method, its checkpoint or protocol sets."""
+
+    protocol: str = arg("linear", "linear layer or nearest neighbours", ["linear", "knn"])
+    epochs: int | None = arg(None, "MAE's 90, SemanticMIM's 100")
+    warmup_epochs: float | None = arg(None, "10: MAE; 0: SemanticMIM")
+    batch_size: int | None = arg(None, "MAE's 16384, MCMAE's public code 4096, SemanticMIM's 1024")
+    weight_decay: float | None = arg(None, "0: MAE; 1e-4: SemanticMIM Table 5")
+    head_std: float | None = arg(
+        None, "first weights. MAE's 0.01, SemanticMIM's public code 0.02", within="[0, inf)"
+    )
+    layers: str | None = arg(
+        None,
+        "frozen layers: 1,2,...; norm, the last after its norm "
+        "(default); all. SemanticMIM Sec. 4.2: 7 of 12",
+    )
+    features: str | None = arg(None, "patch, prefix, both, with commas; default: all it has")
+    probe: str | None = arg(
+        None,
+        "adamw, on a LayerNorm: SemanticMIM Table 5, its public code; lars, on a BatchNorm: MAE",
+        ["lars", "adamw"],
+        group="optimisation",
+    )
+    rates: str | None = arg(
+        None,
+        "base rates to try: lr = rate * batch / 256; the first is MAE's 0.1 or SemanticMIM's 1e-3",
+        group="optimisation",
+    )
+    views: int = arg(
+        0,
+        "augmented passes over train that take turns; 0 = the centre crop alone",
+        within="[0, inf)",
+        group="data",
+    )
+    cache: str | None = arg(
+        None, "folder of the features, for use again; default: in --output", group="run"
+    )
+    cache_dtype: str = arg(
+        "float16", "of the features on disk", ["float16", "float32"], group="run"
+    )
+    k: int = arg(20, "nearest neighbours", within="(0, inf)")
+    temperature: float = arg(0.07, "of their votes", within="(0, inf)")
+
+    SET = transfer.Config.SET + tuple(  # all but the first have no use here
+        "base_lr min_lr beta1 beta2 clip_grad compile deterministic resume log_every save_minutes "
+        "save_epochs val_epochs val_samples preview_epochs".split()
+    )
+
+    def resolve(self) -> None:
+        """Read the encoder's description, fill in the recipe, refuse what cannot work."""
+        self.described = transfer.describe(self)
+        semantic = self.described["method"] == "semanticmim"
+        self.probe = self.probe or ("adamw" if semantic else "lars")
+        linear, tiny = self.protocol == "linear", self.model == "tiny"
+        recipe = recipes.probing(self.described, self.probe) if linear else {}
+        recipe |= recipes.TINY["linear"] if linear and tiny else {}
+        transfer.fill(self, recipe | transfer.inputs(self))
+        super().resolve()
+        if linear:
+            choose_rates(self.rates)
 
 
 def choose_rates(text: str) -> list[float]:
@@ -74,117 +116,6 @@ def choose_rates(text: str) -> list[float]:
     return rates
 
 
-@torch.no_grad()
-def features(
-    encoder: nn.Module, imgs: Tensor, layers: list[str], norm: nn.Module | None = None
-) -> list[tuple[str, Tensor]]:
-    """Averaged tokens of some layers, one pass: [(name, (B, D)), ...], patch before prefix.
-
-    Args:
-        norm: what `norm` means after the mean (see `pooled_norm`); None: the encoder's, before it.
-    """
-    depth, found = encoders.num_layers(encoder), []
-    outputs = encoder.forward_features(imgs, [depth if n == "norm" else int(n) for n in layers])
-    for name, (tokens, prefix) in zip(layers, outputs):
-        for kind, x in (("patch", tokens), ("prefix", prefix)):
-            if x.shape[1]:
-                final = name == "norm"
-                x = (encoder.norm(x) if final and norm is None else x).float().mean(1)
-                found.append((f"{name}/{kind}", norm(x) if final and norm is not None else x))
-    return found
-
-
-def pooled_norm(encoder: nn.Module, state: dict[str, Tensor]) -> nn.Module | None:
-    """The norm that belongs after the mean of the last layer; None: the encoder's own, before it.
-
-    It is the trained one of a fine-tuned classifier, or fresh where the encoder's was not trained
-    on what its features are.
-
-    Args:
-        state: what is in the encoder's file; {} without one.
-    """
-    norm = nn.LayerNorm(encoder.norm.normalized_shape[0], eps=1e-6)
-    if "fc_norm.weight" in state:
-        norm.load_state_dict({k: state[f"fc_norm.{k}"] for k in ("weight", "bias")})
-    elif encoder.trained_norm:
-        return None
-    return norm.to(next(encoder.parameters()).device).requires_grad_(False)
-
-
-def columns(
-    encoder: nn.Module, size: int, layers: list[str], kinds: str | None,
-    norm: nn.Module | None = None,
-) -> tuple[dict, int]:  # fmt: skip
-    """Where each feature lies in a row, {"7/patch": slice}, and the width of a row."""
-    device, at, where = next(encoder.parameters()).device, 0, {}
-    for name, x in features(encoder, torch.zeros(1, 3, size, size, device=device), layers, norm):
-        where[name] = slice(at, at := at + x.shape[1])
-        if name.endswith("/prefix"):  # its layer's patches lie before it
-            layer = name.partition("/")[0]
-            where[f"{layer}/both"] = slice(where[f"{layer}/patch"].start, at)
-    wanted = (kinds or "patch,prefix,both").split(",")
-    chosen = {n: s for n, s in where.items() if n.partition("/")[2] in wanted}
-    lacking = set(wanted) - {n.partition("/")[2] for n in where}
-    if lacking and kinds:
-        raise UserError(
-            f"--features {','.join(sorted(lacking))}: choose from patch, prefix, both; "
-            "an encoder without class or proxy tokens has patch alone"
-        )
-    return chosen, at
-
-
-def extract(
-    encoder: nn.Module, dataset: data.Dataset, view: int, layers: list[str], width: int,
-    path: Path, cfg: engine.Config, world: engine.World, norm: nn.Module | None = None,
-) -> None:  # fmt: skip
-    """Write the features of a split to PATH.npy (N, width) and its labels to PATH.labels.npy.
-
-    Ranks share the rows. An unreadable image gets label -1. `view` is the epoch whose crops a
-    training split takes.
-    """
-    names = {path.with_suffix(".npy"): ((len(dataset), width), np.dtype(cfg.cache_dtype))}
-    names[path.with_suffix(".labels.npy")] = ((len(dataset),), np.dtype(np.int64))
-    if world.rank == 0:
-        for name, (shape, kind) in names.items():
-            np.lib.format.open_memmap(name, "w+", kind, shape).flush()
-    world.maximum(0)
-    rows, labels = (np.load(name, mmap_mode="r+") for name in names)
-    first, last = (len(dataset) * (world.rank + i) // world.size for i in (0, 1))
-    starts = range(first, last, cfg.micro_batch)
-    batches = [[(view, i) for i in range(s, min(s + cfg.micro_batch, last))] for s in starts]
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=data.collate, worker_init_fn=data.worker_init,
-        num_workers=engine.workers(cfg, world) if len(dataset) > 2048 else 0,
-    )  # fmt: skip
-    normalize, finite, failed = Normalize(*cfg.statistics()).to(world.device), True, {}
-    bar = tqdm(zip(starts, loader), total=len(batches), disable=world.rank > 0, unit="batch",
-               desc=path.stem, mininterval=5)  # fmt: skip
-    for start, batch in bar:
-        if "error" in batch:
-            failed = batch
-            break
-        with world.autocast():
-            imgs = normalize(batch["rgb"].to(world.device))
-            found = features(encoder, imgs, layers, norm)
-        block = torch.cat([x for _, x in found], dim=1).cpu().numpy()
-        with np.errstate(over="ignore"):
-            rows[start : start + len(block)] = block
-        finite &= bool(np.isfinite(rows[start : start + len(block)]).all())
-        labels[start : start + len(block)] = batch["label"].where(batch["bad"] < 0, -1).numpy()
-    engine.raise_error(failed, world)  # of any rank, on all
-    for x in (rows, labels):
-        x.flush()
-    if world.maximum(not finite)[0]:
-        raise UserError(f"features of {path.stem} are not finite; try --cache-dtype float32")
-
-
-def read(path: Path, where: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of one feature, in memory unless they are too large, and labels; both numpy."""
-    rows = np.load(path.with_suffix(".npy"), mmap_mode="r")[:, where]
-    rows = np.array(rows) if rows.nbytes < IN_MEMORY else rows
-    return rows, np.load(path.with_suffix(".labels.npy"))
-
-
 # ----------------------------------------------------------------------------------------- linear
 
 
@@ -195,8 +126,14 @@ class LARS(torch.optim.Optimizer):
     enters the momentum; biases take neither that factor nor the decay.
     """
 
-    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0, momentum: float = 0.9,
-                 trust: float = 0.001):  # fmt: skip
+    def __init__(
+        self,
+        params,
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+    ):
         defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
         super().__init__(params, defaults)
 
@@ -241,9 +178,13 @@ class Heads(nn.Module):
 
 
 def train_heads(
-    rows: np.ndarray | list[np.ndarray], labels: np.ndarray, classes: int, rates: list[float],
-    cfg: engine.Config, device: torch.device,
-) -> Heads:  # fmt: skip
+    rows: np.ndarray | list[np.ndarray],
+    labels: np.ndarray,
+    classes: int,
+    rates: list[float],
+    cfg: Config,
+    device: torch.device,
+) -> Heads:
     """Train one head a learning rate, all on the same batches.
 
     Args:
@@ -258,7 +199,6 @@ def train_heads(
     if batch < 2:
         raise UserError(f"{len(usable)} usable training images; BatchNorm needs two")
     per_epoch = len(usable) // batch
-    schedule = dataclasses.replace(cfg, base_lr=1.0, batch_size=batch, min_lr=0.0)
     torch.manual_seed(cfg.seed)
     heads = Heads(len(rates), views[0].shape[1], classes, cfg.probe, cfg.head_std)
     heads = heads.to(device).train()
@@ -266,8 +206,8 @@ def train_heads(
     kind = LARS if cfg.probe == "lars" else torch.optim.AdamW
     optimizer = kind(groups, lr=0.0, weight_decay=cfg.weight_decay)
     generator = torch.Generator().manual_seed(cfg.seed)
-    total = min(cfg.steps or math.inf, cfg.epochs * per_epoch)
-    for step in range(int(total)):
+    total, warmup = cfg.epochs * per_epoch, cfg.warmup_epochs * per_epoch
+    for step in range(min(cfg.steps or total, total)):
         epoch, at = divmod(step, per_epoch)
         if at == 0:
             order = usable[torch.randperm(len(usable), generator=generator).numpy()]
@@ -278,7 +218,7 @@ def train_heads(
         loss = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(rates))) * len(rates)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # of the sum: each head gets the gradient of its own mean
-        now = engine.learning_rate(schedule, step, per_epoch)
+        now = warmup_cosine(step, batch / 256, warmup, total)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * now
         optimizer.step()
@@ -302,9 +242,15 @@ def score_heads(heads: Heads, rows: np.ndarray, labels: np.ndarray, device: torc
 
 @torch.no_grad()
 def knn(
-    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, classes: int, k: int = 20,
-    temperature: float = 0.07, block: int = 16384, device: torch.device = torch.device("cpu"),
-) -> Tensor:  # fmt: skip
+    bank: np.ndarray,
+    labels: np.ndarray,
+    queries: np.ndarray,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    block: int = 16384,
+    device: torch.device = torch.device("cpu"),
+) -> Tensor:
     """Votes of the k most similar of the bank, weighted by exp(cosine / temperature).
 
     The bank passes once, `block` rows at a time; each query keeps its best k so far. So memory
@@ -333,99 +279,84 @@ def knn(
     return torch.zeros(len(queries), classes).scatter_add_(1, voters, (best / temperature).exp())
 
 
-# -------------------------------------------------------------------------------------------- run
+# ------------------------------------------------------------------------------------------- main
+
+PRESETS = {
+    "paper": dict(),  # by method: recipes.PROBES
+    "tiny": dict(),  # recipes.TINY
+}
 
 
-def cached(
-    encoder: nn.Module, layers: list[str], width: int, out: Path, cfg: engine.Config,
-    world: engine.World, norm: nn.Module | None,
-) -> Path:  # fmt: skip
-    """Folder of the features, which are computed unless they lie there from the same encoder."""
-    folder = Path(cfg.cache or out / "features")
-    source = cfg.checkpoint or cfg.init
-    stat = os.stat(source) if source and os.path.exists(source) else None
-    fields = "data description random seed image_size crop_scale_min crop_pct views cache_dtype "
-    fields += "mean std init_key"
-    key = {name: getattr(cfg, name) for name in fields.split()} | {"layers": layers, "width": width}
-    key |= {"bf16": world.bf16, "source": source, "file": stat and [stat.st_size, stat.st_mtime]}
-    train_set, val_set = (engine.open_data(cfg, world, out, s) for s in ("train", "val"))
-    if val_set is None:
-        raise UserError(f"{cfg.data} has no folder val, which a probe is tested on")
-    key |= {"train": len(train_set), "val": len(val_set)}
-
-    def start() -> bool:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "features.json"
-        found = json.loads(path.read_text()) if path.exists() else None
-        if found is not None and found != key:
-            changed = ", ".join(k for k in key if found.get(k) != key[k])
-            raise UserError(f"{folder} holds features of another run ({changed} differ); "
-                            "choose another --cache or --output")  # fmt: skip
-        return found is not None
-
-    if not world.from_rank_0(start):
-        for view in range(max(cfg.views, 1)):
-            path = folder / f"train-{view}"
-            extract(encoder, train_set, view, layers, width, path, cfg, world, norm)
-        extract(encoder, val_set, 0, layers, width, folder / "val", cfg, world, norm)
-        if world.rank == 0:
-            (folder / "features.json").write_text(json.dumps(key, indent=1))
-    elif world.rank == 0:
-        print(f"features    from {folder}", flush=True)
-    return folder
-
-
-def run(cfg: engine.Config, world: engine.World) -> int:
-    """Linear probe or knn of every chosen feature; rank 0 trains and writes, all ranks extract."""
-    out = Path(world.from_rank_0(lambda: engine.open_folder(cfg, "classify")[0]))
-    classes, description = json.loads(cfg.classes), json.loads(cfg.description)
+def open_frozen(cfg: Config, device: torch.device) -> tuple[nn.Module, nn.Module | None, str]:
+    """The encoder without gradients, the norm after the mean of its last layer, and a report."""
     torch.manual_seed(cfg.seed)
-    encoder = encoders.build(description)
-    report, state = "encoder     fresh weights", {}
+    encoder, state, words = encoders.build(cfg.described), {}, "encoder     fresh weights"
     if not (cfg.random or cfg.method):
-        if cfg.checkpoint:
-            state = engine.read(cfg.checkpoint, "--checkpoint")["model"]
-        else:
-            state = public.open_public(cfg.init, cfg.init_key).state
-        report = encoders.load(encoder, description, cfg.checkpoint, cfg.init, cfg.init_key)
-    encoder = encoder.to(world.device).eval().requires_grad_(False)
+        heads = {} if cfg.num_heads is None else {"num_heads": cfg.num_heads}
+        source = open_source(cfg.checkpoint, cfg.init, cfg.init_key, **heads)
+        state = source.content.get("model", source.state)
+        words = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, cfg.init_key)
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    return encoder, pooled_norm(encoder, state), words
+
+
+def score(cfg: Config, folder: Path, where: slice, classes: int, device: torch.device) -> list:
+    """One feature's results, [(its rate or None, counts (C, 3))]."""
+    rows, labels = read(folder / "val", where)
+    views = [read(folder / f"train-{v}", where) for v in range(max(cfg.views, 1))]
+    if cfg.protocol == "knn":
+        votes = knn(*views[0], rows, classes, cfg.k, cfg.temperature, device=device)
+        return [(None, tally(votes, torch.from_numpy(labels)))]
+    rates = choose_rates(cfg.rates)
+    heads = train_heads([v[0] for v in views], views[0][1], classes, rates, cfg, device)
+    return list(zip(rates, score_heads(heads, rows, labels, device)))
+
+
+def write(cfg: Config, out: Path, classes: list[str], table: list[tuple[dict, Tensor]]) -> None:
+    """Write and show the best of the sweep, beside the first and all others."""
+    best, counts = max(table, key=lambda pair: pair[0]["top1"])  # the first of equals
+    first = {k: v for k, v in table[0][0].items() if k != "images"}
+    facts = {"protocol": cfg.protocol, "source": cfg.checkpoint or cfg.init or cfg.method}
+    facts |= {"random": cfg.random or bool(cfg.method), "first": first}
+    facts |= {"sweep": [row for row, _ in table]}
+    facts |= {k: v for k, v in best.items() if k in ("features", "rate")}
+    note = "the best of the sweep, chosen on the val split itself: optimistic"
+    facts["note"] = note if len(table) > 1 else "one setting"
+    write_result(out, classes, counts, facts)
+    shown = f"{best['features']}: top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f}"
+    print(f"best        {shown} ({facts['note']}); {out / 'result.json'}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Probe every chosen feature; rank 0 trains and writes, all ranks extract."""
+    cfg = engine.parse(Config, PRESETS, __doc__, argv)
+    classes, world = transfer.class_names(cfg.data), World(cfg.device, cfg.precision)
+    out = Path(world.from_rank_0(lambda: engine.open_folder(cfg, "probe")[0]))
+    encoder, norm, words = open_frozen(cfg, world.device)
     layers = choose_layers(cfg.layers, encoder)
-    norm = pooled_norm(encoder, state)
     where, width = columns(encoder, cfg.image_size, layers, cfg.features, norm)
     if world.rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-        print(f"{report}\nfeatures    {', '.join(where)}: {width} numbers an image\n"
-              f"output      {out}", flush=True)  # fmt: skip
+        whose = cfg.described.get("input", "ImageNet's")
+        print(
+            f"{words}\npixels      mean {cfg.mean}, deviation {cfg.std}: {whose}\n"
+            f"features    {', '.join(where)}: {width} numbers an image\n"
+            f"output      {out}",
+            flush=True,
+        )
     folder = cached(encoder, layers, width, out, cfg, world, norm)
     world.maximum(0)
     if world.rank:
-        return 0
-    rates = choose_rates(cfg.rates) if cfg.protocol == "linear" else [None]
-    table, best = [], None
+        return
+    table = []
     for name, at in where.items():
-        rows, labels = read(folder / "val", at)
-        views = [read(folder / f"train-{v}", at) for v in range(max(cfg.views, 1))]
-        if cfg.protocol == "knn":
-            votes = knn(*views[0], rows, len(classes), cfg.k, cfg.temperature, device=world.device)
-            counts = tally(votes, torch.from_numpy(labels))[None]
-        else:
-            bank = [v[0] for v in views], views[0][1]
-            heads = train_heads(*bank, len(classes), rates, cfg, world.device)
-            counts = score_heads(heads, rows, labels, world.device)
-        for rate, each in zip(rates, counts):
-            row = {"features": name} | ({"rate": rate} if rate else {}) | shares(each)
-            table.append(row)
-            print("  ".join(f"{k} {v:.2f}" if k.startswith("top") else f"{k} {v}"
-                            for k, v in row.items()), flush=True)  # fmt: skip
-            if best is None or row["top1"] > best[0]["top1"]:
-                best = row, each
-    first = {k: v for k, v in table[0].items() if k != "images"}
-    facts = {"protocol": cfg.protocol, "source": cfg.checkpoint or cfg.init or cfg.method}
-    facts |= {"random": cfg.random or bool(cfg.method), "first": first, "sweep": table}
-    note = "the best of the sweep, chosen on the val split itself: optimistic"
-    facts |= {k: v for k, v in best[0].items() if k in ("features", "rate")}
-    facts["note"] = note if len(table) > 1 else "one setting"
-    write_result(out, classes, best[1], facts)
-    shown = f"{best[0]['features']}: top-1 {best[0]['top1']:.2f}, top-5 {best[0]['top5']:.2f}"
-    print(f"best        {shown} ({facts['note']}); {out / 'result.json'}", flush=True)
-    return 0
+        for rate, counts in score(cfg, folder, at, len(classes), world.device):
+            row = {"features": name} | ({"rate": rate} if rate else {}) | shares(counts)
+            table.append((row, counts))
+            shown = [f"{k} {v:.2f}" if k.startswith("top") else f"{k} {v}" for k, v in row.items()]
+            print("  ".join(shown), flush=True)
+    write(cfg, out, classes, table)
+
+
+if __name__ == "__main__":
+    engine.command("probe", main)

@@ -1,33 +1,33 @@
-"""Public encoders: what their state dicts hold, and a ViT that computes the same.
+"""Public encoders: what their state dicts hold.
 
     open_public     tensors of a file under our names, and what else it tells
     describe        the architecture, read off the shapes
     classifier      the norm and the linear layer of a fine-tuned one
-    PublicViT       MAE's and timm's ViT, BEiT; ConvMAE is `mcmae.Encoder`, with the same names
+
+`public_names.py` has their names in ours. `public_vit.py` computes MAE's and timm's ViT and BEiT;
+ConvMAE is `mcmae.Encoder`, whose names are the same.
 
 Kinds are told apart by their keys. Wrappers around a state dict ("model", "state_dict", MoCo's
 "module.base_encoder.", ...) are taken off. Decoders and mask tokens are not of an encoder.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import engine  # before torch: it sets how threads wait
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import mcmae
-from common import IMAGENET_MEAN, IMAGENET_STD, Attention, ViT, is_sincos
-
-UserError = engine.UserError
+from common import IMAGENET_MEAN, IMAGENET_STD, is_sincos
+from downstream.public_names import count, join_qkv, our_names, rename
+from downstream.public_vit import TABLE
+from engine import UserError
+from engine.reader import read_once
 
 STEM, STEM1 = "patch_embed.proj.weight", "patch_embed1.proj.weight"
 KINDS = (
@@ -36,133 +36,8 @@ KINDS = (
     "...), transformers' ViTMAE, ViT, Beit, Dinov2 as save_pretrained writes them "
     "(embeddings.cls_token, encoder.layer.0.layernorm_before.weight, ...)"
 )
-TABLE = "relative_position_bias_table"
 # Public ViTs have heads of 64 features, but for these widths (so400m, ViT-H, ViT-g, ViT-G).
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
-TRANSFORMERS = [  # its names and timm's, in this order
-    (r"^(vit|beit|dinov2|dinov2_with_registers|deit)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.distillation_token$", "dist_token"),
-    (r"^embeddings\.", ""),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
-    (r"\.attention\.attention\.(relative_position_bias\.)?", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.lambda_([12])$", r".ls\1.gamma"),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^pooler\.layernorm\.", "fc_norm."),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-]
-
-
-# ------------------------------------------------------------------------------------------ model
-
-
-class RelativeAttention(Attention):
-    """Attention with BEiT's bias: a learned number for each head and offset between two tokens.
-
-    Its table has a row for each of the (2h - 1)(2w - 1) offsets on the grid it is kept for, then
-    class to patch, patch to class, class to class.
-    """
-
-    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int]):
-        super().__init__(dim, num_heads)
-        self.grid = self.now = grid  # `now`: of the images at hand, set by PublicViT.embed
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
-
-    def bias(self) -> Tensor:
-        """Bias of the grid `now`, (heads, 1 + L, 1 + L); rows are queries, class token first."""
-        (h, w), table = self.now, self.relative_position_bias_table
-        table = resize_table(table, self.grid, self.now)
-        at = torch.arange(h * w, device=table.device)
-        dy, dx = (a[:, None] - a for a in (at // w, at % w))  # (L, L) each
-        index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
-        index[0], index[:, 0], index[0, 0] = len(table) - 3, len(table) - 2, len(table) - 1
-        return table[index].permute(2, 0, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.heads(x)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias().to(q.dtype))
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def weights(self, x: Tensor) -> Tensor:
-        q, k, _ = self.heads(x)
-        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + self.bias()).softmax(-1)
-
-
-@functools.cache
-def spread(old: int, new: int) -> Tensor:
-    """Weights (2 new - 1, 2 old - 1) that give offsets on `new` patches from those on `old`.
-
-    BEiT's transfer lets the known offsets stand at 0, 1, 1 + q, 1 + q + q^2, ... with the q that
-    spreads them over the new range, so that near patches keep what they have learned. Between them
-    it is linear (timm; BEiT's own is cubic).
-    """
-    low, high = 1.01, 1.5
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        low, high = (low, q) if (1 - q ** (old - 1)) / (1 - q) > new - 1 else (q, high)
-    at = [(1 - q**k) / (1 - q) for k in range(old)]
-    at = torch.tensor([-x for x in at[:0:-1]] + at)  # where the old offsets stand
-    if old == 1:
-        return torch.ones(2 * new - 1, 1)
-    x = torch.arange(1.0 - new, new).clamp(at[0], at[-1])
-    right = torch.searchsorted(at, x).clamp(min=1)
-    t = ((x - at[right - 1]) / (at[right] - at[right - 1]))[:, None]
-    one_hot = torch.eye(len(at))
-    return (1 - t) * one_hot[right - 1] + t * one_hot[right]
-
-
-def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Resize a table of relative positions (rows, heads) from one grid to another, see `spread`.
-
-    The rows of the class token, where it has any, come last and stay.
-    """
-    if tuple(old) == tuple(new):
-        return table
-    rows, cols = (spread(a, b).to(table) for a, b in zip(old, new))
-    n = rows.shape[1] * cols.shape[1]
-    offsets = table[:n].T.reshape(-1, rows.shape[1], cols.shape[1])
-    return torch.cat([(rows @ offsets @ cols.T).flatten(1).T, table[n:]])
-
-
-class PublicViT(ViT):
-    """ViT with a learned position embedding (`absolute`), BEiT's bias (`relative`), or both.
-
-    Prefix tokens have no position: what a public `pos_embed` has for them is added to the tokens
-    when it is read, which is the same.
-    """
-
-    def __init__(
-        self, absolute: bool = True, relative: bool = False, norm_eps: float = 1e-6, **kwargs
-    ):
-        super().__init__(**kwargs)
-        for m in self.modules():
-            if isinstance(m, nn.LayerNorm):
-                m.eps = norm_eps
-        pos_embed = self.pos_embed[None].clone()  # to begin with: MAE's
-        del self.pos_embed  # the fixed one
-        self.pos_embed = nn.Parameter(pos_embed) if absolute else None
-        self.relative = relative
-        for block in self.blocks if relative else ():
-            block.attn = RelativeAttention(self.embed_dim, block.attn.num_heads, self.grid)
-
-    def position(self, h: int, w: int) -> Tensor | float:
-        """Position embedding of a grid, (1, h*w, D)."""
-        return 0.0 if self.pos_embed is None else super().position(h, w)
-
-    def embed(self, imgs: Tensor) -> Tensor:
-        for block in self.blocks if self.relative else ():
-            block.attn.now = self.grid_of(imgs)
-        return super().embed(imgs)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -187,7 +62,7 @@ def open_public(path: str | Path, key: str | None = None) -> Public:
             names ("base_encoder"); None: the one that public code would use.
     Errors: UserError where it is of no known kind.
     """
-    content, name = engine.read(path, "--init"), f"--init {path}"
+    content, name = read_once(path, "--init"), f"--init {path}"
     if isinstance(content, dict) and {"format", "method", "config", "model"} <= content.keys():
         raise UserError(f"{name} is a checkpoint of this project: --checkpoint {path}")
     try:
@@ -218,29 +93,11 @@ def open_public(path: str | Path, key: str | None = None) -> Public:
         return Public(path, "mcmae", own, other, facts, notes)
     block = [f"blocks.0.{k}.weight" for k in ("norm1", "attn.qkv", "mlp.fc1")]
     if lacking := [k for k in (STEM, *block) if k not in own]:
-        raise UserError(f"{name} is of no known kind: {KINDS}; it lacks {lacking[0]}; its first "
-                        f"keys: {first}")  # fmt: skip
+        raise UserError(
+            f"{name} is of no known kind: {KINDS}; it lacks {lacking[0]}; its first keys: {first}"
+        )
     beit = any(k.endswith((".q_bias", ".gamma_1", TABLE)) for k in own)
     return Public(path, "beit" if beit else "vit", our_names(own, path), other, facts, notes)
-
-
-def rename(name: str) -> str:
-    """timm's name for one of transformers'."""
-    for theirs, timms in TRANSFORMERS:
-        name = re.sub(theirs, timms, name)
-    return name
-
-
-def join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make timm's one projection of query, key and value; BEiT's key has no bias."""
-    out, parts = dict(state), ("query", "key", "value")
-    for i in range(count(state, "blocks")):
-        for x in ("weight", "bias"):
-            own = [out.pop(f"blocks.{i}.attn.{part}.{x}", None) for part in parts]
-            if own[0] is not None and own[2] is not None:
-                key = torch.zeros_like(own[0]) if own[1] is None else own[1]
-                out[f"blocks.{i}.attn.qkv.{x}"] = torch.cat([own[0], key, own[2]])
-    return out
 
 
 def told(path: str | Path, content: object) -> dict:
@@ -275,43 +132,6 @@ def statistics(found: Public) -> tuple[list[float], list[float], str]:
     return list(IMAGENET_MEAN), list(IMAGENET_STD), "ImageNet's; nothing else is known of the file"
 
 
-def our_names(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """A ViT's or BEiT's tensors with the names and shapes of `PublicViT`."""
-    computed = (".q_bias", ".v_bias", "relative_position_index", "rel_pos_bias." + TABLE)
-    out = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v
-           for k, v in state.items() if not k.endswith(computed)}  # fmt: skip
-    for i in range(count(state, "blocks")):
-        attn = f"blocks.{i}.attn."
-        if attn + "qkv.bias" not in state and attn + "qkv.weight" in state:
-            zeros = torch.zeros(len(state[attn + "qkv.weight"]) // 3)
-            q, v = (state.get(f"{attn}{k}_bias", zeros) for k in "qv")
-            out[attn + "qkv.bias"] = torch.cat([q, zeros, v])  # a key's would change nothing
-        if "rel_pos_bias." + TABLE in state:  # shared in pre-training; BEiT's transfer copies it
-            out[attn + TABLE] = state["rel_pos_bias." + TABLE]
-    if "pos_embed" in state:
-        tokens = [k for k in ("cls_token", "reg_token") if k in state]
-        rows, prefix = state["pos_embed"].shape[1], sum(state[k].shape[1] for k in tokens)
-        fits = [n for n in (prefix, 1, 0) if n <= prefix and is_square(rows - n)]
-        if not fits:
-            raise UserError(f"--init {path}: pos_embed has {rows} rows, which are no square grid "
-                            f"and {prefix} tokens before it")  # fmt: skip
-        own, out["pos_embed"] = state["pos_embed"].split([fits[0], rows - fits[0]], dim=1)
-        for k in tokens:
-            n = min(state[k].shape[1], own.shape[1])
-            out[k] = torch.cat([state[k][:, :n] + own[:, :n], state[k][:, n:]], dim=1)
-            own = own[:, n:]
-    return out
-
-
-def is_square(n: int) -> bool:
-    return n > 0 and math.isqrt(n) ** 2 == n
-
-
-def count(state: Iterable[str], blocks: str) -> int:
-    """Blocks in a state dict: one more than the largest number after `blocks`."""
-    return 1 + max((int(k.split(".")[1]) for k in state if k.startswith(blocks + ".")), default=-1)
-
-
 def describe(found: Public, **changes) -> dict:
     """Read the architecture off the shapes of what `open_public` returns; `changes` win.
 
@@ -325,28 +145,12 @@ def describe(found: Public, **changes) -> dict:
     heads = known_heads(found) or HEADS.get(dim, dim // 64 if dim % 64 == 0 else 0)
     heads = changes.get("num_heads", heads)
     if heads < 1 or dim % heads:
-        raise UserError(f"--init {path}: how many heads make a width of {dim} is not in the file; "
-                        "heads of 64 features do not divide it: --num-heads N")  # fmt: skip
-    if kind == "mcmae":
-        stems = [shape[f"patch_embed{i}.proj.weight"] for i in (1, 2, 3)]
-        hidden = [shape[f"blocks{i}.0.mlp.fc1.weight"][0] for i in (1, 2, 3)]
-        sizes = {"embed_dims": [s[0] for s in stems],
-                 "depths": [count(state, f"blocks{i}") for i in (1, 2, 3)],
-                 "mlp_ratios": [n // s[0] for n, s in zip(hidden, stems)]}  # fmt: skip
-        config = {k: ",".join(map(str, v)) for k, v in sizes.items()}
-        config |= {"patch_size": 4 * stems[0][-1], "num_heads": heads}
-        config |= {"kernel_size": shape["blocks1.0.attn.weight"][-1]}
-    else:
-        depth, hidden = count(state, "blocks"), shape["blocks.0.mlp.fc1.weight"][0]
-        scale = 0.1 if kind == "beit" and depth <= 12 else 1e-5  # to begin with, BEiT-B; others
-        config = {
-            "patch_size": shape[STEM][-1], "embed_dim": dim, "depth": depth, "num_heads": heads,
-            "mlp_ratio": hidden / dim,
-            "init_values": scale if "blocks.0.ls1.gamma" in shape else None,
-            "class_token": "cls_token" in shape, "reg_tokens": shape.get("reg_token", (1, 0))[1],
-            "absolute": kind == "vit" or "pos_embed" in shape, "relative": bool(table),
-            "norm_eps": found.facts.get("layer_norm_eps", 1e-6),  # transformers': 1e-12, but Dinov2
-        }  # fmt: skip
+        raise UserError(
+            f"--init {path}: how many heads make a width of {dim} is not in the file; "
+            "heads of 64 features do not divide it: --num-heads N"
+        )
+    sizes = sizes_of_mcmae if kind == "mcmae" else sizes_of_vit
+    config = {"num_heads": heads, **sizes(found, shape)}
     if "pos_embed" in shape:
         side = math.isqrt(shape["pos_embed"][1])
     else:
@@ -356,9 +160,45 @@ def describe(found: Public, **changes) -> dict:
         config = dataclasses.asdict(mcmae.Config(**config))
         learned = "pos_embed" in state and not is_sincos(state["pos_embed"])
     mean, std, source = statistics(found)
-    return {"method": kind, "config": {**config, "image_size": size, **changes},
-            "trained_size": [size, size], "learned_position": learned,
-            "mean": mean, "std": std, "input": source}  # fmt: skip
+    return {
+        "method": kind,
+        "config": {**config, "image_size": size, **changes},
+        "trained_size": [size, size],
+        "learned_position": learned,
+        "mean": mean,
+        "std": std,
+        "input": source,
+    }
+
+
+def sizes_of_mcmae(found: Public, shape: dict[str, tuple]) -> dict:
+    stems = [shape[f"patch_embed{i}.proj.weight"] for i in (1, 2, 3)]
+    hidden = [shape[f"blocks{i}.0.mlp.fc1.weight"][0] for i in (1, 2, 3)]
+    sizes = {
+        "embed_dims": [s[0] for s in stems],
+        "depths": [count(shape, f"blocks{i}") for i in (1, 2, 3)],
+        "mlp_ratios": [n // s[0] for n, s in zip(hidden, stems)],
+    }
+    config = {k: ",".join(map(str, v)) for k, v in sizes.items()}
+    kernel = shape["blocks1.0.attn.weight"][-1]
+    return config | {"patch_size": 4 * stems[0][-1], "kernel_size": kernel}
+
+
+def sizes_of_vit(found: Public, shape: dict[str, tuple]) -> dict:
+    depth, (hidden, dim) = count(shape, "blocks"), shape["blocks.0.mlp.fc1.weight"]
+    scale = 0.1 if found.kind == "beit" and depth <= 12 else 1e-5  # to begin with, BEiT-B; others
+    return {
+        "patch_size": shape[STEM][-1],
+        "embed_dim": dim,
+        "depth": depth,
+        "mlp_ratio": hidden / dim,
+        "init_values": scale if "blocks.0.ls1.gamma" in shape else None,
+        "class_token": "cls_token" in shape,
+        "reg_tokens": shape.get("reg_token", (1, 0))[1],
+        "absolute": found.kind == "vit" or "pos_embed" in shape,
+        "relative": "blocks.0.attn." + TABLE in shape,
+        "norm_eps": found.facts.get("layer_norm_eps", 1e-6),  # transformers': 1e-12, but Dinov2
+    }
 
 
 def known_heads(found: Public) -> int:
@@ -380,11 +220,15 @@ def classifier(found: Public) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"{name} has no head and so is no classifier; to make one: fine-tune it")
     pool = "patch" if "fc_norm.weight" in state else "prefix"
     norm = "fc_norm" if pool == "patch" else "norm"
-    if f"{norm}.weight" not in state or pool == "prefix" and (
-        "cls_token" not in state or "reg_token" in state
+    if (
+        f"{norm}.weight" not in state
+        or pool == "prefix"
+        and ("cls_token" not in state or "reg_token" in state)
     ):
-        raise UserError(f"{name}: its head reads neither the mean of the patches, normalised by "
-                        "fc_norm, nor the class token alone, normalised by norm")  # fmt: skip
+        raise UserError(
+            f"{name}: its head reads neither the mean of the patches, normalised by "
+            "fc_norm, nor the class token alone, normalised by norm"
+        )
     wanted, width = state["head.weight"].shape[1], state[f"{norm}.weight"].shape[0]
     if wanted != width:
         raise UserError(f"{name}: its head reads {wanted} numbers of an encoder of width {width}")

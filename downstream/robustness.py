@@ -32,12 +32,12 @@ from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
 
-from torch import nn
-
 import data
-from downstream import classify
+from downstream.evaluate import model_flags, open_model
+from downstream.finetune import Classifier
 from downstream.scores import count_hits, match_classes, shares
 from engine import UserError
+from engine.ranks import World
 
 # AlexNet's errors on ImageNet-C, over the five severities (the published table behind mCE).
 ALEXNET = {
@@ -49,6 +49,7 @@ ALEXNET = {
 }  # fmt: skip
 SEVERITIES = ("1", "2", "3", "4", "5")
 SETS = {"imagenet_a": True, "imagenet_r": True, "imagenet_sketch": False}  # restricted?
+ALL = (*SETS, "imagenet_c")
 PUBLISHED = {"imagenet_a": 200, "imagenet_r": 200}  # classes
 
 
@@ -89,10 +90,15 @@ def read_baseline(path: str | None) -> dict[str, float]:
 class Folder(data.FolderDataset):
     """DIR/<class>/NAME as a test set, prepared as a val split with this share of the centre."""
 
-    def __init__(self, path: Path, files: data.FileList, cfg: classify.Config, crop_pct: float):
+    def __init__(self, path: Path, files: data.FileList, size: int, crop_pct: float):
         super().__init__(
-            str(path.parent), path.name, files, cfg.image_size, train=False, crop_pct=crop_pct,
-        )  # fmt: skip
+            str(path.parent),
+            path.name,
+            files,
+            size,
+            train=False,
+            crop_pct=crop_pct,
+        )
 
     @staticmethod
     def scan(path: Path) -> data.FileList:
@@ -106,17 +112,16 @@ class Folder(data.FolderDataset):
 
 
 def test_folder(
-    model: nn.Module, path: Path, cfg: classify.Config, world: engine.World, restrict: bool,
-    crop_pct: float,
-) -> dict:  # fmt: skip
+    model: Classifier, path: Path, world: World, restrict: bool, crop_pct: float
+) -> dict:
     """Top-1 and top-5 over a folder, with how many of the model's classes it has.
 
     Args:
         restrict: whether it may lack classes, whose logits are then left out.
         crop_pct: the side of the centre crop over the image's.
     """
-    dataset = Folder(path, world.from_rank_0(lambda: Folder.scan(path)), cfg, crop_pct)
-    classes = json.loads(cfg.classes)
+    cfg, classes = model.cfg, model.classes
+    dataset = Folder(path, world.from_rank_0(lambda: Folder.scan(path)), cfg.image_size, crop_pct)
     # a folder beside train/ and val/ would count their classes too: keep those that have images
     used = sorted(set(dataset.files.labels.tolist()))
     found = match_classes([dataset.classes[i] for i in used], classes, str(path))
@@ -149,83 +154,84 @@ def corruptions(root: Path) -> dict[str, Path]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Test a fine-tuned model on the folders given; returns the exit status."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = engine.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, prog="robustness",
-    )  # fmt: skip
-    parser.add_argument("--finetuned", help="last.pt of a fine-tuning run")
-    parser.add_argument("--init", help="instead: a public classifier (MAE, ConvMAE, BEiT, timm)")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        prog="robustness",
+    )
     parser.add_argument("--data", help="for --init: its class folders name the classes")
     parser.add_argument("--output", required=True, help="folder of the result")
-    for name in (*SETS, "imagenet_c"):
+    for name in ALL:
         parser.add_argument(engine.flag(name), help=f"the folder of {name}")
     parser.add_argument(
         "--baseline", help="errors of the baseline, JSON or CSV; default: AlexNet's"
     )
-    parser.add_argument("--micro-batch", type=int, default=128, help="images at a time")
-    parser.add_argument("--workers", type=int, help="loader processes a rank")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    model_flags(parser)
     args = parser.parse_args(argv)
-    given = {name: Path(p) for name in (*SETS, "imagenet_c") if (p := getattr(args, name))}
-    if not given:
-        flags = ", ".join(engine.flag(name) for name in (*SETS, "imagenet_c"))
-        raise UserError(f"nothing to test: give one or more of {flags}")
+    if not any(getattr(args, name) for name in ALL):
+        raise UserError(f"nothing to test: give one or more of {', '.join(map(engine.flag, ALL))}")
     if bool(args.finetuned) == bool(args.init) or bool(args.init) != bool(args.data):
         raise UserError("which model? --finetuned RUN/last.pt, or --init FILE with --data ROOT")
-    out = Path(args.output)
-    if (out / "robustness.json").exists():
-        raise UserError(f"{out}/robustness.json is a finished result; give another --output")
-    baseline = read_baseline(args.baseline)
-    source = {"init": args.init, "data": args.data} if args.init else {"finetuned": args.finetuned}
-    cfg = classify.Config(
-        protocol="evaluate", **source, micro_batch=args.micro_batch,
-        workers=args.workers, device=args.device, precision=args.precision,
-    )  # fmt: skip
-    cfg.resolve()
-    if len(cfg.names) > 1:
+    if (Path(args.output) / "robustness.json").exists():
+        raise UserError(
+            f"{args.output}/robustness.json is a finished result; give another --output"
+        )
+    return args
+
+
+def write(out: Path, facts: dict, rows: dict[str, dict]) -> None:
+    """Write robustness.json and robustness.csv."""
+    (out / "robustness.json").write_text(json.dumps(facts | {"sets": rows}, indent=1) + "\n")
+    with open(out / "robustness.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, ["set", *next(iter(rows.values()))])
+        table.writeheader()
+        table.writerows({"set": name, **row} for name, row in rows.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Test a fine-tuned model on the folders given."""
+    args = parse(argv)
+    given = {name: Path(p) for name in ALL if (p := getattr(args, name))}
+    out, baseline = Path(args.output), read_baseline(args.baseline)
+    world = World(args.device, args.precision)
+    model, rows = open_model(args, world), {}
+    if len(model.cfg.names) > 1:
         raise UserError(f"{args.finetuned} reads label maps, which these data sets have not")
-    world = engine.World(cfg)
     found = corruptions(given["imagenet_c"]) if "imagenet_c" in given else {}
     if found and (lacking := [name for name in baseline if name not in found]):
         raise UserError(f"mCE needs every corruption of the baseline; lacking {', '.join(lacking)}")
     out.mkdir(parents=True, exist_ok=True)
-    model = classify.load_finetuned(cfg, world)
-    rows = {}
 
     def test(name: str, path: Path, restrict: bool, crop_pct: float) -> float:
-        rows[name] = test_folder(model, path, cfg, world, restrict, crop_pct)
+        rows[name] = row = test_folder(model, path, world, restrict, crop_pct)
         if world.rank == 0:
-            print("  ".join([f"{name:<28}", *(f"{k} {v:.5g}" for k, v in rows[name].items())]),
-                  flush=True)  # fmt: skip
-            if rows[name]["classes"] < PUBLISHED.get(name, 0):
-                print(f"{name} has {rows[name]['classes']} class folders, the published set "
-                      f"{PUBLISHED[name]}: this is not its figure", flush=True)  # fmt: skip
-        return rows[name]["top1"]
+            shown = (f"{k} {v:.5g}" for k, v in row.items())
+            print("  ".join([f"{name:<28}", *shown]), flush=True)
+            if row["classes"] < PUBLISHED.get(name, 0):
+                print(
+                    f"{name} has {row['classes']} class folders, the published set "
+                    f"{PUBLISHED[name]}: this is not its figure",
+                    flush=True,
+                )
+        return row["top1"]
 
     chosen = [name for name in SETS if name in given]
-    result = {name: test(name, given[name], SETS[name], cfg.crop_pct) for name in chosen}
+    result = {n: test(n, given[n], SETS[n], model.cfg.crop_pct) for n in chosen}
     errors = {
         name: sum(100 - test(f"{name}/{s}", path / s, False, 1.0) for s in SEVERITIES) / 500
         for name, path in found.items()
     }
     if errors:
         result["mce"] = mean_corruption_error(errors, baseline)
-    if len(result) == 4:
+    if len(result) == len(ALL):
         result["score"] = score(**result)
     if world.rank == 0:
         facts = {"finetuned": args.finetuned, "init": args.init}
         facts |= {"baseline": args.baseline or "AlexNet"}
-        facts |= {"result": result, "corruption_errors": errors, "sets": rows}
-        (out / "robustness.json").write_text(json.dumps(facts, indent=1) + "\n")
-        with open(out / "robustness.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, ["set", *next(iter(rows.values()))])
-            table.writeheader()
-            table.writerows({"set": name, **row} for name, row in rows.items())
+        write(out, facts | {"result": result, "corruption_errors": errors}, rows)
         print("  ".join(f"{k} {v:.2f}" for k, v in result.items()) + f"; {out}/robustness.json")
-    return 0
 
 
 if __name__ == "__main__":

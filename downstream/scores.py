@@ -12,13 +12,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import engine  # before torch: it sets how threads wait
+import engine  # noqa: F401  before torch: it sets how threads wait
 
 import torch
 from torch import Tensor, nn
 
 import data
 from engine import UserError
+from engine.ranks import World
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,8 +37,11 @@ def tally(logits: Tensor, labels: Tensor) -> Tensor:
 def shares(counts: Tensor) -> dict[str, float]:
     """Top-1 and top-5 in per cent over all images of (C, 3) counts."""
     images, top1, top5 = counts.sum(0).tolist()
-    return {"top1": 100 * top1 / max(images, 1), "top5": 100 * top5 / max(images, 1),
-            "images": int(images)}  # fmt: skip
+    return {
+        "top1": 100 * top1 / max(images, 1),
+        "top5": 100 * top5 / max(images, 1),
+        "images": int(images),
+    }
 
 
 def write_result(out: Path, classes: list[str], counts: Tensor, facts: dict) -> None:
@@ -53,12 +57,17 @@ def write_result(out: Path, classes: list[str], counts: Tensor, facts: dict) -> 
 
 @torch.no_grad()
 def count_hits(
-    model: nn.Module, dataset: data.Dataset, cfg: engine.Config, world: engine.World,
-    numbers: Tensor | None = None, among: Tensor | None = None,
-) -> tuple[Tensor, int]:  # fmt: skip
+    model: nn.Module,
+    dataset: data.Dataset,
+    cfg: object,
+    world: World,
+    numbers: Tensor | None = None,
+    among: Tensor | None = None,
+) -> tuple[Tensor, int]:
     """Count top-1 and top-5 hits over all of a split, every image once, shared over the ranks.
 
     Args:
+        cfg: micro_batch and workers.
         numbers: the model's class of each of the data set's; default: the same.
         among: the classes whose logits count; default: all.
     Returns: (classes, 3) counts as `tally`; number of unreadable images, left out.
@@ -68,21 +77,23 @@ def count_hits(
     mine = [world.rank * share + i for i in range(share)]  # past the end: the last one, not counted
     batches = [mine[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[(0, min(i, total - 1)) for i in b] for b in batches],
-        collate_fn=data.collate, worker_init_fn=data.worker_init,
-        num_workers=engine.workers(cfg, world) if share > 2048 else 0,
-    )  # fmt: skip
+        dataset,
+        batch_sampler=[[(0, min(i, total - 1)) for i in b] for b in batches],
+        collate_fn=data.collate,
+        worker_init_fn=data.worker_init,
+        num_workers=world.workers(cfg.workers) if share > 2048 else 0,
+    )
     numbers = torch.arange(classes) if numbers is None else numbers
     hidden = torch.full((classes,), among is not None)
     hidden = (hidden if among is None else hidden.index_fill(0, among, False)).to(world.device)
     counts = torch.zeros(classes, 3, dtype=torch.float64, device=world.device)
     unreadable = torch.zeros(1, dtype=torch.float64)
     for places, batch in zip(batches, loader):
-        engine.raise_error(batch, world)
+        world.raise_error(batch)
         counted = torch.tensor(places) < total
         unreadable += (counted & (batch["bad"] >= 0)).sum()
         label = numbers[batch["label"]].where(counted & (batch["bad"] < 0), -1)
-        batch = engine.to_device(batch, world.device)
+        batch = world.to_device(batch)
         with world.autocast():
             logits = model.classify(model.inputs(batch)).float().masked_fill(hidden, -torch.inf)
         counts += tally(logits, label.to(world.device))

@@ -62,6 +62,11 @@ def _read_once(path: str, option: str, stamp: tuple | None) -> object:
     return read(path, option, mapped=True)
 
 
+def forget() -> None:
+    """Let go of what `read_once` keeps: a mapped file takes its disk space even when replaced."""
+    _read_once.cache_clear()
+
+
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Read Hugging Face's file format: length of a JSON header, the header, the tensors' bytes."""
     raw = Path(path).read_bytes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_classify import naive_mix, parse
+from test_finetune import naive_mix, parse
 from tiny_run import short_epochs
 
 import data
@@ -58,7 +58,7 @@ def test_augmented__depends_on_the_sample_alone():
     cfg = parse("--method", "cfmae", "--encoder", "tiny", "--reprob", 0.5)
     with short_epochs():
         plain = data.open_dataset("shapes", "train", 64, 8, ("rgb",), (0.1, 1), True, 0)
-    dataset = cfg.wrap(plain, True)
+    dataset = augment.Augmented(plain, cfg, *cfg.statistics)
     runs = []
     for workers in (0, 2):
         torch.manual_seed(workers)

@@ -10,13 +10,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import engine
-from downstream import encoders, public
+from downstream import encoders, public_vit
 from downstream.encoders import METHODS, UserError, build, describe, open_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
-          "coma_dyvit": "CoMA"}  # fmt: skip
+MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE"}
+MODELS |= {"coma_dyvit": "CoMA"}
 WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -48,8 +48,8 @@ def our_checkpoint(path, method, **changes):
 
 # --------------------------------------------------------------------------------- our checkpoints
 
-KINDS = [("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}), ("mcmae", {}),
-         ("coma_dyvit", {}), ("mae", {})]  # fmt: skip
+KINDS = [("mae", {}), ("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}),
+         ("mcmae", {}), ("coma_dyvit", {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("method, changes", KINDS)
@@ -115,7 +115,7 @@ def transfer_of(path, encoder, description, image_size, **config):
 def test_ours__positions_refer_to_the_trained_grid_through_a_transfer(method, changes, tmp_path):
     """Pre-trained at 64, fine-tuned at 96, opened at 128: as the pre-trained one at 128."""
     our_checkpoint(tmp_path / "a.pt", method, **changes)
-    description = describe(checkpoint=tmp_path / "a.pt", image_size=96)  # as classify calls it
+    description = describe(checkpoint=tmp_path / "a.pt", image_size=96)  # as finetune calls it
     tuned = build(description, 96)
     encoders.load(tuned, description, tmp_path / "a.pt")
     transfer_of(tmp_path / "b.pt", tuned, description, 96)
@@ -134,8 +134,8 @@ def test_ours__positions_refer_to_the_trained_grid_through_a_transfer(method, ch
 
 def test_ours__mae_weights_as_from_the_public_file(tmp_path):
     """At another size, too: sine-cosine on the trained grid is a bicubic resize within 1.4 %."""
-    base = dict(backbone="vit", image_size=224, embed_dim=768, depth=1)
-    model = our_checkpoint(tmp_path / "a.pt", "coma_dyvit", **base)
+    base = dict(patch_size=16, image_size=224, embed_dim=768, depth=1)
+    model = our_checkpoint(tmp_path / "a.pt", "mae", **base)
     state = dict(model.encoder.state_dict())
     fixed = model.encoder.pos_embed
     state["pos_embed"] = torch.cat([torch.zeros(1, fixed.shape[1]), fixed])[None]
@@ -188,7 +188,7 @@ def test_train_position__of_fixed_ones(tmp_path):
 
 def test_options__of_a_transfer_stay_with_its_encoder(tmp_path):
     """What a transfer adds starts afresh; the description carries it to whoever reads it next."""
-    our_checkpoint(tmp_path / "a.pt", "coma_dyvit", backbone="vit")
+    our_checkpoint(tmp_path / "a.pt", "mae")
     description = describe(checkpoint=tmp_path / "a.pt")
     assert description["options"] == {}
     description["options"] = {"init_values": 1.0}
@@ -213,7 +213,7 @@ def test_statistics__of_our_encoders(tmp_path):
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     content["config"] |= {"mean": (0.1, 0.2, 0.3), "std": [1, 2, 3]}  # of a checkpoint that tells
     engine.save(tmp_path / "told.pt", content)
-    assert encoders._open(tmp_path / "told.pt")[0]["mean"] == [0.1, 0.2, 0.3]
+    assert describe(checkpoint=tmp_path / "told.pt")["mean"] == [0.1, 0.2, 0.3]
     given = describe(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.5, 0.5))
     assert given["mean"] == [0.5] * 3 and given["std"] == imagenet["std"]
     assert "mean as given" in given["input"]
@@ -327,7 +327,7 @@ def mae_layer(name, num_layers):
 
 def test_layer_decay_groups__as_mae():
     sizes = dict(image_size=(32, 32), patch_size=8, embed_dim=32, depth=3, num_heads=2)
-    encoder, head = public.PublicViT(relative=True, **sizes), nn.Linear(32, 5)
+    encoder, head = public_vit.PublicViT(relative=True, **sizes), nn.Linear(32, 5)
     encoder.norm.bias.requires_grad_(False)
     groups = encoders.layer_decay_groups(encoder, [head], 0.05, 0.5)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}

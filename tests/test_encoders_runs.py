@@ -1,7 +1,7 @@
 """The grid that pre-training saw goes through a chain of runs: classification, UperNet, export."""
 
 import torch
-from test_classify import run, write_checkpoint
+from test_finetune import run, write_checkpoint
 from test_segment_run import train
 
 from common import sincos_2d

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_classify import parse, run, write_checkpoint
+from test_finetune import FLAGS, build, parse, write_checkpoint
+from test_finetune import run as finetune
 from tiny_run import short_epochs
 
 import shapes
 import engine
 from common import ViT, init_weights
-from downstream import classify, encoders, probe, scores
+from downstream import encoders, features, probe, scores
 
 CPU = torch.device("cpu")
+
+
+def run(*flags) -> None:
+    with short_epochs():
+        probe.main([*FLAGS[:-2], *map(str, flags)])
 
 
 def test_tally__counts_by_hand():
@@ -80,7 +86,8 @@ def test_lars__equals_its_formula():
 
 def settings(**changes):
     with short_epochs():
-        cfg = parse("--method", "cfmae", "--encoder", "tiny", "--protocol", "linear")
+        flags = [*FLAGS[:-2], "--method", "cfmae", "--encoder", "tiny"]
+        cfg = engine.parse(probe.Config, probe.PRESETS, "", flags)
     for name, value in ({"epochs": 5, "warmup_epochs": 0, "batch_size": 32} | changes).items():
         setattr(cfg, name, value)
     return cfg
@@ -169,12 +176,12 @@ def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
 @pytest.mark.parametrize("method", ["cfmae", "semanticmim", "mcmae", "coma_dyvit"])
 def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
     path = write_checkpoint(tmp_path, method)
-    encoder = classify.build(parse("--checkpoint", path)).encoder.eval()
+    encoder = build(parse("--checkpoint", path)).encoder.eval()
     torch.nn.init.normal_(encoder.norm.weight)
     imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
     assert depth == {"coma_dyvit": 4}.get(method, 2)
     with torch.no_grad():
-        found = dict(probe.features(encoder, imgs, [str(depth), "1", "norm"]))
+        found = dict(features.features(encoder, imgs, [str(depth), "1", "norm"]))
         ((tokens, prefix),) = encoder.forward_features(imgs)
         ((first, _),) = encoder.forward_features(imgs, [1])
     assert torch.allclose(found["norm/patch"], tokens.mean(1), atol=1e-5)
@@ -182,13 +189,13 @@ def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
     assert ("norm/prefix" in found) == bool(prefix.shape[1])
     if prefix.shape[1]:
         assert torch.allclose(found["norm/prefix"], prefix.mean(1), atol=1e-5)
-    where, width = probe.columns(encoder, 32, ["1", "norm"], None)
+    where, width = features.columns(encoder, 32, ["1", "norm"], None)
     assert sum(s.stop - s.start for n, s in where.items() if "both" not in n) == width
     if "1/both" in where:
         assert where["1/both"] == slice(where["1/patch"].start, where["1/prefix"].stop)
     else:
         with pytest.raises(engine.UserError, match="patch alone"):
-            probe.columns(encoder, 32, ["1"], "both")
+            features.columns(encoder, 32, ["1"], "both")
 
 
 def encoder_of(method, **kwargs):
@@ -198,14 +205,14 @@ def encoder_of(method, **kwargs):
 
 
 def test_layers__defaults_and_bad_ones(tmp_path):
-    defaults = {m: probe.choose_layers(None, encoder_of(m)) for m in encoders.METHODS}
+    defaults = {m: features.choose_layers(None, encoder_of(m)) for m in encoders.METHODS}
     assert defaults.pop("semanticmim") == ["7"]  # SemanticMIM Sec. 4.2
     assert set(map(tuple, defaults.values())) == {("norm",)}
-    small = classify.build(parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"))).encoder
-    assert probe.choose_layers("all", small) == ["1", "2", "norm"]
+    small = build(parse("--checkpoint", write_checkpoint(tmp_path, "cfmae"))).encoder
+    assert features.choose_layers("all", small) == ["1", "2", "norm"]
     for text in ("0", "3", "x", "1,,2"):
         with pytest.raises(engine.UserError, match="--layers"):
-            probe.choose_layers(text, small)
+            features.choose_layers(text, small)
     for text in ("", "0.1,-1", "nan", "a"):
         with pytest.raises(engine.UserError, match="--rates"):
             probe.choose_rates(text)
@@ -218,37 +225,37 @@ def layer_norm(x, weight=1.0, bias=0.0):
 
 @pytest.mark.parametrize("method", ["semanticmim", "mcmae", "coma_dyvit"])
 def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_path):
-    encoder = classify.build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder
+    encoder = build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder
     torch.nn.init.normal_(encoder.norm.weight)  # as trained on what a feature is not
     imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
-    norm = probe.pooled_norm(encoder, {})
+    norm = features.pooled_norm(encoder, {})
     with torch.no_grad():
-        found = dict(probe.features(encoder.eval(), imgs, [str(depth), "norm"], norm))
+        found = dict(features.features(encoder.eval(), imgs, [str(depth), "norm"], norm))
         ((tokens, _),) = encoder.forward_features(imgs, [depth])
     assert torch.allclose(found["norm/patch"], layer_norm(tokens.mean(1)), atol=1e-5)
     assert torch.allclose(found[f"{depth}/patch"], tokens.mean(1), atol=1e-6)
 
 
 def test_pooled_norm__is_the_encoders_where_it_was_trained():
-    assert probe.pooled_norm(encoder_of("cfmae"), {}) is None
+    assert features.pooled_norm(encoder_of("cfmae"), {}) is None
 
 
 def test_knn__of_a_finetuned_encoder_takes_the_norm_that_was_trained(tmp_path):
-    run("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--steps", 1,
-        "--output", tmp_path / "run")  # fmt: skip
+    finetune("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--steps", 1,
+             "--output", tmp_path / "run")  # fmt: skip
     path = tmp_path / "run/last.pt"
     checkpoint = torch.load(path, weights_only=True)
     weight, bias = torch.randn(2, 16)
     checkpoint["model"] |= {"fc_norm.weight": weight, "fc_norm.bias": bias}
     engine.save(path, checkpoint)
     flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32"]
-    assert run(*flags, "--layers", "2,norm", "--output", tmp_path / "knn") == 0
+    run(*flags, "--layers", "2,norm", "--output", tmp_path / "knn")
     rows = np.load(tmp_path / "knn/features/val.npy")
     assert rows.shape[1] == 64
     patch, prefix, normed, normed_prefix = torch.from_numpy(rows).split(16, dim=1)
     assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
     assert torch.allclose(normed_prefix, layer_norm(prefix, weight, bias), atol=1e-4)
-    assert run(*flags, "--random", "--output", tmp_path / "random") == 0  # its own norm again
+    run(*flags, "--random", "--output", tmp_path / "random")  # its own norm again
 
 
 def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
@@ -260,8 +267,8 @@ def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
     state = {k: v for k, v in vit.state_dict().items() if not k.startswith("norm.")}
     state |= {"pos_embed": position, "fc_norm.weight": weight, "fc_norm.bias": bias}
     torch.save({"model": state}, tmp_path / "public.pth")
-    assert run("--init", tmp_path / "public.pth", "--protocol", "knn", "--layers", "1,norm",
-               "--cache-dtype", "float32", "--output", tmp_path / "knn") == 0  # fmt: skip
+    run("--init", tmp_path / "public.pth", "--protocol", "knn", "--layers", "1,norm",
+               "--cache-dtype", "float32", "--output", tmp_path / "knn")  # fmt: skip
     rows = torch.from_numpy(np.load(tmp_path / "knn/features/val.npy"))
     patch, _, normed, _ = rows.split(64, dim=1)
     assert torch.allclose(normed, layer_norm(patch, weight, bias), atol=1e-4)
@@ -272,13 +279,13 @@ def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
 
 def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     path, cache = write_checkpoint(tmp_path, "semanticmim"), tmp_path / "cache"
-    calls, extract = [], probe.extract
-    monkeypatch.setattr(probe, "extract", lambda *a: (calls.append(a[5].name), extract(*a)))
+    calls, extract = [], features.extract
+    monkeypatch.setattr(features, "extract", lambda *a: (calls.append(a[5].name), extract(*a)))
     flags = ["--checkpoint", path, "--layers", "1,2", "--cache", cache, "--micro-batch", 16]
     linear = ["--protocol", "linear", "--rates", "0.01,0.1", "--steps", 2, *flags]
-    assert run(*linear, "--output", tmp_path / "a") == 0
+    run(*linear, "--output", tmp_path / "a")
     assert calls == ["train-0", "val"]
-    assert run("--protocol", "knn", *flags, "--output", tmp_path / "b") == 0
+    run("--protocol", "knn", *flags, "--output", tmp_path / "b")
     assert len(calls) == 2  # read again
     a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
     assert len(a["sweep"]) == 12 and len(b["sweep"]) == 6 and a["images"] == b["images"] == 40
@@ -286,15 +293,15 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     assert a["first"]["features"] == "1/patch" and a["first"]["rate"] == 0.01
     rows = np.load(cache / "val.npy")
     dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
-    model = classify.build(parse("--checkpoint", path)).eval()
+    model = build(parse("--checkpoint", path)).eval()
     one = model.normalize(dataset[0, 39]["rgb"][None])
     with torch.no_grad():
-        expected = torch.cat([x for _, x in probe.features(model.encoder, one, ["1", "2"])], 1)
+        expected = torch.cat([x for _, x in features.features(model.encoder, one, ["1", "2"])], 1)
     assert np.allclose(rows[39], expected, atol=2e-3)  # float16
-    where, _ = probe.columns(model.encoder, 32, ["1", "2"], None)
+    where, _ = features.columns(model.encoder, 32, ["1", "2"], None)
     for row in b["sweep"]:
         (bank, names), (queries, labels) = (
-            probe.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
+            features.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
         )
         votes = probe.knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
         found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
@@ -311,8 +318,8 @@ def test_run__normalises_as_told(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32", "--cache",
              tmp_path / "cache", "--mean", "0.2,0.4,0.6", "--layers", "2"]  # fmt: skip
-    assert run(*flags, "--std", "0.5,1,0.25", "--output", tmp_path / "a") == 0
-    model = classify.build(parse("--checkpoint", path)).eval()
+    run(*flags, "--std", "0.5,1,0.25", "--output", tmp_path / "a")
+    model = build(parse("--checkpoint", path)).eval()
     rgb = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)[0, 7]["rgb"][None] / 255
     mean, std = torch.tensor([[0.2, 0.4, 0.6], [0.5, 1.0, 0.25]])[..., None, None]
     with torch.no_grad():
@@ -326,8 +333,8 @@ def test_run__normalises_as_told(tmp_path):
 def test_run__views_are_different_crops(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     out = tmp_path / "a"
-    assert run("--checkpoint", path, "--protocol", "linear", "--views", 2, "--steps", 2, "--rates",
-               "0.1", "--output", out) == 0  # fmt: skip
+    run("--checkpoint", path, "--protocol", "linear", "--views", 2, "--steps", 2, "--rates",
+               "0.1", "--output", out)  # fmt: skip
     first, second = (np.load(out / f"features/train-{v}.npy") for v in (0, 1))
     assert first.shape == (40, 32) and (first != second).any(1).all()
     assert "optimistic" in json.loads((out / "result.json").read_text())["note"]  # three features

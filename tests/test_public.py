@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import common
 import engine
 import mcmae
-from downstream import classify, encoders, public, segment
+from downstream import encoders, finetune, probe, public_vit, segment
 from downstream.encoders import UserError, open_encoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,7 +67,7 @@ def test_public__other_sizes(name, tmp_path):
 
 
 def test_relative_attention__bias_is_that_of_the_offset():
-    attention, (h, w) = public.RelativeAttention(8, 2, (2, 3)), (2, 3)
+    attention, (h, w) = public_vit.RelativeAttention(8, 2, (2, 3)), (2, 3)
     table = attention.relative_position_bias_table.data.normal_()
     bias, row = attention.bias(), {}
     for dy in range(1 - h, h):  # rows by raster order of the offset
@@ -89,7 +89,7 @@ def test_relative_attention__bias_is_that_of_the_offset():
 @pytest.mark.parametrize("grid", [(9, 6), (3, 4)])
 def test_resize_table__equals_timms(grid):
     table = TIMM["beit"]["state_dict"]["blocks.0.attn.relative_position_bias_table"]
-    assert_close(public.resize_table(table, (4, 4), grid), TIMM["table_{}x{}".format(*grid)])
+    assert_close(public_vit.resize_table(table, (4, 4), grid), TIMM["table_{}x{}".format(*grid)])
 
 
 def test_public__mae_and_moco_wrappers(tmp_path):
@@ -257,12 +257,12 @@ def test_read__safetensors(tmp_path):
     assert_close(engine.read(tmp_path / "m.safetensors", "--init"), dict(state), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("script", [classify, segment])
+@pytest.mark.parametrize("script", [finetune, probe, segment])
 def test_num_heads__from_the_command_line(script, tmp_path):
     path = public_file(tmp_path, TIMM["vit"]["state_dict"])
     flags = ["--data", "shapes", "--model", "tiny", "--image-size", "64", "--init", str(path)]
     cfg = engine.parse(script.Config, script.PRESETS, "", [*flags, "--num-heads", "2"])
-    described = cfg.described if script is segment else json.loads(cfg.description)
+    described = cfg.described
     assert encoders.build(described).blocks[0].attn.num_heads == 2
     with pytest.raises(engine.UserError, match="--num-heads N"):
         engine.parse(script.Config, script.PRESETS, "", flags)

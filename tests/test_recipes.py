@@ -1,12 +1,13 @@
 """Every number of classification's recipes, and of ImageNet-C's baseline, against its source."""
 
-import json
+import dataclasses
+from unittest import mock
 
 import pytest
 
 import shapes
 import engine
-from downstream import classify, encoders, robustness
+from downstream import encoders, finetune, probe, robustness, transfer
 
 FINETUNE = (
     "epochs warmup_epochs batch_size base_lr min_lr weight_decay beta1 beta2 layer_decay drop_path "
@@ -56,19 +57,20 @@ CASES = {
     "mcmae huge": MAE | dict(layer_decay=0.75),
     "coma_dyvit small": MAE | dict(train_position=False),  # not given; fixed by design
     "coma_dyvit base": MAE | dict(train_position=False, layer_decay=0.75),
-    "coma_dyvit base backbone=vit": MAE,
-    "coma_dyvit base backbone=vit depth=24": MAE_L,
+    "mae base": MAE,
+    "mae large": MAE_L,
+    "mae huge": MAE_L | dict(drop_path=0.3),
     "vit depth=12": MAE,
     "vit depth=24": MAE_L,
     "vit depth=32": MAE_L | dict(drop_path=0.3),
 }
 
 
-def resolved(case: str, **given) -> classify.Config:
+def resolved(case: str, script=finetune, **given) -> transfer.Config:
     """The Config of one line of CASES: method, preset, and what is changed."""
     method, *words = case.split()
     changes = dict(w.split("=") for w in words if "=" in w)
-    if recipe := changes.pop("recipe", None):
+    if (recipe := changes.pop("recipe", None)) and script is finetune:
         given["recipe"] = recipe
     changes = {k: int(v) if v.isdigit() else v for k, v in changes.items()}
     if method in encoders.METHODS:
@@ -77,8 +79,14 @@ def resolved(case: str, **given) -> classify.Config:
         description["config"] |= {k: v for k, v in target.items() if v}
     else:
         description = {"method": method, "config": VIT | changes}
-    cfg = classify.Config(data="shapes", description=json.dumps(description), **given)
-    cfg.resolve()
+    return described_as(description, script, **given)
+
+
+def described_as(description: dict, script=finetune, **given) -> transfer.Config:
+    cfg = script.Config(data="shapes", checkpoint="x", **given)
+    changes = {n: transfer.three(n, given[n]) for n in ("mean", "std") if n in given}
+    with mock.patch.object(encoders, "describe", lambda *_, **__: {**description, **changes}):
+        cfg.resolve()
     return cfg
 
 
@@ -99,12 +107,12 @@ ADAMW = dict(probe="adamw", epochs=100, warmup_epochs=0, batch_size=1024, weight
 
 
 @pytest.mark.parametrize("case, expected", [
-    ("cfmae base", LARS), ("vit depth=24", LARS), ("coma_dyvit base", LARS),
+    ("cfmae base", LARS), ("mae base", LARS), ("vit depth=24", LARS), ("coma_dyvit base", LARS),
     ("beit depth=12", LARS), ("mcmae base", LARS | dict(batch_size=4096)),
     ("semanticmim base", ADAMW), ("semanticmim base recipe=table3", ADAMW),
 ])  # fmt: skip
 def test_linear__every_value(case, expected):
-    cfg = resolved(case, protocol="linear")
+    cfg = resolved(case, probe)
     found = {k: getattr(cfg, k, None) for k in expected} | {"rate": float(cfg.rates.split(",")[0])}
     assert found == expected
 
@@ -128,12 +136,12 @@ def test_tiny__ours():
         mixup=0, cutmix=0, reprob=0, color_jitter=0, head_std=2e-5, crop_pct=1,
     )  # fmt: skip
     assert {k: getattr(cfg, k) for k in expected} == expected
-    cfg = resolved("mcmae tiny", model="tiny", protocol="linear")
+    cfg = resolved("mcmae tiny", probe, model="tiny")
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (30, 3, 512)
 
 
 def test_shapes__its_classes():
-    assert json.loads(resolved("cfmae base").classes) == list(shapes.SHAPES)
+    assert transfer.class_names("shapes") == list(shapes.SHAPES)
 
 
 # ----------------------------------------------------------------------------- input statistics
@@ -141,14 +149,13 @@ def test_shapes__its_classes():
 
 def test_statistics__what_the_encoder_was_trained_with():
     cfg = resolved("cfmae base")
-    assert cfg.statistics() == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # torchvision's
+    assert cfg.statistics == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # torchvision's
     described = {"method": "vit", "config": VIT | {"depth": 12}}
     described |= {"mean": [0.5] * 3, "std": [0.5] * 3}
-    found = classify.Config(data="shapes", description=json.dumps(described))
-    found.resolve()
-    assert found.statistics() == ([0.5] * 3, [0.5] * 3)
+    found = described_as(described)
+    assert found.statistics == ([0.5] * 3, [0.5] * 3)
     given = resolved("cfmae base", mean="0.1,0.2,0.3", std="1,1,0.5")
-    assert given.statistics() == ([0.1, 0.2, 0.3], [1, 1, 0.5])
+    assert given.statistics == ([0.1, 0.2, 0.3], [1, 1, 0.5])
     for bad in ("0.5", "a,b,c", "1,1,2", "0,0,0", "nan,0,0"):
         with pytest.raises(engine.UserError, match="--std"):
             resolved("cfmae base", std=bad)
@@ -166,3 +173,28 @@ def test_alexnet__the_published_errors():
         jpeg_compression=151625,
     )  # fmt: skip
     assert robustness.ALEXNET == pytest.approx({k: n / 250_000 for k, n in wrong.items()}, abs=1e-9)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("script", [finetune, probe])
+def test_help__at_most_forty_flags_in_groups_and_none_that_only_the_program_sets(script, capsys):
+    with pytest.raises(SystemExit):
+        engine.parse(script.Config, script.PRESETS, script.__doc__, ["--help"])
+    said = capsys.readouterr().out
+    shown = [line.split()[0].strip(",") for line in said.splitlines() if line.startswith("  --")]
+    assert 20 < len(shown) <= 40 and len(set(shown)) == len(shown)
+    fields = {engine.flag(f.name) for f in dataclasses.fields(script.Config)}
+    further = {engine.flag(name) for name in script.Config.FURTHER}
+    hidden = fields - set(shown) - further
+    assert hidden == {engine.flag(name) for name in script.Config.SET} and further <= fields
+    for name in ("--description", "--classes", "--patch-size", "--mix-batch"):
+        assert name not in said
+    for group in ("data:", "model:", "optimisation:", "run:"):
+        assert group in said
+    assert further <= set(said.split())  # at the end; and they are taken
+    if further:
+        given = engine.parse(script.Config, script.PRESETS, "", ["--data", "shapes", "--method",
+                             "mae", "--encoder", "tiny", "--min-lr", "0.5"])  # fmt: skip
+        assert given.min_lr == 0.5

@@ -31,7 +31,7 @@ def test_main__of_a_public_classifier(tmp_path):
     init = str(tmp_path / "vit/pytorch_model.bin")
     flags = ["--init", init, "--data", str(tmp_path / "root"), "--workers", "0", "--device", "cpu",
              "--imagenet-a", str(tmp_path / "a")]  # fmt: skip
-    assert robustness.main([*flags, "--output", str(tmp_path / "out")]) == 0
+    robustness.main([*flags, "--output", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out/robustness.json").read_text())
     encoder, description, head = encoders.open_classifier(init)
     normalize, classes, hits = common.Normalize([0.5] * 3, [0.25] * 3), sorted(shapes.SHAPES), []

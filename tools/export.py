@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from common import ViT
 from downstream import encoders
+from downstream.source import open_source
 from engine import UserError
 
 # timm's names of the usual sizes, for 224 pixels, by (width, depth, heads, patch size).
@@ -36,12 +37,13 @@ TIMM = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
+HEADS = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 MAPS = (["instance_embed"], ["semantic_embed"])  # CFMAE's, beside the RGB branch
 
 
 def timm_state(
     encoder: nn.Module, head: dict[str, Tensor] | None = None, pool: str = ""
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """State dict of a plain ViT or BEiT under timm's names, ready for a strict load.
 
     timm adds `pos_embed` to the prefix tokens, too; ours have no position, so their rows are zero.
@@ -110,6 +112,41 @@ def timm_constructor(encoder: nn.Module, classes: int = 0, pool: str = "") -> st
     return start + ", ".join(f"{k}={v!r}" for k, v in options.items()).replace("'", '"') + ")"
 
 
+def as_checkpoint(encoder: nn.Module, description: dict, step: int) -> dict:
+    """A checkpoint of the encoder alone.
+
+    The scripts' own load_encoder knows the config alone: there positions refer to its size.
+    """
+    H, W = description["trained_size"]
+    return {
+        "format": engine.FORMAT,
+        "method": description["method"],
+        "config": {**description["config"], "image_size": H if H == W else [H, W]},
+        "description": description,
+        "step": step,
+        "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+        "optimizer": {},
+        "window": {},
+    }
+
+
+def as_timm(
+    encoder: nn.Module, description: dict, content: dict, out: Path
+) -> tuple[dict[str, Tensor], str, str, list[str]]:
+    """What `export` writes for timm: state dict, what it is, how it loads, notes."""
+    head, pool, why_not = timm_head(encoder, content)
+    classes = len(head["head.bias"]) if head else 0
+    load = f"model = {timm_constructor(encoder, classes, pool)}; "
+    load += f'model.load_state_dict(torch.load("{out}", weights_only=True))'
+    notes = [why_not] if why_not else []
+    if encoder.norm.eps != 1e-6:
+        notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
+    mean, std = (tuple(description[k]) for k in ("mean", "std"))
+    notes.append(f"images in [0, 1], less {mean}, divided by {std}")
+    what = "classifier under timm's names" if head else "encoder under timm's names"
+    return timm_state(encoder, head, pool), what, load, notes
+
+
 def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> str:
     """Write `out` from a checkpoint of ours; `form` is encoder, timm or full.
 
@@ -122,7 +159,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
     if not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent} to write {out.name} to")
     encoder, description, _ = encoders.open_encoder(checkpoint=checkpoint)
-    content, method = engine.read(checkpoint, "CHECKPOINT"), description["method"]
+    content, method = open_source(checkpoint).content, description["method"]
     source, step = content["model"], content.get("step", 0)
     left = [k for k in source if not k.startswith("encoder.")]
     notes = []
@@ -133,30 +170,19 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         notes.append(f"model is that of {content['method']} with the checkpoint's config")
     elif form == "timm":
         if not isinstance(encoder, ViT) or len(set(encoder.strides)) > 1:
-            raise UserError(f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
-                            "has no names in timm; --format encoder keeps ours")  # fmt: skip
-        head, pool, why_not = timm_head(encoder, content)
-        state = written = timm_state(encoder, head, pool)
-        left = [k for k in left if k not in state and k not in (head or {})]
+            raise UserError(
+                f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
+                "has no names in timm; --format encoder keeps ours"
+            )
+        state, what, load, found = as_timm(encoder, description, content, out)
+        written, notes = state, notes + found
+        kept = {**state, **dict.fromkeys(HEADS if "classifier" in what else ())}
+        left = [k for k in left if k not in kept]
         left += [k.removeprefix("encoder.") for k in source if k.split(".")[1:2] in MAPS]
-        left += [k for k in ("norm.weight", "norm.bias") if head]
-        what = "classifier under timm's names" if head else "encoder under timm's names"
-        classes = len(head["head.bias"]) if head else 0
-        load = f"model = {timm_constructor(encoder, classes, pool)}; "
-        load += f'model.load_state_dict(torch.load("{out}", weights_only=True))'
-        notes += [why_not] if why_not else []
-        if encoder.norm.eps != 1e-6:
-            notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
-        mean, std = (tuple(description[k]) for k in ("mean", "std"))
-        notes.append(f"images in [0, 1], less {mean}, divided by {std}")
+        left += [k for k in ("norm.weight", "norm.bias") if "classifier" in what]
     else:
-        state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-        # The scripts' own load_encoder knows the config alone: there positions refer to its size.
-        H, W = description["trained_size"]
-        config = {**description["config"], "image_size": H if H == W else [H, W]}
-        written = {"format": engine.FORMAT, "method": method, "config": config,
-                   "description": description, "step": step, "model": state, "optimizer": {},
-                   "window": {}}  # fmt: skip
+        written = as_checkpoint(encoder, description, step)
+        state = written["model"]
         what = "encoder"
         load = f'--checkpoint {out}; downstream.encoders.open_encoder(checkpoint="{out}")'
     if form != "full" and method == "semanticmim" and "decoder_norm.weight" in source:
@@ -178,9 +204,11 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
 def main() -> None:
     def run() -> int:
         parser = engine.Parser(
-            prog="python -m tools.export", description=__doc__, allow_abbrev=False,
+            prog="python -m tools.export",
+            description=__doc__,
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         parser.add_argument("checkpoint", help="of any method, or of a transfer")
         parser.add_argument("out", help="file to write; must not exist")
         parser.add_argument("--format", default="encoder", choices=["encoder", "timm", "full"])

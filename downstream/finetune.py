@@ -1,0 +1,339 @@
+"""Fine-tuning: an encoder and a linear layer trained on classes; a trained one tested again.
+
+    python -m downstream.finetune --data shapes --model tiny --checkpoint runs/.../last.pt
+    torchrun --nproc_per_node=8 -m downstream.finetune --data data/imagenet --checkpoint ...
+    python -m downstream.finetune evaluate --finetuned runs/.../last.pt --data ROOT
+    python -m downstream.finetune evaluate --init mae_finetuned_vit_base.pth --data ROOT
+
+Instead of --checkpoint: the same with --random, fresh weights; --init FILE, a public encoder;
+--method cfmae --encoder base, a fresh one. `--model tiny` takes minutes on a CPU; recipes.TINY says
+what is small about it. `evaluate` tests ours on any data with its classes, a public one on data
+that has all of them: classes are the class folders, sorted.
+
+mixup and cutmix mix a micro-batch with itself. So with them, other than in pre-training, the number
+of samples that a device takes at a time is part of the result, and --resume refuses another.
+
+Map: `recipes.py`                   the papers' settings by method
+     `Classifier`                   encoder, mean of tokens, norm, linear layer, loss
+     `main`                         the loop
+     `report`                       top-1 and top-5 over all of val
+
+Data: ROOT/{train,val}/<class>/NAME.jpg (or rgb/<class>/, see data.py). A run leaves result.json and
+per_class.csv beside engine.Run's files. augment.py has the augmentation, evaluate.py the second
+test, probe.py the protocols with a frozen encoder, robustness.py ImageNet-A, -R, -Sketch and -C.
+"""
+
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine  # before torch: it sets how threads wait
+import engine.config
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+from cfmae import NAMES
+from common import Normalize
+from downstream import encoders, recipes, transfer
+from downstream.augment import Augmented, draw_mix, mix, soft_targets
+from downstream.scores import count_hits, shares, tally, write_result
+from engine import UserError, arg, cosine, layer_decay_groups, require
+from engine.ranks import World
+
+
+@dataclass
+class Config(transfer.Config):
+    """Settings of a run. None: what the encoder's method or its checkpoint sets."""
+
+    recipe: str = arg(
+        "public",
+        "for SemanticMIM: the public code's, or Table 3",
+        choices=["public", "table3"],
+        group="optimisation",
+    )
+    granularities: str | None = arg(
+        None,
+        "CFMAE: what the encoder sees; default R. R+I+S is the dagger row of Table 1",
+        choices=["R", "R+S", "R+I", "R+I+S"],
+        group="data",
+    )
+    pool: str = arg(
+        "patch",
+        "mean of the patch tokens (CFMAE E.2, CoMA, MAE), or of class and proxy tokens "
+        "(SemanticMIM Table 1, CLS)",
+        choices=["patch", "prefix"],
+    )
+    epochs: int | None = arg(None, "100: CFMAE Table 8, SemanticMIM Table 3, MCMAE Sec. 3.1")
+    warmup_epochs: float | None = arg(None, "5: CFMAE E.2, MAE; 20: SemanticMIM's public code")
+    batch_size: int | None = arg(
+        None,
+        "2048: CFMAE Table 8, SemanticMIM's public code on "
+        "MaskFeat; 1024: on BEiT, its Table 3, MAE",
+    )
+    base_lr: float | None = arg(
+        None,
+        "CFMAE Table 8: 1e-3 (400 epochs), 5e-4 (1600); 1e-3: SemanticMIM; 5e-4: MAE's public code",
+    )
+    min_lr: float | None = arg(None, "1e-6: MAE's and SemanticMIM's public code; 0: its Table 3")
+    weight_decay: float | None = arg(None, "0.05: CFMAE Table 8, MAE, SemanticMIM's public code")
+    beta2: float = arg(0.999, "CFMAE Table 8, SemanticMIM Table 3")
+    layer_decay: float | None = arg(
+        None,
+        "rate of a layer / of the next. CFMAE Table 8: 0.7 (400 epochs), 0.65 (1600); 0.65: "
+        "public code of MAE, MCMAE, SemanticMIM; 0.75: of MAE for 24 blocks and more",
+        within="[0, 1]",
+        group="optimisation",
+    )
+    train_position: bool | None = arg(
+        None, "train fixed positions, too: public code of MAE, MCMAE; learned ones always are"
+    )
+    drop_path: float | None = arg(
+        None,
+        "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE",
+        within="[0, 0.99]",
+        group="optimisation",
+    )
+    mixup: float | None = arg(
+        None,
+        "Beta parameter, 0 = off. 0.8: CFMAE Table 8, MAE; 0 with maps",
+        within="[0, 1]",
+        group="data",
+    )
+    cutmix: float | None = arg(
+        None, "Beta parameter, 0 = off. 1.0: CFMAE Table 8, MAE", within="[0, 1]", group="data"
+    )
+    switch_prob: float = arg(
+        0.5, "share of cutmix where both are on; timm's", within="[0, 1]", group="data"
+    )
+    smoothing: float = arg(
+        0.1, "label smoothing. CFMAE Table 8, MAE", within="[0, 0.99]", group="data"
+    )
+    rand_augment: float = arg(
+        9.0,
+        "magnitude of 10, 0 = off. (9, 0.5): CFMAE Table 8, MAE",
+        within="[0, 10]",
+        group="data",
+    )
+    rand_augment_std: float = arg(0.5, "of that magnitude", within="[0, inf)", group="data")
+    reprob: float | None = arg(
+        None,
+        "random erasing. 0.25: public code of MAE, MCMAE, SemanticMIM; 0: CFMAE Table 8 does "
+        "not name it",
+        within="[0, 1]",
+        group="data",
+    )
+    color_jitter: float | None = arg(
+        None, "0.4: SemanticMIM's public code on MaskFeat", within="[0, 1]", group="data"
+    )
+    head_std: float | None = arg(
+        None,
+        "first weights of the classifier. 2e-5: MAE, SemanticMIM on MaskFeat; 0.02: on BEiT",
+        within="[0, inf)",
+    )
+    val_samples: int = arg(2048, "evenly spaced images of val that are looked at while training")
+
+    SET = (*transfer.Config.SET, "preview_epochs")
+    FURTHER: typing.ClassVar = tuple(
+        "crop_scale_min min_lr beta1 beta2 clip_grad switch_prob rand_augment_std color_jitter "
+        "head_std log_every save_minutes save_epochs deterministic".split()
+    )
+    # Those after FREE's own: what runs from before had in their config.
+    FREE = engine.config.Config.FREE + tuple(
+        "protocol finetuned description classes mix_batch layers features probe rates views cache "
+        "cache_dtype k temperature".split()
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The granularities, in the order of data.GRANULARITIES."""
+        return tuple(NAMES[letter] for letter in (self.granularities or "R").split("+"))
+
+    def resolve(self) -> None:
+        """Read the encoder's description, fill in the recipe, refuse what cannot work."""
+        self.described = transfer.describe(self, self.granularities)
+        method, maps = self.described["method"], len(self.names) > 1
+        recipe = recipes.finetuning(self.described, self.recipe == "table3", maps)
+        recipe |= recipes.TINY["finetune"] if self.model == "tiny" else {}
+        transfer.fill(self, recipe | transfer.inputs(self))
+        super().resolve()
+        fits = method == "cfmae" or not self.granularities
+        require(
+            (fits, "granularities", f"is CFMAE's; this encoder is {method}"),
+            (not (maps and self.mixup), "mixup", "is undefined on label maps; cutmix alone: 0"),
+        )
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class Classifier(nn.Module):
+    """Encoder, mean over tokens, fresh norm, linear layer; `model(batch, progress)` gives a loss.
+
+    As MAE, the norm comes after the mean: tokens are taken from the last layer before the encoder's
+    own final norm, which therefore has no part in it. It stays in the checkpoint, frozen, so that
+    every trainable parameter has a gradient (DDP asks for that) and the file still holds the whole
+    encoder. With maps the mean is over the tokens of all granularities.
+    """
+
+    def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
+        super().__init__()
+        self.cfg, self.encoder, self.classes = cfg, encoder, classes
+        self.normalize, self.layer = Normalize(*cfg.statistics), encoders.num_layers(encoder)
+        dim = encoder.norm.normalized_shape[0]
+        encoder.norm.requires_grad_(False)
+        self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))
+        nn.init.trunc_normal_(self.head.weight, std=cfg.head_std)
+        nn.init.zeros_(self.head.bias)
+
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {m: self.normalize(batch[m]) if m == "rgb" else batch[m] for m in self.cfg.names}
+
+    def classify(self, inputs: dict[str, Tensor], seed: Tensor | None = None) -> Tensor:
+        """Logits (B, classes); `seed` (B,) turns drop path on."""
+        imgs = inputs if len(inputs) > 1 else inputs["rgb"]
+        ((tokens, prefix),) = self.encoder.forward_features(imgs, [self.layer], seed)
+        return self.head(self.fc_norm((tokens if self.cfg.pool == "patch" else prefix).mean(1)))
+
+    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
+        """Cross-entropy with smoothed, mixed targets of a batch (see data.py for its keys)."""
+        cfg, inputs, lam = self.cfg, self.inputs(batch), None
+        if cfg.mixup or cfg.cutmix:
+            # with maps the box lies on their grid, so that it cuts all granularities alike
+            size = list(inputs.values())[-1].shape[-2:]
+            lam, blend, box = draw_mix(batch["seed"], size, cfg.mixup, cfg.cutmix, cfg.switch_prob)
+            inputs = {m: mix(x, blend, box) for m, x in inputs.items()}
+        logits = self.classify(inputs, batch["seed"]).float()
+        target = soft_targets(batch["label"], lam, logits.shape[1], cfg.smoothing)
+        return -(target * logits.log_softmax(-1)).sum(-1).mean(), {}
+
+
+def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifier, str]:
+    """The model of a run, and a report of its encoder's weights; `load`: whether from the file."""
+    encoder = encoders.build(cfg.described, cfg.image_size, cfg.drop_path, cfg.train_position)
+    if cfg.pool == "prefix" and not getattr(encoder, "num_prefix", 0):
+        raise UserError("--pool prefix: this encoder has no class or proxy tokens; --pool patch")
+    report = "encoder     fresh weights"
+    if load and not (cfg.random or cfg.method):
+        report = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, cfg.init_key)
+    return Classifier(cfg, encoder, classes), report
+
+
+# ------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model: Classifier, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy and the shares of top-1 and top-5 hits in a batch."""
+    logits = model.classify(model.inputs(batch)).float()
+    _, top1, top5 = tally(logits, batch["label"]).sum(0) / len(logits)
+    return {"loss": F.cross_entropy(logits, batch["label"]), "top1": top1, "top5": top5}
+
+
+def report(
+    model: Classifier,
+    dataset: data.Dataset,
+    out: Path,
+    world: World,
+    facts: dict,
+    numbers: Tensor | None = None,
+) -> None:
+    """Test a model on all of a split and write result.json and per_class.csv.
+
+    Args: `facts`: of result.json; `numbers`: as `count_hits`'.
+    """
+    counts, unreadable = count_hits(model.eval(), dataset, model.cfg, world, numbers)
+    if world.rank == 0:
+        write_result(out, model.classes, counts, facts | {"unreadable": unreadable})
+        x = shares(counts)
+        print(
+            f"val         {x['images']} images, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
+            f"{out / 'result.json'}",
+            flush=True,
+        )
+
+
+def told(cfg: Config, finetuned: str | None = None, trained: bool = True) -> dict:
+    """What result.json says of a model; a public one's epochs are not known."""
+    facts = {"protocol": "finetune", "source": cfg.checkpoint or cfg.init or cfg.method}
+    facts |= {"random": cfg.random or bool(cfg.method), "finetuned": finetuned, "data": cfg.data}
+    return facts | ({"epochs": cfg.epochs, "steps": cfg.steps} if trained else {})
+
+
+# ------------------------------------------------------------------------------------------- loop
+
+
+def loading(cfg: Config) -> dict:
+    """What the loader must bring, see data.open_dataset."""
+    options = {"granularities": cfg.names}
+    if "semantic" in cfg.names:
+        options["semantic_classes"] = cfg.described["config"]["semantic_classes"]
+    return options
+
+
+def settle(run: engine.Run) -> None:
+    """Compare with what the resumed run saw, for what its config does not tell; UserError."""
+    cfg, facts = run.cfg, run.facts
+    if cfg.mixup or cfg.cutmix:
+        facts["mix_batch"] = run.micro
+    if run.checkpoint is None:
+        return
+    kept, source = encoders.kept_facts(cfg), run.checkpoint["config"]
+    if kept["classes"] != facts["classes"]:
+        raise UserError(f"{cfg.data} has other classes than when {run.out} was begun")
+    mixed = kept.get("mix_batch", source.get("mix_batch"))
+    if "mix_batch" in facts and mixed not in (None, run.micro):
+        raise UserError(
+            f"{run.out}: mixup and cutmix mixed {mixed} samples with one another, now it would be "
+            f"{run.micro}; continue with --micro-batch {mixed}, on a number of ranks that divides "
+            f"{cfg.batch_size // mixed}"
+        )
+
+
+PRESETS = {
+    "paper": dict(),  # by method: recipes.RECIPES
+    "tiny": dict(),  # recipes.TINY
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["evaluate"]:
+        from downstream.evaluate import main as test  # which needs this module
+
+        return test(argv[1:])
+    cfg = engine.parse(Config, PRESETS, __doc__, argv)
+    facts = {"description": cfg.described, "classes": transfer.class_names(cfg.data)}
+
+    def augmented(dataset: data.Dataset, train: bool) -> data.Dataset:
+        dataset = transfer.in_classes(dataset)
+        return Augmented(dataset, cfg, *cfg.statistics) if train else dataset
+
+    with engine.Run(
+        "classify", cfg, wrap=augmented, facts=facts, val={"crop_pct": cfg.crop_pct}, **loading(cfg)
+    ) as run:
+        settle(run)
+        classifier, words = build(cfg, facts["classes"], load=run.checkpoint is None)
+        if run.checkpoint is None:
+            run.say(words)
+        whose = cfg.described.get("input", "ImageNet's")
+        run.say(f"pixels      mean {cfg.mean}, deviation {cfg.std}: {whose}")
+        model = run.place(classifier)
+        heads = [classifier.fc_norm, classifier.head]
+        groups = layer_decay_groups(classifier.encoder, heads, cfg.weight_decay, cfg.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+        for step in run.steps(model, optimizer, evaluate):
+            for batch in step.micro_batches():  # rgb (B, 3, H, W) uint8; label, seed (B,)
+                with run.autocast():
+                    loss, logs = model(batch, step.progress)
+                step.backward(loss, logs)
+            step.update(cosine(cfg, step))
+        if run.lacks("result.json") and run.val_set is not None:
+            report(classifier, run.val_set, run.out, run.world, told(cfg))
+
+
+if __name__ == "__main__":
+    engine.command("finetune", main)

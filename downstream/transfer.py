@@ -1,0 +1,137 @@
+"""What classification's commands share: their source, their pixels, their classes."""
+
+import typing
+from dataclasses import dataclass
+
+import engine  # before torch: it sets how threads wait
+import engine.config
+
+import data
+import files
+import shapes
+from common import IMAGENET_MEAN, IMAGENET_STD
+from downstream import encoders
+from engine import UserError, arg
+
+
+@dataclass
+class Config(engine.config.Config):
+    """Settings of a transfer. None: what the encoder's method, its checkpoint or protocol sets.
+
+    `resolve` reads the encoder's description into the attribute `described`, which is no field.
+    """
+
+    model: str = arg("paper", "preset")
+    checkpoint: str | None = arg(None, "encoder from a checkpoint of this project")
+    init: str | None = arg(None, "encoder from a public state dict: MAE, timm ViT, ConvMAE, BEiT")
+    method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
+    encoder: str | None = arg(None, "... and of this preset of it")
+    random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
+    init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
+    num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
+    mean: str | None = arg(
+        None, "of pixels, as 0.5,0.5,0.5; default: what the encoder was trained with", group="data"
+    )
+    std: str | None = arg(None, "their deviation, alike", group="data")
+    image_size: int | None = arg(None, "pixels; default: pre-training's")
+    patch_size: int | None = arg(None, "the encoder's; set by the run")
+    crop_scale_min: float = arg(0.08, "SemanticMIM Table 3; the usual one")
+    crop_pct: float | None = arg(
+        None,
+        "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; below 1: ours",
+        within="(0, 1]",
+        group="data",
+    )
+
+    SET: typing.ClassVar = ("patch_size",)
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of the encoder's input, pixels in [0, 1], once it is resolved."""
+        return three("mean", self.mean), three("std", self.std)
+
+
+def three(name: str, text: str) -> list[float]:
+    """The numbers of --mean or --std; UserError on what are no three."""
+    try:
+        x = [float(x) for x in text.split(",")]
+    except ValueError:
+        x = []
+    if len(x) != 3 or not all(0 <= v <= 1 for v in x) or (name == "std" and not all(x)):
+        low = "[0" if name == "mean" else "(0"
+        raise UserError(f"--{name} {text}: three numbers in {low}, 1], e.g. 0.5,0.5,0.5")
+    return x
+
+
+def describe(cfg: Config, granularities: str | None = None) -> dict:
+    """The description of a run's encoder, at its image size; a resumed run has it in its folder.
+
+    Args: `granularities`: what CFMAE's encoder sees; without maps it has no parameters for them.
+    """
+    if kept := encoders.kept_facts(cfg):
+        return kept["description"]
+    changes = {"image_size": cfg.image_size, "num_heads": cfg.num_heads, "key": cfg.init_key}
+    changes |= {name: three(name, x) for name in ("mean", "std") if (x := getattr(cfg, name))}
+    changes = {k: v for k, v in changes.items() if v is not None}
+    sources = (cfg.checkpoint, cfg.init, cfg.method, cfg.encoder)
+    description = encoders.describe(*sources, **changes)
+    if description["method"] == "cfmae":
+        changes["granularities"] = granularities or "R"
+        description = encoders.describe(*sources, **changes)
+    return description
+
+
+def fill(cfg: Config, values: dict) -> None:
+    """Set the fields that are None."""
+    for name, value in values.items():
+        if getattr(cfg, name, 0) is None:
+            setattr(cfg, name, value)
+
+
+def inputs(cfg: Config) -> dict:
+    """What the description sets of a run's pixels."""
+    described = cfg.described
+    size = cfg.image_size or described["config"]["image_size"]
+    if not isinstance(size, int):
+        raise UserError(f"the encoder is for {size} pixels, not square: give --image-size")
+    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # of runs from before they were kept
+    found = {k: ",".join(f"{x:g}" for x in described.get(k, v)) for k, v in pixels.items()}
+    found |= {"image_size": size, "patch_size": described["config"]["patch_size"]}
+    return found | {"crop_pct": 224 / 256 if size == 224 else 1.0}
+
+
+def class_names(root: str, trained: bool = True) -> list[str]:
+    """The classes of a data set, folders with an image in them, in the order of its labels.
+
+    Errors: UserError where there are not two, or, if `trained`, where val has one that train lacks.
+    """
+    if root == "shapes":
+        return list(shapes.SHAPES)
+    splits = {split: files.layout(root, split).get("rgb") for split in ("train", "val")}
+    found = {split: files.class_folders(f"{root}/{x}") for split, x in splits.items() if x}
+    if not found:
+        raise UserError(f"there is no folder {root}/train or {root}/val{files.LAYOUT}")
+    names = sorted({name for names in found.values() for name in names})
+    if len(names) < 2:
+        what = "no class folders with images" if not names else f"one class alone, {names[0]},"
+        raise UserError(
+            f"{what} in {root}/{next(iter(found))}; expected: {root}/{{train,val}}/<class>/"
+            "NAME.jpg, two classes or more. To start without any files: --data shapes"
+        )
+    unknown = [name for name in found.get("val", ()) if name not in found.get("train", ())]
+    if trained and unknown and "train" in found:
+        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        raise UserError(
+            f"{len(unknown)} classes of {root}/val have no image in {root}/train, so nothing can "
+            f"learn them: {shown}"
+        )
+    return names
+
+
+def in_classes(dataset: data.Dataset) -> data.Dataset:
+    """The data set itself; UserError where an image of it lies in no class folder."""
+    listed = getattr(dataset, "files", None)
+    if listed is not None and (listed.labels < 0).any():
+        loose = listed.name(int((listed.labels < 0).argmax()))
+        raise UserError(f"{loose} lies in no class folder; expected {{train,val}}/<class>/NAME")
+    return dataset
