@@ -105,8 +105,7 @@ def recipe(description: dict) -> dict:
     method, config = description["method"], description["config"]
     with torch.device("meta"):  # no memory, no time
         depth = encoders.num_layers(encoders.build(description, config["patch_size"]))
-    kind = "vit" if config.get("backbone") == "vit" else method
-    keys = (f"{kind} {config.get('target')}", f"{kind} {depth}", kind)
+    keys = (f"{method} {config.get('target')}", f"{method} {depth}", method)
     return next(RECIPES[key] for key in keys if key in RECIPES)
 
 

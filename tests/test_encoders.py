@@ -134,8 +134,8 @@ def test_ours__positions_refer_to_the_trained_grid_through_a_transfer(method, ch
 
 def test_ours__mae_weights_as_from_the_public_file(tmp_path):
     """At another size, too: sine-cosine on the trained grid is a bicubic resize within 1.4 %."""
-    base = dict(backbone="vit", image_size=224, embed_dim=768, depth=1)
-    model = our_checkpoint(tmp_path / "a.pt", "coma_dyvit", **base)
+    base = dict(image_size=224, patch_size=16, embed_dim=768, depth=1)
+    model = our_checkpoint(tmp_path / "a.pt", "mae", **base)
     state = dict(model.encoder.state_dict())
     fixed = model.encoder.pos_embed
     state["pos_embed"] = torch.cat([torch.zeros(1, fixed.shape[1]), fixed])[None]
@@ -188,7 +188,7 @@ def test_train_position__of_fixed_ones(tmp_path):
 
 def test_options__of_a_transfer_stay_with_its_encoder(tmp_path):
     """What a transfer adds starts afresh; the description carries it to whoever reads it next."""
-    our_checkpoint(tmp_path / "a.pt", "coma_dyvit", backbone="vit")
+    our_checkpoint(tmp_path / "a.pt", "mae")
     description = describe(checkpoint=tmp_path / "a.pt")
     assert description["options"] == {}
     description["options"] = {"init_values": 1.0}

@@ -56,8 +56,9 @@ CASES = {
     "mcmae huge": MAE | dict(layer_decay=0.75),
     "coma_dyvit small": MAE | dict(train_position=False),  # not given; fixed by design
     "coma_dyvit base": MAE | dict(train_position=False, layer_decay=0.75),
-    "coma_dyvit base backbone=vit": MAE,
-    "coma_dyvit base backbone=vit depth=24": MAE_L,
+    "mae base": MAE,
+    "mae large": MAE_L,
+    "mae huge": MAE_L | dict(drop_path=0.3),
     "vit depth=12": MAE,
     "vit depth=24": MAE_L,
     "vit depth=32": MAE_L | dict(drop_path=0.3),
