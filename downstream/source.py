@@ -43,7 +43,7 @@ class Source(NamedTuple):
     other: tuple[str, ...] = ()  # names in the file beside it
     may_miss: frozenset[str] = frozenset()  # parts that the file need not have
     notes: tuple[str, ...] = ()  # for the report
-    content: dict = {}  # noqa: RUF012  a checkpoint of ours, whole
+    content: dict = {}  # a checkpoint of ours, whole
 
     @property
     def facts(self) -> dict:
