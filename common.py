@@ -105,9 +105,7 @@ def fill(x: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
 class Normalize(nn.Module):
     """Map (B, 3, H, W) uint8 to float32 by a mean and standard deviation of [0, 1] pixels."""
 
-    def __init__(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-    ):
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
         mean, std = torch.tensor(mean), torch.tensor(std)
         self.register_buffer("mean", mean[:, None, None], persistent=False)
@@ -374,7 +372,7 @@ class ViT(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.patch_size, self.embed_dim, self.drop_path = patch_size, embed_dim, drop_path
-        self.strides = (patch_size,) * 4
+        self.strides, self.depth = (patch_size,) * 4, depth
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.trained_grid = tuple(n // patch_size for n in trained_size or image_size)
         self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
@@ -415,14 +413,21 @@ class ViT(nn.Module):
         prefix = [getattr(self, n) for n in ("cls_token", "reg_token") if hasattr(self, n)]
         return torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], dim=1)
 
+    def tokens(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
+        """What enters the blocks, (B, P + L, D); `seed` is for blocks that come before."""
+        return self.add_prefix(self.embed(imgs))
+
+    def drops(self, seed: Tensor | None) -> Sequence:
+        """Scales of each block's branches (see `drop_path`), of all `depth` blocks; or None."""
+        if seed is None or self.drop_path == 0:
+            return [None] * self.depth
+        return drop_path(seed, self.depth, self.drop_path)
+
     def run(
         self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None
     ) -> list[Tensor]:
         """Run the blocks on (B, P + L, D); the outputs after `layers` (1-based), then the last."""
-        scales = [None] * len(self.blocks)
-        if seed is not None and self.drop_path > 0:
-            scales = drop_path(seed, len(self.blocks), self.drop_path)
-        outputs = {}
+        outputs, scales = {}, self.drops(seed)[-len(self.blocks) :]
         for i, (block, scale) in enumerate(zip(self.blocks, scales), start=1):
             x = block(x, scale)
             if i in layers:
@@ -440,7 +445,7 @@ class ViT(nn.Module):
             seed: (B,) int64 turns drop path on.
         Returns: for each layer, (tokens (B, L, D), prefix (B, P, D)).
         """
-        *chosen, x = self.run(self.add_prefix(self.embed(imgs)), layers or (), seed)
+        *chosen, x = self.run(self.tokens(imgs, seed), layers or (), seed)
         chosen = [self.norm(x)] if layers is None else chosen
         return [(x[:, self.num_prefix :], x[:, : self.num_prefix]) for x in chosen]
 
@@ -456,16 +461,13 @@ class ViT(nn.Module):
 
     def attention(self, imgs: Tensor, layer: int) -> Tensor:
         """Attention matrices of one block (1-based), (B, heads, P + L, P + L)."""
-        x = self.add_prefix(self.embed(imgs))
+        x = self.tokens(imgs)
         for block in self.blocks[: layer - 1]:
             x = block(x)
         return self.blocks[layer - 1].attn.weights(self.blocks[layer - 1].norm1(x))
 
     def layer_ids(self) -> dict[str, int]:
         """Depth of every parameter for layer-wise decay: 0 embedding, 1.. blocks, last the norm."""
-        def depth(name: str) -> int:
-            if name.startswith("blocks."):
-                return int(name.split(".")[1]) + 1
-            return len(self.blocks) + 1 if name.startswith("norm.") else 0
-
-        return {name: depth(name) for name, _ in self.named_parameters()}
+        parts = enumerate([*self.blocks, self.norm], start=1)
+        depth = {p: i for i, part in parts for p in part.parameters()}
+        return {name: depth.get(p, 0) for name, p in self.named_parameters()}

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from files import FileList, Unreadable, UserError, decode_image, decode_map, read_bytes, scan
+from files import LAYOUT, FileList, Unreadable, UserError, class_folders, decode_image  # noqa: F401
+from files import decode_map, layout, read_bytes, scan  # noqa: F401
 
 UNLABELLED = 255  # in all maps: no label
 MAX_INSTANCES = 16  # ids 1..16 by decreasing area in the crop; smaller ones become UNLABELLED

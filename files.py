@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 # Names of each granularity's folder below a split; the first is ours, `semseg` MultiMAE's.
 FOLDERS = {"rgb": ("rgb",), "instance": ("instance",), "semantic": ("semantic", "semseg")}
@@ -58,6 +57,8 @@ def decode_image(data: np.ndarray) -> Tensor:
     torchvision, all else through Pillow: torchvision's PNG decoder crashes on truncated files.
     Alpha is dropped, 16-bit grey keeps its upper byte, an animation its first frame.
     """
+    from torchvision.io import ImageReadMode, decode_jpeg  # two CPU seconds, for folders alone
+
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
             data = torch.from_numpy(data)

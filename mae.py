@@ -59,11 +59,10 @@ class Config(engine.Config):
     def resolve(self) -> None:
         """Refuse what cannot work; UserError naming the field and values that work."""
         super().resolve()
-        divides(self, "embed_dim", "num_heads")
-        divides(self, "decoder_embed_dim", "decoder_num_heads")
-        for name in ("embed_dim", "decoder_embed_dim"):
-            n = getattr(self, name)
-            require((n % 4 == 0, name, f"{n} is not divisible by 4, as positions need"))
+        for name in ("", "decoder_"):
+            divides(self, f"{name}embed_dim", f"{name}num_heads")
+            n = getattr(self, f"{name}embed_dim")
+            require((n % 4 == 0, f"{name}embed_dim", f"{n} is not divisible by 4, for positions"))
         ok = 0 < self.num_visible < self.num_patches
         require((ok, "mask_ratio", f"{self.mask_ratio} leaves {self.num_visible} visible patches"))
 
@@ -104,11 +103,10 @@ class MAE(nn.Module):
         self.normalize, self.encoder = Normalize(), make_encoder(cfg)
         self.decoder_embed = nn.Linear(cfg.embed_dim, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
-        position = sincos_2d(D, *self.encoder.grid)
-        self.register_buffer("decoder_pos_embed", position, persistent=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(D, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth)
-        )
+        fixed = sincos_2d(D, *self.encoder.grid)
+        self.register_buffer("decoder_pos_embed", fixed, persistent=False)
+        blocks = (Block(D, cfg.decoder_num_heads) for _ in range(cfg.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
         self.decoder_pred = nn.Linear(D, 3 * cfg.patch_size**2)
         init_weights(self)
@@ -149,8 +147,8 @@ class MAE(nn.Module):
 def evaluate(model: MAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss on held-out images, beside that of a guess: each patch in its own mean colour."""
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
-    patches = patchify(imgs, model.cfg.patch_size)
-    flat = 0 * patches if model.cfg.norm_pix_loss else patches.mean(-1, keepdim=True) + 0 * patches
+    target = pixel_target(imgs, model.cfg.patch_size, model.cfg.norm_pix_loss)
+    flat = target.mean(-1, keepdim=True).expand_as(target)
     loss = model.loss(model.predict(imgs, mask), imgs, mask)
     return {"loss": loss, "loss_flat": model.loss(flat, imgs, mask)}
 
@@ -158,27 +156,21 @@ def evaluate(model: MAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def reconstruct(model: MAE, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Images, which patches are hidden (B, h, w), and the prediction, as pictures.py draws them."""
-    cfg, imgs = model.cfg, model.normalize(batch["rgb"])
-    mask = make_mask(cfg, batch, None)
+    cfg, imgs, mask = model.cfg, model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
     pred = pixel_picture(model.predict(imgs, mask), imgs, cfg.patch_size, cfg.norm_pix_loss)
-    return {
-        "rgb": (batch["rgb"], mask.unflatten(1, model.encoder.grid), model.normalize.undo(pred))
-    }
+    hidden = mask.unflatten(1, model.encoder.grid)
+    return {"rgb": (batch["rgb"], hidden, model.normalize.undo(pred))}
 
 
 def load_init(model: MAE, path: str | Path) -> str:
-    """Start from a public MAE's weights, whole or the encoder alone, or from ours.
-
-    Returns: a report of what was loaded, left out and missing.
-    Errors: UserError, and nothing is loaded.
-    """
+    """Start from a public MAE's weights or ours; a report, or UserError and nothing is loaded."""
     state, report = engine.read_state(path, "--init")
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
-    decoder = ("decoder_", "mask_token")
+    decoder = ("decoder_", "mask_token")  # a file of the encoder alone is whole, too
     loaded = engine.load_weights(
-        model, state, path, may_miss=lambda k: k.startswith(decoder), may_stay=lambda k: True
+        model, state, path, lambda k: k.startswith(decoder), lambda k: not k.startswith("blocks.")
     )
     return "; ".join(filter(None, [f"init        {loaded}", report]))
 

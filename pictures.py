@@ -69,16 +69,18 @@ def columns(reconstruction: dict[str, tuple]) -> dict[str, Tensor]:
     Args:
         reconstruction: name -> (truth, hidden, prediction). Truth and prediction are images
             (B, 3, H, W) uint8 or label maps (B, H, W); hidden (B, h, w) bool, True = hidden, on any
-            grid that divides the image; None shows the prediction whole.
+            grid that divides the image; None shows the prediction whole. A prediction may be None.
     """
     found = {}
     for name, (truth, hidden, pred) in reconstruction.items():
-        truth, pred = (colorize(x) if x.ndim == 3 else x for x in (truth, pred))
+        none = pred is None
+        truth, pred = (colorize(x) if x.ndim == 3 else x for x in (truth, truth if none else pred))
         found[name] = truth
         if hidden is not None:
             scale = [n // m for n, m in zip(truth.shape[-2:], hidden.shape[-2:])]
             hidden = hidden.repeat_interleave(scale[0], 1).repeat_interleave(scale[1], 2)[:, None]
             found[f"{name}: visible"] = truth.masked_fill(hidden, 255)
             pred = pred.where(hidden, truth)
-        found[f"{name}: prediction"] = pred
+        if not none:
+            found[f"{name}: prediction"] = pred
     return found

@@ -72,6 +72,9 @@ RECIPES = {
     # 24 blocks would learn at 2e-5 of the rate, at 0.75 at 8e-4. DyViT's positions are fixed.
     "coma_dyvit": MAE | dict(train_position=False),
     "coma_dyvit 24": MAE | dict(train_position=False, layer_decay=0.75),
+    "mae": MAE,
+    "mae 24": MAE_LARGE,
+    "mae 32": MAE_LARGE | dict(drop_path=0.3),  # its ViT-H's
     "vit": MAE,
     "vit 24": MAE_LARGE,
     "vit 32": MAE_LARGE | dict(drop_path=0.3),  # its ViT-H's

@@ -32,13 +32,15 @@ from torch import Tensor, nn
 
 import cfmae
 import coma_dyvit
+import mae
 import mcmae
 import semanticmim
 from common import IMAGENET_MEAN, IMAGENET_STD, init_weights, resize_position
-from downstream import public
+from downstream import convmae, public
 from engine import UserError
 
-METHODS = {"cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae, "coma_dyvit": coma_dyvit}
+METHODS = {"mae": mae, "cfmae": cfmae, "semanticmim": semanticmim, "mcmae": mcmae}
+METHODS["coma_dyvit"] = coma_dyvit
 FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes
 
 
@@ -59,7 +61,7 @@ def describe(
         mean, std: three numbers each, of pixels in [0, 1]; None: what the source tells.
         changes: fields of the config to override, e.g. granularities="R" (CFMAE without the map
             embeddings, which images alone would not train), num_heads (of --init, where the file
-            does not tell), backbone="vit" (of coma_dyvit's presets).
+            does not tell).
     Returns: {"method": a key of METHODS, "vit" or "beit", "config": {...}, ...}: see above.
     Errors: UserError.
     """
@@ -188,7 +190,8 @@ def build(
     kwargs |= {"trained_size": description.get("trained_size"), **description.get("options", {})}
     kwargs |= options
     if method in METHODS:
-        encoder = METHODS[method].make_encoder(_config(METHODS[method], config), **kwargs)
+        make = {**METHODS, "mcmae": convmae}[method].make_encoder  # with what segmentation adds
+        encoder = make(_config(METHODS[method], config), **kwargs)
     else:
         encoder = public.PublicViT(**{**config, **kwargs})
     (mcmae.init_hybrid if method == "mcmae" else init_weights)(encoder)

@@ -1,12 +1,12 @@
 """What surrounds a training loop, so that the loop itself can stand in the script.
 
-    config       arg, Config, parse                 a dataclass is the command line
-    ranks        World, command                     device, precision, agreement between ranks
-    schedule     decay_groups, layer_decay_groups   and the shape of a rate
-    checkpoint   save, read, load, load_weights     plain types, atomic, weights_only=True
-    folder       a run's folder, its frozen list of files, its first screen
-    log          Meter                              log.jsonl, a loss that is not finite
-    run          Run, Step, cosine                  the loop's surroundings
+    config, field       arg, Config, parse                 a dataclass is the command line
+    ranks               World, command                     device, precision, agreement of ranks
+    schedule            decay_groups, layer_decay_groups   and the shape of a rate
+    checkpoint, reader  save, load, load_weights, read     plain types, atomic, weights_only=True
+    folder              open_folder, open_data             a run's folder, its frozen list of files
+    log                 Meter                              log.jsonl, a loss that is not finite
+    run, step, validate Run, Step, cosine                  the loop's surroundings
 
 Arrows go one way: scripts -> engine -> data.
 """
@@ -18,34 +18,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from data import UserError
-from engine.checkpoint import (
-    FORMAT,
-    load,
-    load_config,
-    load_encoder,
-    load_optimizer,
-    load_weights,
-    save,
-    warn_of_space,
-    writing,
-)
+from engine.checkpoint import FORMAT, load, load_config, load_encoder, load_optimizer, load_weights
+from engine.checkpoint import save, warn_of_space, writing
 from engine.config import Parser, parse
 from engine.field import arg, divides, flag, nearest, require
 from engine.folder import open_folder, refuse_changes
-from engine.legacy import (
-    Config,
-    World,
-    learning_rate,
-    main,
-    open_data,
-    parameter_groups,
-    raise_error,
-    ramp,
-    split_batch,
-    to_device,
-    train,
-    workers,
-)
+from engine.legacy import Config, World, learning_rate, main, open_data, parameter_groups
+from engine.legacy import raise_error, ramp, split_batch, to_device, train, workers
 from engine.log import Meter
 from engine.ranks import command, has_bf16, keep_freed_memory
 from engine.reader import read, read_state, unwrap

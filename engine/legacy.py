@@ -75,7 +75,8 @@ def open_data(cfg, world, out, split):
 
 class LegacyRun(Run):
     def __init__(self, method, cfg, **options):
-        super().__init__(method, cfg, wrap=cfg.wrap, **options)
+        iterations = getattr(cfg, "iterations", None)
+        super().__init__(method, cfg, iterations, wrap=cfg.wrap, **options)
         self.total = cfg.total_steps(self.per_epoch)
         self.sampler.stop_step = self.stop = min(cfg.steps or self.total, self.total)
 

@@ -55,7 +55,8 @@ def picture(run: object, preview: Callable) -> None:
     caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} val"
     with checkpoint.writing(path), run.autocast():
         columns = pictures.columns(preview(run.model, run.world.to_device(batch)))
-        pictures.contact_sheet(columns, path, caption)
+        side = max(192, *(x.shape[-2] for x in columns.values()))
+        pictures.contact_sheet(columns, path, caption, side)
     run.say(f"preview     {path}")
 
 

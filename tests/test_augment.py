@@ -10,7 +10,6 @@ from test_classify import naive_mix, parse
 from tiny_run import short_epochs
 
 import data
-import engine
 from downstream import augment
 
 
@@ -58,7 +57,7 @@ def test_soft_targets__sum_to_one():
 def test_augmented__depends_on_the_sample_alone():
     cfg = parse("--method", "cfmae", "--encoder", "tiny", "--reprob", 0.5)
     with short_epochs():
-        plain = engine.data.open_dataset("shapes", "train", 64, 8, ("rgb",), (0.1, 1), True, 0)
+        plain = data.open_dataset("shapes", "train", 64, 8, ("rgb",), (0.1, 1), True, 0)
     dataset = cfg.wrap(plain, True)
     runs = []
     for workers in (0, 2):

@@ -36,13 +36,28 @@ def batch() -> dict[str, torch.Tensor]:
     return collate([scenes[0, i] for i in range(4)])
 
 
-def altered(patches: dict, where: torch.Tensor) -> dict:
+def enlarged(where: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A mask of patches (B, N) as one of the pixels or labels of x."""
+    side = math.isqrt(where.shape[1])
+    scale = x.shape[-1] // side
+    where = where.unflatten(1, (side, -1)).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return where[:, None] if x.ndim == 4 else where
+
+
+def altered(imgs: dict, where: torch.Tensor) -> dict:
     """Other pixels and labels at the patches of a mask (B, M, N)."""
     new = {}
-    for m, (t, x) in enumerate(patches.items()):
+    for m, (t, x) in enumerate(imgs.items()):
         noise = torch.randn_like(x) if t == "rgb" else torch.randint_like(x, 16)
-        new[t] = torch.where(where[:, m, :, None], noise, x)
+        new[t] = torch.where(enlarged(where[:, m], x), noise, x)
     return new
+
+
+def cut(imgs: dict, p: int = 8) -> dict:
+    """Patches (B, N, numbers) of images and maps."""
+    return {
+        t: common.patchify(x, p) if t == "rgb" else cfmae.patch_labels(x) for t, x in imgs.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -53,30 +68,30 @@ def test_predict__does_not_see_hidden_patches(batch, decoder, monkeypatch):
     model, encoded = build(f"--decoder {decoder}"), []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda x, ids: encoded.append(x) or decode(x, ids))
-    patches = model.patches(batch)
-    mask, _ = model.make_mask(patches, batch["seed"], HALF)
+    imgs = model.images(batch)
+    mask, _ = cfmae.make_mask(model.cfg, batch, HALF)
     V = model.cfg.num_visible
-    pred, same = model.predict(patches, mask, V), model.predict(altered(patches, mask), mask, V)
+    pred, same = model.predict(imgs, mask, V), model.predict(altered(imgs, mask), mask, V)
     assert torch.equal(encoded[0], encoded[1])
-    for t in patches:
+    for t in imgs:
         assert torch.equal(pred[t], same[t])
     for m in range(3):  # but what is visible matters, for every prediction
         visible = ~mask & (torch.arange(3) == m)[:, None]
-        other = model.predict(altered(patches, visible), mask, V)
-        assert not any(torch.allclose(pred[t], other[t]) for t in patches)
+        other = model.predict(altered(imgs, visible), mask, V)
+        assert not any(torch.allclose(pred[t], other[t]) for t in imgs)
 
 
 @pytest.mark.parametrize("source", SOLE)
 def test_predict__from_one_granularity_alone(batch, source):
     """Figs. 4, 8 to 10."""
     model = build()
-    patches, N = model.patches(batch), model.cfg.num_patches
+    imgs, N = model.images(batch), model.cfg.num_patches
     mask = (torch.arange(3) != SOLE[source])[None, :, None].expand(4, 3, N)
-    pred = model.predict(patches, mask, N)
+    pred = model.predict(imgs, mask, N)
     assert pred["rgb"].shape == (4, N, 192) and pred["instance"].shape == (4, N, 16 * 17)
     assert pred["semantic"].shape == (4, N, 16 * ShapeScenes.SEMANTIC_CLASSES)
-    same, other = (model.predict(altered(patches, w), mask, N) for w in (mask, ~mask))
-    for t in patches:
+    same, other = (model.predict(altered(imgs, w), mask, N) for w in (mask, ~mask))
+    for t in imgs:
         assert torch.equal(pred[t], same[t]) and not torch.allclose(pred[t], other[t])
 
 
@@ -105,9 +120,8 @@ def test_forward__gradients_reach_every_parameter(batch, line):
 ])  # fmt: skip
 def test_decode__a_task_depends_on_those_before_it(batch, line, chain):
     model, chain = build(line), chain.split()
-    patches = model.patches(batch)
-    mask, _ = model.make_mask(patches, batch["seed"], HALF)
-    pred = model.predict(patches, mask, model.cfg.num_visible)
+    mask, _ = cfmae.make_mask(model.cfg, batch, HALF)
+    pred = model.predict(model.images(batch), mask)
     for t in SOLE:
         before = set(chain[: chain.index(t) + 1]) if chain else {t}
         for s in SOLE:
@@ -177,13 +191,14 @@ def test_encoder__rgb_alone_is_the_plain_vit(batch):
 @pytest.mark.parametrize("norm", ["--norm-pix-loss", "--no-norm-pix-loss"])
 def test_loss__equals_naive_loop(batch, norm):
     model = build(f"--lambda-s 2 --lambda-i 3 --lambda-r 5 {norm}")
-    patches, mask = model.patches(batch), torch.rand(4, 3, 64) < 0.8
+    patches, mask = cut(model.images(batch)), torch.rand(4, 3, 64) < 0.8
     patches["instance"][0], patches["semantic"][1] = 255, 255  # nothing to predict ...
     mask[2, 1], mask[3, 0] = False, False  # ... nor where all is visible
     patches["semantic"][2, ::3, 5:9] = 255
     shapes = {t: model.decoder_pred[t].out_features for t in SOLE}
     pred = {t: torch.randn(4, 64, shapes[t]) for t in SOLE}
-    total, logs = model.loss(pred, patches, mask)
+    imgs = {t: common.unpatchify(patches[t], 4, (8, 8))[:, 0] for t in ("instance", "semantic")}
+    total, logs = model.loss(pred, model.images(batch) | imgs, mask)
     means = dict.fromkeys(SOLE, 0.0)
     for t, m in SOLE.items():
         for b in range(4):
@@ -238,7 +253,7 @@ def test_training__tiny_preset_learns():
     cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 2)
     torch.manual_seed(0)
     model, losses = cfmae.CFMAE(cfg), []
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95))
     for step in range(45):
         batch = collate([scenes[0, 32 * step + i] for i in range(32)])
         loss, logs = model(batch, torch.tensor(step / 45))

@@ -22,8 +22,19 @@ def config(*argv: str) -> cfmae.Config:
     return engine.parse(cfmae.Config, cfmae.PRESETS, "", ["--data", "shapes", *argv])
 
 
-def masks(cfg, seed, progress, instance, semantic):
-    return cfmae.progressive_mask(cfg, seed, torch.tensor(progress), instance, semantic)[0]
+def label_map(region: torch.Tensor) -> torch.Tensor:
+    """A map (B, 4h, 4w) uint8 whose patches have the labels (B, h*w)."""
+    rows = region.unflatten(1, (math.isqrt(region.shape[1]), -1)).byte()
+    return rows.repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+
+def masks_and_logs(cfg, seed, progress, instance, semantic):
+    batch = {"seed": seed, "instance": label_map(instance), "semantic": label_map(semantic)}
+    return cfmae.make_mask(cfg, batch, torch.tensor(progress))
+
+
+def masks(*args):
+    return masks_and_logs(*args)[0]
 
 
 # ------------------------------------------------------------------------------------ whole masks
@@ -32,7 +43,7 @@ def masks(cfg, seed, progress, instance, semantic):
 @pytest.mark.parametrize("mix", ["score", "sample"])
 @pytest.mark.parametrize("masking", ["SG-IG-RD", "IG-SG-RD", "RD-IG-SG", "RD", "IG", "SG"])
 @pytest.mark.parametrize("model, ratio", [("base", "0.8333"), ("tiny", "0.667")])
-def test_progressive_mask__equals_naive_loop(model, ratio, masking, mix):
+def test_make_mask__equals_naive_loop(model, ratio, masking, mix):
     cfg = config("--model", model, "--mask-ratio", ratio, "--masking", masking, "--mix", mix)
     N, M, B = cfg.num_patches, 3, 12
     instance, semantic = scenes(B, int(N**0.5))
@@ -45,7 +56,7 @@ def test_progressive_mask__equals_naive_loop(model, ratio, masking, mix):
     noise = uniform(seed, M * N, MASK).view(B, M, N).tolist()
     chosen, mixing = uniform(seed, 17, INSTANCES).tolist(), uniform(seed, 1, MIX).tolist()
     for progress in PROGRESS:
-        mask, logs = cfmae.progressive_mask(cfg, seed, torch.tensor(progress), instance, semantic)
+        mask, logs = masks_and_logs(cfg, seed, progress, instance, semantic)
         assert mask.dtype == torch.bool and ((~mask).sum((1, 2)) == cfg.num_visible).all()
         whole = 0
         for b in range(B):
@@ -59,7 +70,7 @@ def test_progressive_mask__equals_naive_loop(model, ratio, masking, mix):
             assert logs["objects_hidden_whole"].item() == pytest.approx(whole / (B * M))
 
 
-def test_progressive_mask__depends_on_its_sample_alone():
+def test_make_mask__depends_on_its_sample_alone():
     cfg = config("--mix", "sample")
     instance, semantic = scenes(8, 14)
     whole = masks(cfg, SEEDS[:8], 0.3, instance, semantic)
@@ -107,9 +118,9 @@ def test_objects_hidden_whole__always_in_shape_scenes():
     """5/6 hidden and alpha = 0.75 leave nothing of small objects."""
     cfg, dataset = config("--model", "tiny", "--masking", "IG"), ShapeScenes("train", 64, 2)
     batch = collate([dataset[0, i] for i in range(100)])
-    maps = [cfmae.patch_region(cfmae.patch_labels(batch[m])) for m in ("instance", "semantic")]
-    mask, logs = cfmae.progressive_mask(cfg, batch["seed"], torch.tensor(0.5), *maps)
-    objects = cfmae.choose_objects(batch["seed"], maps[0])
+    mask, logs = cfmae.make_mask(cfg, batch, torch.tensor(0.5))
+    region = cfmae.patch_region(cfmae.patch_labels(batch["instance"]))
+    objects = cfmae.choose_objects(batch["seed"], region)
     assert logs["objects_hidden_whole"] == 1 and (mask | ~objects[:, None]).all()
 
 
@@ -127,7 +138,7 @@ def test_semantic_mask__is_uniform_within_a_region(sizes):
     B, n = 20000, 53
     region = torch.tensor([c for c, k in enumerate(sizes) for _ in range(k)]).expand(B, -1)
     order = uniform(torch.arange(B), 64, MASK).argsort(1).argsort(1)[:, None]
-    hidden = cfmae.semantic_mask(torch.full((B, 1, 1), n), region, order)[:, 0].double()
+    hidden = cfmae.semantic_mask(None, None, region, torch.full((B, 1, 1), n), order)[:, 0].double()
     assert (hidden.sum(1) == n).all()
     for c, k in enumerate(sizes):
         inside = hidden[:, region[0] == c]
@@ -146,13 +157,13 @@ def test_schedule__corners_of_figure_5(masking):
     corners = {0: (1, 0, 0), 0.2: (1, 0, 0), 0.25: (0.75, 0.25, 0), 0.4: (0, 1, 0),
                0.6: (0, 1, 0), 0.7: (0, 0.5, 0.5), 0.8: (0, 0, 1), 1: (0, 0, 1)}  # fmt: skip
     for progress, expected in corners.items():
-        got = cfmae.schedule(torch.tensor(float(progress)), cfg)
+        got = cfmae.schedule(cfg, torch.tensor(float(progress)))
         assert [got[k].item() for k in (first, second, third)] == pytest.approx(expected, abs=1e-6)
     for progress in torch.linspace(0, 1, 501):
-        got = cfmae.schedule(progress, cfg)
+        got = cfmae.schedule(cfg, progress)
         assert min(got.values()) >= 0 and got["IG"] + got["SG"] <= 1 + 1e-6  # Eq. 4's condition
     step = config("--masking", masking, "--e1", "0.5", "--e2", "0.5")  # no ramp at all
-    assert cfmae.schedule(torch.tensor(0.5001), step)[second] == 1
+    assert cfmae.schedule(step, torch.tensor(0.5001))[second] == 1
 
 
 def test_mix_score__is_a_switch_where_coefficients_cross():
@@ -162,7 +173,9 @@ def test_mix_score__is_a_switch_where_coefficients_cross():
         assert torch.equal(masks(config(), SEEDS, progress, instance, semantic), pure[kind])
 
 
-def test_mix_sample__frequencies_are_the_coefficients():
+def test_mix_sample__frequencies_are_the_coefficients(monkeypatch):
+    # a patch of these maps has one label: faster
+    monkeypatch.setattr(cfmae, "patch_region", lambda labels: labels[..., 0])
     B, cfg = 4000, config("--mix", "sample", "--model", "tiny")
     seed = torch.arange(B)
     instance, semantic = (x[5:6].expand(B, -1) for x in scenes(6, 8))
@@ -231,10 +244,10 @@ def test_choose_objects__draws_large_ones_more_often():
 def test_instance_mask__equals_naive_count_for_every_size(alpha):
     N = 25
     order = uniform(torch.arange(N + 1), N, MASK).argsort(1).argsort(1)[None].expand(1, -1, -1)
+    cfg, n = config("--alpha", str(alpha)), torch.arange(N + 1)[None, :, None]
     for area in range(N + 1):
-        objects = torch.arange(N)[None] < area
-        n = torch.arange(N + 1)[None, :, None]
-        hidden = cfmae.instance_mask(n, objects, order, alpha)[0]
+        region = (torch.arange(N)[None] < area).long()  # one instance, which is then the chosen one
+        hidden = cfmae.instance_mask(cfg, torch.zeros(1, dtype=torch.long), region, n, order)[0]
         on = [naive_on_objects(k, area, N, alpha) for k in range(N + 1)]
         assert hidden[:, :area].sum(1).tolist() == on
         assert hidden.sum(1).tolist() == list(range(N + 1))

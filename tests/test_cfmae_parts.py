@@ -1,5 +1,7 @@
 """CFMAE's smaller parts: which map and moment a mask has, tokens, first weights, evaluation."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,10 @@ from torch.testing import assert_close
 
 import cfmae
 import common
-from data import collate
+import data
+from data import UserError, collate
 from shapes import ShapeScenes
-from test_cfmae import SOLE, build, parse
+from test_cfmae import SOLE, build, cut, parse
 
 MAPS = ("instance", "semantic")
 
@@ -23,7 +26,7 @@ def batch() -> dict[str, torch.Tensor]:
 def masks_of(model, batch, progress, monkeypatch):
     """The mask that `forward` gives to `predict`, and the logs."""
     seen, predict = [], model.predict
-    monkeypatch.setattr(model, "predict", lambda p, m, v: seen.append(m) or predict(p, m, v))
+    monkeypatch.setattr(model, "predict", lambda x, m: seen.append(m) or predict(x, m))
     logs = model(batch, torch.tensor(progress))[1]
     return seen[-1], logs
 
@@ -38,13 +41,11 @@ def masks_of(model, batch, progress, monkeypatch):
     ("--masking RD", None),
 ])  # fmt: skip
 def test_make_mask__follows_one_map(batch, line, read):
-    model, progress = build(line), torch.tensor(0.5)
-    patches = model.patches(batch)
-    mask, logs = model.make_mask(patches, batch["seed"], progress)
-    for t in patches:
-        other = patches | {t: patches[t].flip(1)}
-        same = torch.equal(model.make_mask(other, batch["seed"], progress)[0], mask)
-        assert same == (t != read), t
+    cfg, progress = parse(f"--model tiny {line}"), torch.tensor(0.5)
+    mask, logs = cfmae.make_mask(cfg, batch, progress)
+    for t in SOLE:
+        other = batch | {t: batch[t].flip(-1)}
+        assert torch.equal(cfmae.make_mask(cfg, other, progress)[0], mask) == (t != read), t
     if read:  # hidden as the paper says, by that map
         region = cfmae.patch_region(cfmae.patch_labels(batch[read]))
         hidden = mask.sum(-1)
@@ -58,7 +59,10 @@ def test_make_mask__follows_one_map(batch, line, read):
                 objects = cfmae.choose_objects(batch["seed"], region)[b]
                 on = int((mask[b, m] & objects).sum())
                 assert on >= min(int(0.75 * hidden[b, m]), int(objects.sum())) > 0
-        assert 0 <= logs["objects_hidden_whole"] <= 1
+        if "instance" in cfg.names:
+            assert 0 <= logs["objects_hidden_whole"] <= 1
+        else:  # nothing to say about objects
+            assert "objects_hidden_whole" not in logs
 
 
 def test_forward__masks_follow_progress(batch, monkeypatch):
@@ -78,21 +82,21 @@ def test_forward__masks_follow_progress(batch, monkeypatch):
 # ---------------------------------------------------------------------------------- model, weights
 
 
-def test_patches__are_normalised_pixels(batch):
-    rgb = build().patches(batch)["rgb"]  # (4, 64, 8 * 8 * 3)
+def test_images__are_normalised_pixels_and_maps_as_they_are(batch):
+    imgs = build().images(batch)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     for i, y, x, c in ((0, 0, 0, 0), (1, 9, 30, 1), (2, 63, 63, 2), (3, 40, 7, 2)):
         value = (batch["rgb"][i, c, y, x].item() / 255 - mean[c]) / std[c]
-        got = rgb[i, y // 8 * 8 + x // 8, (y % 8 * 8 + x % 8) * 3 + c].item()
-        assert got == pytest.approx(value, rel=1e-4, abs=1e-5)
+        assert imgs["rgb"][i, c, y, x].item() == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert all(imgs[t] is batch[t] for t in MAPS) and list(imgs) == list(SOLE)
 
 
 def test_embed__every_granularity_has_positions(batch):
     """Equal patches give tokens that differ by the position embedding, and by nothing else."""
     encoder = build().encoder
-    patches = {"rgb": torch.randn(1, 1, 192).expand(1, 64, -1)}
-    patches |= {m: torch.randint(0, 16, (1, 1, 16)).expand(1, 64, -1) for m in MAPS}
-    tokens = encoder.embed_patches(patches, 8, 8).view(3, 64, 32)
+    imgs = {"rgb": torch.randn(1, 3, 8, 8).repeat(1, 1, 8, 8)}
+    imgs |= {m: torch.randint(0, 16, (1, 4, 4)).repeat(1, 8, 8) for m in MAPS}
+    tokens = encoder.embed(imgs).view(3, 64, 32)
     position = common.sincos_2d(32, 8, 8)
     for x in tokens:
         assert_close(x - x[:1], position - position[:1], rtol=1e-4, atol=1e-5)
@@ -150,9 +154,9 @@ def test_predict__equals_encoder_a_sample_at_a_time(batch, monkeypatch):
     nn.init.normal_(e.norm.weight), nn.init.normal_(e.norm.bias), nn.init.normal_(e.cls_token)
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda x, ids: encoded.append(x) or decode(x, ids))
-    patches, V = model.patches(batch), model.cfg.num_visible
-    mask, _ = model.make_mask(patches, batch["seed"], torch.tensor(0.5))
-    model.predict(patches, mask, V)
+    mask, _ = cfmae.make_mask(model.cfg, batch, torch.tensor(0.5))
+    model.predict(model.images(batch), mask)
+    patches, V = cut(model.images(batch)), model.cfg.num_visible
     embeds = {"rgb": e.patch_embed, "instance": e.instance_embed, "semantic": e.semantic_embed}
     for b in range(4):
         tokens = [e.cls_token[0, 0]]
@@ -178,16 +182,18 @@ def test_evaluate__equals_naive_loop(batch, monkeypatch):
     batch["instance"][0, :8] = 255
     predict = model.predict
 
-    def spy(patches, mask, num_visible):
-        seen.append((patches, mask, predict(patches, mask, num_visible)))
+    def spy(imgs, mask):
+        seen.append((imgs, mask, predict(imgs, mask)))
         return seen[-1][-1]
 
     monkeypatch.setattr(model, "predict", spy)
     terms = cfmae.evaluate(model, batch)
-    (patches, mask, pred), = seen  # fmt: skip
+    (imgs, mask, pred), = seen  # fmt: skip
     assert torch.equal(mask.sum(-1), 64 - cfmae.visible_counts(batch["seed"], 32, 3))
-    total, losses = model.loss(pred, patches, mask)
-    assert_close(terms["loss"], total) and all(terms[k] == v for k, v in losses.items())
+    total, losses = model.loss(pred, imgs, mask)
+    patches = cut(imgs)
+    assert_close(terms["loss"], total)
+    assert all(terms[k] == v for k, v in losses.items())
     for t in MAPS:
         labels, hidden = patches[t].tolist(), mask[:, SOLE[t]].tolist()
         places = [[(i, p) for i in range(64) for p in range(16)
@@ -203,6 +209,7 @@ def test_evaluate__equals_naive_loop(batch, monkeypatch):
             visible = [j for j in range(64) if not hidden[b][j]]
             guess = pred[t][b].view(64, 16, -1).argmax(-1).tolist()
             for i, p in places[b]:
+
                 def far(j, i=i):
                     return (j // side - i // side) ** 2 + (j % side - i % side) ** 2, j
 
@@ -213,3 +220,73 @@ def test_evaluate__equals_naive_loop(batch, monkeypatch):
         for k, mean in means.items():
             assert terms[f"accuracy_{t}{k}"].item() == pytest.approx(mean, rel=1e-5), (t, k)
         assert terms[f"accuracy_{t}_nearest"] < 1  # it does not read what is hidden
+
+
+# ------------------------------------------------------------------------------------ reconstruct
+
+
+@pytest.mark.parametrize("norm", ["--norm-pix-loss", "--no-norm-pix-loss"])
+def test_reconstruct__draws_a_perfect_prediction_as_the_truth(batch, norm, monkeypatch):
+    model, side = build(f"{norm} --masking SG"), 8
+    batch = {k: v[:2] for k, v in batch.items()}
+
+    def perfect(imgs, mask):
+        patches = cut(imgs)
+        mean, std = common.patch_statistics(patches["rgb"])
+        pred = {"rgb": (patches["rgb"] - mean) / std if "no-" not in norm else patches["rgb"]}
+        for t, n in ((t, model.encoder.sizes[t]) for t in MAPS):
+            pred[t] = nn.functional.one_hot(patches[t].clamp(max=n - 1), n).flatten(2).float()
+        return pred
+
+    monkeypatch.setattr(model, "predict", perfect)
+    found = cfmae.reconstruct(model, batch)
+    mask, _ = cfmae.make_mask(model.cfg, batch, torch.tensor(1.0))
+    assert list(found) == list(SOLE)
+    for t, (truth, hidden, pred) in found.items():
+        assert torch.equal(hidden, mask[:, SOLE[t]].view(2, side, side))
+        assert truth is batch[t] and pred.shape == truth.shape
+        same = pred == truth.clamp(max=model.encoder.sizes[t] - 1) if t in MAPS else pred == truth
+        assert same.all() if t in MAPS else same.float().mean() > 0.999
+
+
+# ------------------------------------------------------------------------------------- how to add
+
+
+def test_masks__a_new_kind_is_a_function_and_an_entry(batch, monkeypatch):
+    def first(cfg, seed, region, n, order):  # the first n patches of those with the lowest label
+        return (region * 64 + torch.arange(64)).argsort(-1).argsort(-1)[:, None] < n
+
+    with pytest.raises(UserError, match="--masking FI"):
+        parse("--model tiny --masking FI")
+    monkeypatch.setitem(cfmae.MASKS, "FI", (first, "semantic"))
+    with pytest.raises(UserError, match="FI with semantic maps"):
+        parse("--model tiny --granularities R+I --masking FI")
+    cfg = parse("--model tiny --masking SG-FI-RD")
+    mask, logs = cfmae.make_mask(cfg, batch, torch.tensor(0.5))
+    region = cfmae.patch_region(cfmae.patch_labels(batch["semantic"]))
+    n = 64 - cfmae.visible_counts(batch["seed"], 32, 3)[..., None]
+    assert logs["a_FI"] == 1 and torch.equal(mask, first(cfg, None, region, n, None))
+
+
+def test_granularities__a_new_one_is_a_row_and_a_weight(batch, monkeypatch):
+    @dataclasses.dataclass
+    class Config(cfmae.Config):
+        lambda_d: float = 2.0
+
+    row = data.Granularity("pixels", lambda pixels: pixels)
+    monkeypatch.setitem(data.GRANULARITIES, "depth", row)
+    monkeypatch.setitem(cfmae.NAMES, "D", "depth")  # made of that table
+    monkeypatch.setitem(cfmae.SIZES, "depth", 1)
+    values = dataclasses.asdict(parse("--model tiny --image-size 64 --embed-dim 32 --depth 1"))
+    values |= {"granularities": "R+I+S+D", "order": "S-I-D-R"}
+    torch.manual_seed(0)
+    model = cfmae.CFMAE(Config(**values))
+    batch = batch | {"depth": torch.randn(4, 1, 64, 64)}
+    loss, logs = model(batch, torch.tensor(0.5))
+    loss.backward()
+    expected = sum(logs[f"loss_{t}"] for t in SOLE) + 2 * logs["loss_depth"]
+    assert_close(loss.detach(), expected)
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    assert model.encoder.depth_embed.proj.weight.shape == (32, 1, 8, 8)
+    assert model.decoder_pred["depth"].out_features == 64
+    assert list(model.decoder_blocks) == ["semantic", "instance", "depth", "rgb"]

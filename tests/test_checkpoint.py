@@ -14,6 +14,8 @@ import pytest
 import tiny_run
 import torch
 from engine import UserError
+from engine.folder import open_data
+from engine.ranks import World
 from torch import nn
 
 WHOLE = {"format": engine.FORMAT, "method": "cfmae", "step": 3, "config": {}, "model": {},
@@ -156,7 +158,7 @@ def test_train__a_full_disk_is_one_line_for_every_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write .*config.json: No space left"):
         tiny_run.train(tmp_path / "log", "--steps", 1, "--resume")
     meter = object.__new__(engine.Meter)
-    meter.world, meter.out = engine.World(tiny_run.config(tmp_path)), tmp_path / "bad"
+    meter.world, meter.out = World("cpu", "fp32"), tmp_path / "bad"
     (tmp_path / "bad" / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*log.jsonl: No space left"):
         meter.write({"step": 1})
@@ -167,7 +169,7 @@ def test_train__a_full_disk_is_one_line_for_every_file(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir(), (tmp_path / "out" / "files-train").mkdir()
     (tmp_path / "out" / "files-train" / "files.json.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="cannot write .*files-train: No space left"):
-        engine.open_data(cfg, meter.world, tmp_path / "out", "train")
+        open_data(cfg, meter.world, tmp_path / "out", "train")
 
 
 def test_warn_of_space__where_a_checkpoint_does_not_fit(tmp_path, monkeypatch, capsys):

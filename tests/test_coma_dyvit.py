@@ -1,18 +1,21 @@
 """CoMA: masks, branches, the evaluation model, bad input."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 import coma_dyvit as cd
+import common
 import data
 import shapes
 import engine
+import pictures
 from data import UserError
 
-SMALL = """--model tiny --dims 8-16-32-64 --heads 1-1-2-4 --blocks 1-1-1-1 --embed-dim 32
-    --depth 2 --decoder-embed-dim 32 --decoder-depth 1""".split()
+SMALL = """--model tiny --dims 8-16-32-64 --heads 1-1-2-4 --blocks 1-1-1-1
+    --decoder-embed-dim 32 --decoder-depth 1""".split()
 
 
 def config(*flags):
@@ -31,15 +34,15 @@ def make_batch(B=4, first=0):
 
 
 def train(model, steps, accum=1, seen=None):
-    """The loop's order of calls: forward and backward a micro-batch, before_step, optimizer."""
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=1e-3)
+    """The loop's order of calls: forward and backward a micro-batch, follow, optimizer."""
+    optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=1e-3)
     for step, a in itertools.product(range(steps), range(accum)):
         if seen is not None:
-            seen.append((step, snapshot(model), snapshot(getattr(model, "evaluation", model))))
+            seen.append((step, snapshot(model), snapshot(model.evaluation or model)))
         loss, _ = model(make_batch(first=100 * step + a), torch.tensor(0.0))
         (loss / accum).backward()
         if a == accum - 1:
-            model.before_step()
+            model.follow()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return snapshot(model)
@@ -56,59 +59,56 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------ CoMA
 
 
-@pytest.mark.parametrize("flags, visible, hidden", [
-    ((), 6, 10), (("--backbone", "vit", "--patch-size", "8"), 25, 39),
-    (("--method", "mae", "--backbone", "vit", "--patch-size", "8"), 16, 48),
-])  # fmt: skip
-def test_masks__complements_partition_the_patches(flags, visible, hidden):
-    model = make(*flags)
-    seen = []
-    encode = cd.Autoencoder.encode
-    for net in (model, getattr(model, "evaluation", model)):
-        net.encode = lambda *a, net=net: (seen.append(a[1:]), encode(net, *a))[1]
+def make_mask(model, seed):
+    return cd.make_mask(model.cfg, {"seed": seed}, None)
+
+
+def test_masks__complements_partition_the_patches():
+    model, seen = make(), []
+    for net in (model, model.evaluation):
+        embed = net.encoder.embed
+        net.encoder.embed = lambda *a, embed=embed: (seen.append(a[1:]), embed(*a))[1]
     model(make_batch(), torch.tensor(0.0))
-    model.complement(model.normalize(make_batch()["rgb"]), seen[0][0])
-    (mask, first), (complement, second) = seen[0], seen[-1]
-    assert ((~mask).sum(1) == visible).all() and ((~complement).sum(1) == hidden).all()
+    (mask, first), (complement, second) = seen
+    assert ((~mask).sum(1) == 6).all() and ((~complement).sum(1) == 10).all()
     both = torch.cat([first, second], dim=1).sort(1).values  # what the branches see, Eq. (1)
-    assert torch.equal(both, torch.arange(visible + hidden).expand(4, -1))
+    assert torch.equal(both, torch.arange(16).expand(4, -1))
 
 
 def test_make_mask__is_drawn_from_the_sample_seed_alone():
     model = make()
     seed = torch.tensor([3, 9, 2**40 + 3, 3])
-    masks = model.make_mask(seed)
-    alone = torch.cat([model.make_mask(s[None]) for s in seed])
+    masks = make_mask(model, seed)
+    alone = torch.cat([make_mask(model, s[None]) for s in seed])
     assert torch.equal(masks, alone) and torch.equal(masks[0], masks[3])
     assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    steps = model.make_mask(torch.tensor([data.sample_seed(0, step, 5) for step in range(20)]))
+    steps = make_mask(model, torch.tensor([data.sample_seed(0, step, 5) for step in range(20)]))
     assert len(steps.unique(dim=0)) > 15
 
 
 def test_loss__takes_each_patch_from_the_branch_that_did_not_see_it():
     model = make()
-    mask = model.make_mask(torch.arange(4))
-    target, other = torch.zeros(4, 16, 768), torch.ones(4, 16, 768)
+    mask = make_mask(model, torch.arange(4))
+    imgs, other = torch.zeros(4, 3, 64, 64), torch.ones(4, 16, 768)
     pred = 2 * other
     image = cd.assemble(pred, other, mask)
     for b, n in itertools.product(range(4), range(16)):
         assert (image[b, n] == (2.0 if mask[b, n] else 1.0)).all()
-    total, logs = model.loss(pred, other, target, mask)
+    total, logs = model.loss(pred, other, imgs, mask)
     assert float(total) == pytest.approx((10 * 4 + 6 * 1) / 16)
     assert (float(logs["loss_adaptive"]), float(logs["loss_evaluation"])) == (4.0, 1.0)
-    total, _ = make("--method", "mae").loss(pred, other, target, mask)
-    assert float(total) == pytest.approx(4.0)  # over hidden patches alone
+    total, logs = model.loss(pred, None, imgs, mask)
+    assert float(total) == pytest.approx(10 * 4 / 16) and [*logs] == ["loss_adaptive"]
 
 
-@pytest.mark.parametrize("backbone", ["dyvit", "vit"])
-def test_evaluation__frozen_trains_the_weights_of_none_and_shared_does_not(backbone):
+def test_evaluation__frozen_trains_the_weights_of_none_and_shared_does_not():
     ends = {}
     for evaluation in ("frozen", "none", "common", "shared"):
-        ends[evaluation] = train(make("--backbone", backbone, "--evaluation", evaluation), 20)
+        ends[evaluation] = train(make("--evaluation", evaluation), 20)
     assert same(ends["frozen"], ends["none"])
     assert not same(ends["frozen"], ends["shared"])
     assert not same(ends["frozen"], ends["common"]) and not same(ends["common"], ends["shared"])
-    assert not same(ends["none"], snapshot(make("--backbone", backbone)))
+    assert not same(ends["none"], snapshot(make()))
 
 
 def gradients(*flags):
@@ -117,38 +117,58 @@ def gradients(*flags):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("backbone", ["dyvit", "vit"])
-def test_evaluation__none_and_frozen_have_the_gradient_of_mae_at_the_same_ratio(backbone):
+def test_evaluation__none_and_frozen_have_the_gradient_of_mae_at_the_same_ratio():
     """As printed, CoMA is MAE at 60 % with plain pixels: 10 of 16 patches are hidden here."""
-    size = ("--backbone", backbone, "--mask-ratio", "0.6", "--patch-size", "16")
-    none = gradients("--evaluation", "none", *size)
-    assert same(none, gradients("--evaluation", "frozen", *size))
-    mae = gradients("--method", "mae", "--no-norm-pix-loss", *size)
-    for name, grad in none.items():
-        torch.testing.assert_close(grad, mae[name] * 10 / 16, atol=1e-8, rtol=1e-4)
+    none = gradients("--evaluation", "none")
+    assert same(none, gradients("--evaluation", "frozen"))
+    model, batch = make("--evaluation", "none"), make_batch()
+    imgs, mask = model.normalize(batch["rgb"]), make_mask(model, batch["seed"])
+    hidden = (model.predict(imgs, mask, 6) - common.patchify(imgs, 16))[mask]
+    hidden.square().mean().backward()  # MAE's: over hidden patches alone
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(none[name], p.grad * 10 / 16, atol=1e-8, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["dyvit", "vit"])
-def test_evaluation__common_teaches_the_encoder_in_one_branch_and_the_decoder_in_both(backbone):
-    none, common, shared = (
-        gradients("--backbone", backbone, "--evaluation", e) for e in ("none", "common", "shared")
-    )
+@pytest.mark.parametrize("logging, terms", [
+    (False, ["loss_adaptive"]),
+    (True, ["loss_adaptive", "loss_evaluation", "loss_assembled"])])  # fmt: skip
+def test_frozen__second_branch_runs_in_logged_steps_alone(logging, terms):
+    model, batch = make(), make_batch()
+    calls = []
+    model.evaluation.encoder.norm.register_forward_hook(lambda *a: calls.append(1))
+    loss, logs = model(batch, torch.tensor(0.0), logging)
+    assert [*logs] == terms and len(calls) == logging
+    loss.backward()
+    none = make("--evaluation", "none")
+    expected, _ = none(batch, torch.tensor(0.0), logging)
+    expected.backward()
+    assert torch.equal(loss, expected)  # what is minimised does not jump where a line is logged
+    for p, q in zip(model.parameters(), none.parameters()):
+        assert torch.equal(p.grad, q.grad)
+    if logging:  # Eq. 3: patches that either branch predicted
+        both = (10 * logs["loss_adaptive"] + 6 * logs["loss_evaluation"]) / 16
+        torch.testing.assert_close(logs["loss_assembled"], both)
+        torch.testing.assert_close(loss, 10 / 16 * logs["loss_adaptive"])
+
+
+def test_evaluation__common_teaches_the_encoder_in_one_branch_and_the_decoder_in_both():
+    none, common, shared = (gradients("--evaluation", e) for e in ("none", "common", "shared"))
     after = ("decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred")
     for name, grad in common.items():
         # at the start the frozen encoder is ours, so the decoder's gradient is that of `shared`
         torch.testing.assert_close(grad, (shared if name.startswith(after) else none)[name])
         assert not torch.allclose(shared[name], none[name], rtol=1e-3), name
-    model = make("--backbone", backbone, "--evaluation", "common")
-    args = torch.ones(1, 3, 64, 64), model.make_mask(torch.ones(1).long())
+    model = make("--evaluation", "common")
+    args = torch.ones(1, 3, 64, 64), make_mask(model, torch.ones(1).long())
     before = model.complement(*args)
     with torch.no_grad():
         model.encoder.norm.weight.zero_()  # a step's change
     assert torch.equal(model.complement(*args), before)  # seen a step later
-    model.before_step()
+    model.follow()
     assert not torch.equal(model.complement(*args), before)
 
 
-def test_before_step__evaluation_holds_the_weights_of_the_forward_pass_a_step_earlier():
+def test_follow__evaluation_holds_the_weights_of_the_forward_pass_a_step_earlier():
     model, seen = make(), []
     train(model, 3, accum=2, seen=seen)
     ours = {step: weights for step, weights, _ in seen}
@@ -157,7 +177,7 @@ def test_before_step__evaluation_holds_the_weights_of_the_forward_pass_a_step_ea
     assert not same(ours[1], ours[2])
 
 
-def test_before_step__survives_a_checkpoint():
+def test_follow__survives_a_checkpoint():
     model, twin = make(), make()
     train(model, 2)
     engine.load_weights(twin, model.state_dict(), "here")
@@ -169,17 +189,16 @@ def test_before_step__survives_a_checkpoint():
 def test_frozen__evaluation_model_has_no_gradient_and_no_optimizer_state():
     model = make()
     model(make_batch(), torch.tensor(0.0))[0].backward()
-    trained = {id(p) for group in engine.parameter_groups(model, 0.05) for p in group["params"]}
+    trained = {id(p) for group in engine.decay_groups(model, 0.05) for p in group["params"]}
     for p in model.evaluation.parameters():
         assert p.grad is None and not p.requires_grad and id(p) not in trained
-    mask = model.make_mask(torch.zeros(1).long())
+    mask = make_mask(model, torch.zeros(1).long())
     assert not model.complement(torch.zeros(1, 3, 64, 64), mask).requires_grad
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--fusion", "sequential", "--decoder", "convnext"), ("--windows", "4,1"),
-    ("--backbone", "vit", "--decoder", "convnext"), ("--method", "mae"), ("--evaluation", "shared"),
-    ("--evaluation", "common"),
+    (), ("--decoder", "convnext"), ("--windows", "4,1"), ("--evaluation", "none"),
+    ("--evaluation", "shared"), ("--evaluation", "common"),
     ("--norm-pix-loss", "--stem-mask", "after"),
 ])  # fmt: skip
 def test_forward__gradients_reach_every_trainable_parameter(flags):
@@ -194,7 +213,7 @@ def test_forward__gradients_reach_every_trainable_parameter(flags):
 def test_tiny__loss_falls_below_the_mean_colour():
     model = make("--evaluation", "none", "--dims", "16-32-64-128")
     scenes = shapes.ShapeScenes("train", 64, 4, ("rgb",))
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=2e-3)
+    optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3)
     first = cd.evaluate(model, data.collate([scenes[1, 10_000 + i] for i in range(64)]))["loss"]
     for step in range(100):
         batch = data.collate([scenes[0, 32 * step + i] for i in range(32)])
@@ -212,12 +231,12 @@ def test_tiny__loss_falls_below_the_mean_colour():
     (("--patch-size", "12", "--image-size", "48"), "--patch-size 12 .* 8 or 16"),
     (("--image-size", "70"), "64 or 80"), (("--mask-ratio", "1.2"), "0.0625 to 0.938"),
     (("--mask-ratio", "0.99"), "leaves 0 of 16"), (("--windows", "8"), "4 or less"),
-    (("--windows", "3,2"), "8, 4, 2, 1"), (("--windows", "a"), "positive numbers"),
+    (("--windows", "3,2"), "8, 4, 2, 1"), (("--windows", "a"), "8, 4, 2, 1"),
+    (("--blocks", "1-0-1-1"), "--blocks 1-0-1-1: want four numbers"),
     (("--dims", "8-16-32"), "four numbers"), (("--heads", "3-1-1-1"), "not divisible"),
     (("--dims", "6-16-32-64"), "divisible by 4"), (("--decoder-num-heads", "5"), "24|35"),
-    (("--method", "mae", "--evaluation", "frozen"), "no second branch"),
-    (("--decoder-depth", "0"), "above 0"), (("--backbone", "swin"), "dyvit"),
-    (("--fusion", "x"), "printed"),
+    (("--decoder-depth", "0"), "above 0"), (("--decoder", "x"), "convnext"),
+    (("--decoder-embed-dim", "6", "--decoder-num-heads", "1"), "divisible by 4"),
 ])  # fmt: skip
 def test_config__refuses_what_cannot_work(flags, words):
     with pytest.raises(UserError, match=words):
@@ -239,24 +258,49 @@ def test_load_encoder__rebuilds_what_was_saved(tmp_path):
     engine.save(tmp_path / "last.pt", checkpoint | {"method": "cfmae"})
     with pytest.raises(UserError, match="cfmae"):
         cd.load_encoder(tmp_path / "last.pt")
+    old = vars(model.cfg) | {"method": "coma", "backbone": "dyvit"}  # fields of an earlier version
+    engine.save(tmp_path / "last.pt", checkpoint | {"config": old})
+    with pytest.raises(UserError, match="fields unknown here: method, backbone"):
+        cd.load_encoder(tmp_path / "last.pt")
 
 
-def test_preview__writes_both_branches(tmp_path):
-    from PIL import Image
+def test_reconstruct__shows_what_each_branch_sees_predicts_and_both_assembled():
+    model, batch = make().eval(), make_batch(2)
+    found = cd.reconstruct(model, batch)
+    mask = make_mask(model, batch["seed"]).view(2, 4, 4)
+    (_, first, a), (_, second, b), (truth, none, whole) = found.values()
+    assert torch.equal(first, mask) and torch.equal(second, ~mask) and none is None
+    assert torch.equal(truth, batch["rgb"])
+    cells = mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
+    assert torch.equal(whole, torch.where(cells, a, b)) and not torch.equal(a, b)  # Eq. (2)
+    columns = pictures.columns(found)
+    assert len(columns) == 8 and all(x.shape == (2, 3, 64, 64) for x in columns.values())
 
-    for flags, columns in (((), 6), (("--method", "mae"), 3)):
-        cd.preview(make(*flags).eval(), make_batch(2), tmp_path / "p.png", 0)
-        assert Image.open(tmp_path / "p.png").width == columns * 196 + 4
+
+def run(out, steps, *flags):
+    words = f"--steps {steps} --batch-size 4 --val-samples 2 --workers 0 --device cpu --output"
+    cd.main([*SMALL, *words.split(), str(out), *flags])
+    return engine.load(out / "last.pt", "coma_dyvit")["model"]
 
 
-def test_engine__calls_before_step_between_backward_and_optimizer(tmp_path):
+def test_main__follows_between_backward_and_optimizer(tmp_path):
     """After three steps the evaluation model has the weights of the third forward pass."""
-    states = []
-    for steps in ("2", "3"):
-        out = tmp_path / steps
-        cfg = config("--steps", steps, "--batch-size", "4", "--val-samples", "2", "--workers", "0",
-                     "--device", "cpu", "--output", str(out))  # fmt: skip
-        assert engine.train("coma_dyvit", cfg, engine.World(cfg), cd.CoMA) == 0
-        states.append(engine.load(out / "last.pt", "coma_dyvit")["model"])
+    torch.set_num_threads(1)
+    states = [run(tmp_path / str(steps), steps) for steps in (2, 3)]
     second = {k: v for k, v in states[0].items() if not k.startswith("evaluation.")}
     assert same({k: states[1][f"evaluation.{k}"] for k in second}, second)
+    assert (tmp_path / "2" / "preview-0000002.png").exists()
+
+
+def test_main__resumes_and_logs_the_frozen_branch(tmp_path):
+    torch.set_num_threads(1)
+    flags = ("--micro-batch", "2", "--log-every", "2", "--precision", "fp32")
+    whole = run(tmp_path / "whole", 4, *flags)
+    run(tmp_path / "parts", 3, *flags)
+    assert same(whole, run(tmp_path / "parts", 4, *flags, "--resume"))
+    lines = [json.loads(x) for x in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    logged = [x for x in lines if "lr" in x]
+    assert [x["step"] for x in logged] == [2, 4]
+    for x in logged:  # of two steps; the second branch's terms are the second step's
+        assert x["loss"] == pytest.approx(10 / 16 * x["loss_adaptive"], rel=1e-5)
+        assert x["loss_assembled"] > x["loss"] and x["loss_evaluation"] > 0

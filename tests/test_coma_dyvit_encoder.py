@@ -8,13 +8,16 @@ import torch.nn.functional as F
 
 import coma_dyvit as cd
 import common
+import engine
 from common import split
 
 
 def dyvit(**kwargs):
     torch.manual_seed(0)
-    sizes = dict(image_size=(64, 64), patch_size=16, dims=(8, 16, 24, 32), depths=(1, 2, 2, 1))
-    return cd.DyViT(**{**sizes, "num_heads": (1, 2, 2, 4), **kwargs}).eval()
+    cfg = cd.Config(patch_size=16, dims="8-16-24-32", blocks="1-2-2-1", heads="1-2-2-4")
+    for name in ("patch_size", "stem_mask"):
+        setattr(cfg, name, kwargs.pop(name, getattr(cfg, name)))
+    return cd.make_encoder(cfg, **{"image_size": (64, 64), **kwargs}).eval()
 
 
 def on_map(x, side, h, w):
@@ -61,17 +64,20 @@ def test_window_attention__equals_a_loop_over_patches_windows_and_heads(side, wi
 
 
 @pytest.mark.parametrize("side, windows", [(8, (8, 4, 2)), (4, (4, 2))])
-def test_kernel__every_convolution_stays_inside_its_patch(side, windows):
+def test_window_attention__summaries_stay_inside_their_patch(side, windows, monkeypatch):
     """Summaries of a patch do not move when other patches change; and are the convolution's."""
-    attn = cd.WindowAttention(4, 1, side, windows)
+    attn, seen = cd.WindowAttention(4, 1, side, windows), []
+    monkeypatch.setattr(cd, "attend", lambda q, k, v: (seen.append((k, v)), q)[1])
     x = torch.randn(1, 3 * side**2, 4)
     other = x.clone()
     other[:, : side**2] += 1
-    a, b = (torch.einsum("npc,cpw->nwc", y.view(3, side**2, 4), attn.kernel()) for y in (x, other))
-    assert torch.equal(a[1:], b[1:]) and not torch.isclose(a[0], b[0]).any()
-    images = x.view(3, side, side, 4).permute(0, 3, 1, 2)
-    convolved = torch.cat([conv(images).flatten(2) for conv in attn.convs], dim=2)
-    torch.testing.assert_close(a, convolved.transpose(1, 2))
+    attn(x), attn(other)
+    values = attn.qkv(x)[..., 8:].view(3, side, side, 4).permute(0, 3, 1, 2)
+    for conv, (k, v), (k_other, v_other) in zip(attn.convs, seen, seen[len(windows) :]):
+        for a, b in (k, k_other), (v, v_other):
+            a, b = a.view(3, -1, 4), b.view(3, -1, 4)  # by patch
+            assert torch.equal(a[1:], b[1:]) and not torch.isclose(a[0], b[0]).all(1).any()
+        torch.testing.assert_close(v.view(3, -1, 4), conv(values).flatten(2).transpose(1, 2))
 
 
 def test_window_attention__crosses_patches():
@@ -82,26 +88,24 @@ def test_window_attention__crosses_patches():
     assert not torch.isclose(attn(x)[:, :32], attn(other)[:, :32]).all(-1).any()
 
 
-def test_max_pool__is_pooling_of_the_whole_map():
-    x = torch.randn(2, 6 * 64, 5)
-    pooled = on_map(cd.max_pool(x, 8), 4, 2, 3)
-    assert torch.equal(pooled, F.max_pool2d(on_map(x, 8, 2, 3), 2))
+def test_run__pools_as_the_whole_map():
+    encoder, pooled = dyvit(), []
+    for layer in encoder.downsample:
+        layer.register_forward_pre_hook(lambda m, args: pooled.append(args[0]))
+    stages = encoder.run(torch.randn(2, 6 * 64, 8))
+    for x, y, side in zip(stages, pooled, (8, 4, 2)):
+        assert torch.equal(on_map(y, side // 2, 2, 3), F.max_pool2d(on_map(x, side, 2, 3), 2))
 
 
-@pytest.mark.parametrize("mode", ["printed", "sequential"])
-def test_positional_downsampling__equals_strided_convolutions(mode):
-    dims, h, w = (4, 6, 8, 10), 2, 3
-    fuse = cd.PositionalDownsampling(dims, mode)
+def test_fuse__equals_strided_convolutions():
+    flags = "--dims 4-8-8-12 --blocks 1-1-1-1 --heads 1-1-1-1 --decoder-depth 1"
+    model = cd.CoMA(engine.parse(cd.Config, cd.PRESETS, "", ["--model", "tiny", *flags.split()]))
+    dims, h, w = (4, 8, 8, 12), 2, 3
     stages = [torch.randn(2, h * w * s * s, c) for s, c in zip((8, 4, 2, 1), dims)]
     maps = [on_map(x, s, h, w) for x, s in zip(stages, (8, 4, 2, 1))]
-    if mode == "printed":
-        assert [c.proj.kernel_size[0] for c in fuse.convs] == [8, 4, 2]
-        expected = maps[3] + sum(conv.proj(x) for conv, x in zip(fuse.convs, maps))
-    else:
-        expected = maps[0]
-        for conv, x in zip(fuse.convs, maps[1:]):
-            expected = conv.proj(expected) + x
-    torch.testing.assert_close(fuse(stages), expected.flatten(2).transpose(1, 2))
+    assert [c.proj.kernel_size[0] for c in model.fusion] == [8, 4, 2]
+    expected = maps[3] + sum(conv.proj(x) for conv, x in zip(model.fusion, maps))
+    torch.testing.assert_close(model.fuse(stages), expected.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("patch_size", [32, 16, 8])
@@ -129,13 +133,13 @@ def test_encode__hidden_pixels_reach_visible_tokens_only_with_stem_mask_after(st
     imgs = torch.randn(1, 3, 64, 64)
     hidden = mask.view(1, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
     changed = imgs.masked_fill(hidden, 3.0)
-    a, b = (encoder.run(encoder.embed(x, mask, ids_keep))[0] for x in (imgs, changed))
+    a, b = (encoder.run(encoder.embed(x, mask, ids_keep)) for x in (imgs, changed))
     assert all(torch.equal(x, y) for x, y in zip(a, b)) != leaks
 
 
 def test_run__visible_patches_alone_is_what_enters_the_stages():
     encoder = dyvit()
-    stages, _ = encoder.run(torch.randn(2, 5 * 64, 8))
+    stages = encoder.run(torch.randn(2, 5 * 64, 8))
     shapes = [(2, 320, 8), (2, 80, 16), (2, 20, 24), (2, 5, 32)]  # Eq. (5)
     assert [tuple(x.shape) for x in stages] == shapes
 
@@ -191,10 +195,13 @@ def test_drop_path__each_block_has_its_own_draw():
     x, n = encoder.embed(imgs), 0
     for i, blocks in enumerate(encoder.stages):
         if i > 0:
-            x = encoder.downsample[i - 1](cd.max_pool(x, cd.SIDES[i - 1]))
+            side = cd.SIDES[i - 1]
+            pooled = F.max_pool2d(on_map(x, side, 4, 4), 2)  # and back, patch by patch
+            pooled = common.patchify(pooled, side // 2).unflatten(2, (-1, x.shape[2]))
+            x = encoder.downsample[i - 1](pooled.flatten(1, 2))
         for block in blocks:
             x, n = block(x, scales[n]), n + 1
-    torch.testing.assert_close(encoder.run(encoder.embed(imgs), seed=seed)[0][-1], x)
+    torch.testing.assert_close(encoder.run(encoder.embed(imgs), seed=seed)[-1], x)
     assert len({tuple(s.flatten().tolist()) for s in scales}) == 6  # no two blocks alike
 
 
@@ -223,9 +230,9 @@ def test_position__another_image_size_refers_to_the_grid_of_this_one():
     twin = dyvit(image_size=(96, 128), trained_size=(64, 64))
     imgs = torch.randn(1, 3, 96, 128)
     assert torch.equal(encoder.embed(imgs), twin.embed(imgs))
-    assert encoder.position(6, 8).max() <= 1 and twin.trained_grid == (4, 4)
+    assert encoder.position(6, 8).shape == (8, 48, 64) and twin.trained_grid == (4, 4)
     fixed = common.sincos_2d(8, 32, 32).T.unflatten(1, (32, 32))  # nothing moves at its own size
-    assert torch.equal(encoder.pos_embed, common.patchify(fixed[None], 8)[0])
+    assert torch.equal(encoder.pos_embed, fixed)
 
 
 def test_convnext_block__is_a_residual_around_convolution_norm_and_mlp():

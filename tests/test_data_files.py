@@ -189,7 +189,7 @@ def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatc
     assert got["bad"] == 1 and got["seed"] == clean[1]["seed"] and clean[3]["bad"] == -1
     assert got["semantic"].unique().tolist() == [13]      # the next readable one, its maps
     other = FolderDataset(good, "train", None, 32, 4, ALL)
-    assert torch.equal(got["rgb"], other.augment(*other.load(3), int(clean[1]["seed"]))["rgb"])
+    assert torch.equal(got["rgb"], other.crop(*other.load(3), int(clean[1]["seed"]))["rgb"])
     assert not calls
     os.remove(f"{good}/train/rgb/5.png")
     os.symlink("nowhere", f"{good}/train/rgb/5.png")

@@ -15,7 +15,8 @@ from downstream.encoders import METHODS, UserError, build, describe, open_encode
 
 GOLDEN = Path(__file__).parent / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-MODELS = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE", "coma_dyvit": "CoMA"}
+MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
+          "coma_dyvit": "CoMA"}  # fmt: skip
 WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -48,7 +49,7 @@ def our_checkpoint(path, method, **changes):
 # --------------------------------------------------------------------------------- our checkpoints
 
 KINDS = [("cfmae", {}), ("semanticmim", {}), ("semanticmim", {"proxies": 0}), ("mcmae", {}),
-         ("coma_dyvit", {}), ("coma_dyvit", {"backbone": "vit"})]  # fmt: skip
+         ("coma_dyvit", {}), ("mae", {})]  # fmt: skip
 
 
 @pytest.mark.parametrize("method, changes", KINDS)
@@ -271,7 +272,7 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
     cases = [
         (dict(), "one of --checkpoint, --init, --method"),
         (dict(init="a", method="mcmae"), "one of --checkpoint, --init, --method"),
-        (dict(method="mae"), "choose from cfmae, semanticmim"),
+        (dict(method="simmim"), "choose from mae, cfmae, semanticmim"),
         (dict(method="mcmae", model="giant"), "mcmae has tiny, small"),
         (dict(method="mcmae", model="tiny", color="red"), "no field color"),
         (dict(checkpoint=ours, num_heads=2), "--num-heads is for --init"),
@@ -345,5 +346,5 @@ def test_layer_decay_groups__every_method(method):
     encoder = build(describe(method=method, model="tiny"))
     groups = encoders.layer_decay_groups(encoder, [], 0.05, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(encoder.parameters()))
-    blocks = {"cfmae": 4, "semanticmim": 4, "mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}[method]
+    blocks = {"mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}.get(method, 4)
     assert {g["lr_scale"] for g in groups} == {0.5**i for i in range(blocks + 2)}

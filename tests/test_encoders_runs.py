@@ -14,7 +14,7 @@ def test_trained_size__through_classification_upernet_and_export(tmp_path):
     pre, description, _ = open_encoder(checkpoint=path)
     trained = tuple(description["trained_size"])
     run("--checkpoint", path, "--image-size", 48, "--batch-size", 8, "--steps", 1,
-        "--output", tmp_path / "a")  # fmt: skip
+        "--no-train-position", "--output", tmp_path / "a")  # fmt: skip
     tuned, description, _ = open_encoder(checkpoint=tmp_path / "a/last.pt")
     assert tuned.grid == (6, 6) and tuple(description["trained_size"]) == trained == (32, 32)
     assert torch.equal(tuned.pos_embed, sincos_2d(pre.embed_dim, 6, 6, trained=(4, 4)))

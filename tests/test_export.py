@@ -53,7 +53,7 @@ def test_timm__is_read_as_a_public_vit(method, changes, tmp_path):
     assert description["method"] == "vit" and "left out: nothing" in report
     assert_close(features(theirs), features(ours), rtol=1e-5, atol=1e-5)
     state = torch.load(tmp_path / "vit.pth", weights_only=True)
-    assert state["pos_embed"].shape == (1, ours.num_prefix + 64 // (4 if "coma" in method else 1),
+    assert state["pos_embed"].shape == (1, ours.num_prefix + 64,
                                         ours.embed_dim)  # fmt: skip
     assert not any("instance" in k or "semantic" in k for k in state)
     assert ("semantic_embed (2)" in said) == (method == "cfmae")

@@ -72,6 +72,7 @@ def test_load_init__reports_and_refuses(golden, tmp_path):
     for bad, words in (
         ({k: v for k, v in state.items() if k != "norm.bias"}, "missing norm.bias"),
         (state | {"pos_embed": state["pos_embed"] + 0.1}, "pos_embed was learned"),
+        (state | {"blocks.3.norm1.bias": torch.zeros(32)}, "unexpected blocks.3.norm1.bias"),
         (state | {"norm.bias": torch.zeros(5)}, "norm.bias has shape"),
         ([1, 2], "holds no state dict"),
     ):
@@ -80,17 +81,66 @@ def test_load_init__reports_and_refuses(golden, tmp_path):
     (tmp_path / "x.pth").write_bytes(pickle.dumps(Path("x")))
     with pytest.raises(UserError, match="read safely"):
         mae.load_init(golden_model(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no such file"):
+        mae.load_init(golden_model(), tmp_path / "absent.pth")
 
 
-# facebookresearch/mae's models_mae.py and PRETRAIN.md
-@pytest.mark.parametrize("preset, million, patches, visible", [
-    ("base", 85.65, 196, 49), ("large", 303.10, 196, 49), ("huge", 630.43, 256, 64)])  # fmt: skip
-def test_presets__are_the_papers_models(preset, million, patches, visible):
+def test_load_init__finds_wrapped_weights_and_safetensors(golden, tmp_path):
+    state = golden["state_dict"]
+    ema = {k: v + 1 if k == "norm.bias" else v for k, v in state.items()}
+    torch.save({"model": state, "model_ema": ema}, tmp_path / "both.pth")
+    model = golden_model()
+    assert "model taken, not model_ema" in mae.load_init(model, tmp_path / "both.pth")
+    assert torch.equal(model.encoder.norm.bias, state["norm.bias"])
+    header, body = {}, b""
+    for k, v in state.items():
+        raw = v.contiguous().numpy().tobytes()
+        header[k] = {"dtype": "F32", "shape": list(v.shape)}
+        header[k]["data_offsets"] = [len(body), len(body) + len(raw)]
+        body += raw
+    header = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    model = golden_model()
+    mae.load_init(model, path)
+    assert torch.equal(model.decoder_pred.weight, state["decoder_pred.weight"])
+
+
+def test_main__reads_init_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
+    torch.set_num_threads(1)
+    flags = f"""{TINY} --batch-size 4 --val-samples 2 --workers 0 --device cpu --precision fp32
+        --init {tmp_path / "source.pt"} --output""".split()
+    source = mae.MAE(config())
+    torch.save({"ema": source.state_dict()}, tmp_path / "source.pt")
+    with pytest.raises(UserError, match="--init"):  # which of them is not said
+        mae.main([*flags, str(tmp_path / "x"), "--steps", "1"])
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    mae.main([*flags, str(tmp_path / "run"), "--steps", "1", "--base-lr", "1e-12"])
+    model = engine.load(tmp_path / "run" / "last.pt", "mae")["model"]
+    for k, v in source.state_dict().items():  # a step at a rate of nothing
+        assert_close(model[k], v, atol=1e-6, rtol=1e-6)
+    (tmp_path / "source.pt").unlink()
+    more = ("--steps", "2", "--base-lr", "1e-12", "--resume")
+    mae.main([*flags, str(tmp_path / "run"), *more])
+    with pytest.raises(UserError, match="no such file"):  # it is, where a run starts afresh
+        mae.main([*flags, str(tmp_path / "new"), *more])
+
+
+# numel of models_mae.mae_vit_{base,large,huge}_patch* of facebookresearch/mae: its parameters, less
+# pos_embed and decoder_pos_embed, which are fixed; million: the encoder's
+@pytest.mark.parametrize("preset, size, trained, million, patches, visible", [
+    ("base", (768, 12, 12, 16), 111_655_680, 85.65, 196, 49),
+    ("large", (1024, 24, 16, 16), 329_239_296, 303.10, 196, 49),
+    ("huge", (1280, 32, 16, 14), 656_613_964, 630.43, 256, 64)])  # fmt: skip
+def test_presets__are_the_papers_models(preset, size, trained, million, patches, visible):
     cfg = engine.parse(mae.Config, mae.PRESETS, "", ["--model", preset])
+    assert (cfg.embed_dim, cfg.depth, cfg.num_heads, cfg.patch_size) == size
     with torch.device("meta"):
-        encoder = mae.make_encoder(cfg)
-    size = sum(p.numel() for p in encoder.parameters()) / 1e6
-    assert size == pytest.approx(million, abs=0.01)
+        model = mae.MAE(cfg)
+    assert sum(p.numel() for p in model.parameters()) == trained
+    encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    assert encoder == pytest.approx(million, abs=0.01)
+    assert [b.attn.num_heads for b in model.decoder_blocks] == [16] * 8
     assert (cfg.num_patches, cfg.num_visible) == (patches, visible)
     assert (cfg.decoder_embed_dim, cfg.decoder_depth, cfg.decoder_num_heads) == (512, 8, 16)
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.base_lr) == (800, 40, 4096, 1.5e-4)

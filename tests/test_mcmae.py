@@ -11,10 +11,9 @@ from torch.testing import assert_close
 
 import engine
 import mcmae
-from common import gather, patchify, split
+from common import gather, patchify, split, unpatchify
 from data import collate
 from shapes import ShapeScenes
-from mcmae import Dense, Sparse
 
 MINI = (
     "--model tiny --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 --decoder-embed-dim 16 "
@@ -38,6 +37,20 @@ def build(line: str = "") -> mcmae.MCMAE:
         if p.ndim == 1:
             nn.init.normal_(p, p.mean().item(), 0.2)
     return model
+
+
+def masked(model: mcmae.MCMAE, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised images and the mask of a batch."""
+    return model.normalize(batch["rgb"]), mcmae.make_mask(model.cfg, batch, None)
+
+
+def encode(model: mcmae.MCMAE, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the decoder is given, (B, V, C3)."""
+    latent = []
+    hook = model.encoder.norm.register_forward_hook(lambda m, x, y: latent.append(y))
+    model.predict(imgs, mask)
+    hook.remove()
+    return latent[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +77,7 @@ def test_mcmae__reproduces_the_public_code(form, tmp_path):
     pred = model.predict(imgs, mask)
     loss = model.loss(pred, imgs, mask)
     loss.backward()
-    assert_close(model.encode(imgs, mask), gather(golden["latent"], order), atol=1e-5, rtol=1e-5)
+    assert_close(encode(model, imgs, mask), gather(golden["latent"], order), atol=1e-5, rtol=1e-5)
     assert_close(pred[:, :: golden["pred_every"]], golden["pred"], atol=1e-5, rtol=1e-5)
     assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-5)
     norms = {k.removeprefix("encoder."): p.grad.norm() for k, p in model.named_parameters()}
@@ -81,8 +94,9 @@ def test_sparse__equals_dense_in_outputs_and_gradients(batch, line, dtype):
     results = []
     for form in ("--sparse", "--no-sparse"):
         model = build(f"{line} {form}").to(dtype)
-        imgs, mask = model.normalize(batch["rgb"]).to(dtype), model.make_mask(batch["seed"])
-        latent = model.encode(imgs, mask)
+        imgs, mask = masked(model, batch)
+        imgs = imgs.to(dtype)
+        latent = encode(model, imgs, mask)
         # fp64 all the way: the loss itself is taken in fp32
         (model.predict(imgs, mask).square().mean() + latent.sin().mean()).backward()
         results.append((latent, {k: p.grad for k, p in model.named_parameters()}))
@@ -95,15 +109,15 @@ def test_sparse__equals_dense_in_outputs_and_gradients(batch, line, dtype):
 def test_sparse__all_visible_is_the_form_for_fine_tuning():
     encoder, imgs = build().encoder.double(), torch.randn(2, 3, 32, 64, dtype=torch.float64)
     ids = torch.stack([torch.arange(32), torch.arange(31, -1, -1)])  # 4 x 8 patches, one reversed
-    E1, E2, x = encoder.stages(imgs, Sparse((4, 8), ids))
-    dense = encoder.stages(imgs, Dense())
-    assert_close(encoder.run(x), [gather(t, ids) for t in encoder.run(dense[2])])
-    for sparse, full, k in ((E1, dense[0], 4), (E2, dense[1], 2)):
-        tokens = patchify(full.permute(0, 3, 1, 2), k)  # (B, L, k*k*C)
-        assert_close(sparse.flatten(2), gather(tokens, ids))
+    E1, E2, x = encoder.stages(imgs, (ids, None, None, None))
+    maps = encoder.forward_pyramid(imgs)
+    whole = encoder.run(encoder.tokens(imgs), [1, 2])
+    assert_close(encoder.run(x, [1, 2]), [gather(t, ids) for t in whole])
+    for tokens, full, k in ((E1, maps[0], 4), (E2, maps[1], 2)):
+        assert_close(tokens.flatten(2), gather(patchify(full, k), ids))
 
 
-def test_depthwise__equals_naive_loop():
+def test_masked_convolution__equals_naive_loop():
     B, (h, w), k, C, K = 2, (3, 2), 2, 3, 5
     conv = nn.Conv2d(C, C, K, padding=K // 2, groups=C)
     ids = torch.tensor([[0, 3], [2, 5]])
@@ -122,7 +136,14 @@ def test_depthwise__equals_naive_loop():
                     if seen:
                         total += (conv.weight[c, 0, dr, dc] * x[b, seen[0], seen[1], c]).item()
             expected[b, v, i, c] = total
-    assert_close(Sparse((h, w), ids).depthwise(conv, x), expected, atol=1e-5, rtol=1e-5)
+    found = mcmae.masked_convolution((h, w), k, ids, None)(conv, x)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # as a patch that is there, of which nothing is seen
+    every = torch.arange(h * w).expand(B, -1)
+    seen = torch.zeros(B, h * w, 1, 1, dtype=torch.bool).scatter_(1, ids[..., None, None], True)
+    full = torch.randn(B, h * w, k * k, C).scatter(1, ids[..., None, None].expand_as(x), x)
+    found = mcmae.masked_convolution((h, w), k, every, seen)(conv, full)
+    assert_close(gather(found.flatten(2), ids).view_as(x), expected, atol=1e-5, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------- masks and leaks
@@ -140,13 +161,13 @@ def hidden_pixels(model: mcmae.MCMAE, mask: torch.Tensor) -> torch.Tensor:
     ("--kernel-size 9 --no-sparse", False), ("--no-masked-conv", True), ("--masking token", False),
     ("--masking token --no-masked-conv", False),
 ])  # fmt: skip
-def test_encode__hidden_pixels_reach_it_only_without_masked_convolution(batch, line, leaks):
+def test_predict__hidden_pixels_reach_it_only_without_masked_convolution(batch, line, leaks):
     model = build(line)
-    imgs, mask = model.normalize(batch["rgb"]), model.make_mask(batch["seed"])
+    imgs, mask = masked(model, batch)
     other = torch.where(hidden_pixels(model, mask), 5 * torch.randn_like(imgs), imgs)
-    assert torch.equal(model.encode(other, mask), model.encode(imgs, mask)) != leaks
+    assert torch.equal(encode(model, other, mask), encode(model, imgs, mask)) != leaks
     visible = torch.where(hidden_pixels(model, mask), imgs, imgs + 0.1)
-    assert not torch.equal(model.encode(visible, mask), model.encode(imgs, mask))
+    assert not torch.equal(encode(model, visible, mask), encode(model, imgs, mask))
 
 
 def test_make_mask__counts_and_upsampling():
@@ -156,27 +177,31 @@ def test_make_mask__counts_and_upsampling():
         ("--mask-ratio 0.6", 196, 78), ("--mask-ratio 0.9", 196, 20),  # of 78.4 and 19.6
     ):  # fmt: skip
         with torch.device("meta"):
-            model = mcmae.MCMAE(parse(line))
-        mask = model.make_mask(seed)
+            model = mcmae.MCMAE(parse(f"{line} --no-sparse"))
+        mask = mcmae.make_mask(model.cfg, {"seed": seed}, None)
         assert mask.shape == (50, positions) and ((~mask).sum(1) == visible).all()
-        assert torch.equal(model.make_mask(seed[7:8]), mask[7:8])  # whatever the batch
+        alone = mcmae.make_mask(model.cfg, {"seed": seed[7:8]}, None)
+        assert torch.equal(alone, mask[7:8])  # whatever the batch
         assert len(mask.unique(dim=0)) == 50
-        maps = model.visible_maps(mask, torch.float32)
-        h = model.grid[0]
-        for k in (4, 2):
-            covered = maps[k * h][..., 0].view(50, h, k, h, k)
+        h = model.encoder.grid[0]
+        ids, input, *shown = model.shown(mask)
+        assert ids is None and (input is shown[0]) == (model.cfg.masking == "token")
+        for k, tokens in zip((4, 2), shown):
+            tokens = tokens.expand(50, h * h, k * k, 1).flatten(2)
+            covered = unpatchify(tokens, k, (h, h)).view(50, h, k, h, k)
             if model.cfg.masking == "block":  # a patch is visible or hidden as a whole
                 expected = (~mask).view(50, h, 1, h, 1).expand_as(covered)
             else:  # hidden where all cells below are
                 cells = (~mask).view(50, k * h, 4 // k, k * h, 4 // k)
                 expected = cells.any(4).any(2).view_as(covered)
-            assert torch.equal(covered, expected.float())  # 1 or 0, nothing between
+            assert torch.equal(covered, expected)
 
 
 @pytest.mark.parametrize("line", ["", "--no-norm-pix-loss", "--masking token"])
 def test_loss__equals_naive_loop(batch, line):
     model = build(line)
-    imgs, mask, p = model.normalize(batch["rgb"]).double(), model.make_mask(batch["seed"]), 8
+    (imgs, mask), p = masked(model, batch), 8
+    imgs = imgs.double()
     hidden = hidden_pixels(model, mask)[:, 0]
     pred, losses = torch.randn(3, 64, p * p * 3), []
     for b in range(3):
@@ -196,7 +221,7 @@ def test_loss__equals_naive_loop(batch, line):
 
 def test_loss__is_taken_in_fp32(batch):
     model = build()
-    imgs, mask = model.normalize(batch["rgb"]), model.make_mask(batch["seed"])
+    imgs, mask = masked(model, batch)
     pred = torch.randn(3, 64, 192).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         low = model.loss(pred, imgs, mask)
@@ -265,7 +290,7 @@ def test_training__tiny_preset_learns():
     cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 2, ("rgb",))
     torch.manual_seed(0)
     model, losses = mcmae.MCMAE(cfg), []
-    optimizer = torch.optim.AdamW(engine.parameter_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
     for step in range(45):
         batch = collate([scenes[0, 32 * step + i] for i in range(32)])
         loss, _ = model(batch, torch.tensor(step / 45))

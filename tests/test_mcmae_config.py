@@ -14,8 +14,10 @@ from torch.testing import assert_close
 
 import engine
 import mcmae
-from common import Attention, drop_path
+import pictures
+from common import Attention, drop_path, patchify
 from data import collate
+from downstream import convmae
 from shapes import ShapeScenes
 
 MINI = (
@@ -73,10 +75,10 @@ def test_docs__every_command_of_the_ablations_parses():
     ("--num-heads 7", "763 or 770"), ("--num-heads 0", "--num-heads 0"),
     ("--embed-dims 8,8,18 --num-heads 1", "16 or 20"), ("--decoder-num-heads 12", "504 or 516"),
     ("--decoder-embed-dim 18 --decoder-num-heads 1", "16 or 20"),
-    ("--decoder-depth -1", "0 or more"),
+    ("--decoder-depth -1", "0 or above"),
     ("--patch-size 14", "12 or 16"), ("--image-size 225", "224 or 240"), ("--kernel-size 3", "9"),
     ("--masking random", "token"), ("--model giant", "base-star"),
-    ("--init nowhere.pth", "no such file"), ("--init-key model_ema", "--init-key is for --init"),
+    ("--init-key model_ema", "--init-key is for --init"),
 ])  # fmt: skip
 def test_config__refuses_with_values_that_work(line, words):
     with pytest.raises(engine.UserError) as e:
@@ -87,9 +89,9 @@ def test_config__refuses_with_values_that_work(line, words):
 # ------------------------------------------------------------------------------ encoder afterwards
 
 
-def make(line: str = MINI, **overrides) -> mcmae.Encoder:
+def make(line: str = MINI, **kwargs) -> mcmae.Encoder:
     torch.manual_seed(0)
-    return mcmae.make_encoder(parse(line), **overrides).eval()
+    return convmae.make_encoder(parse(line), **kwargs).eval()
 
 
 def test_forward_pyramid__sizes_strides_and_pooling():
@@ -146,27 +148,35 @@ def test_drop_path__each_block_has_its_own_draws():
     encoder, seed = make(drop_path=0.5), torch.arange(8) * 77
     imgs, scales = torch.randn(8, 3, 32, 32), drop_path(seed, 5, 0.5)  # depths 2, 1, 2
     assert len(scales.flatten(1).unique(dim=0)) == 5
-    _, _, x = encoder.stages(imgs, mcmae.Dense(), drop=[d[..., None] for d in scales[:3]])
+    ids = torch.arange(16).expand(8, -1)
+    x = encoder.patch_embed1(patchify(imgs, 8).unflatten(-1, (-1, 3)))
+    for k, block, scale in zip((4, 4, 2), [*encoder.blocks1, *encoder.blocks2], scales):
+        x = encoder.patch_embed2(x) if k == 2 else x
+        x = block(x, mcmae.masked_convolution((4, 4), k, ids, None), scale)
+    x = encoder.patch_embed4(encoder.patch_embed3(x)).squeeze(2) + encoder.position(4, 4)
+    assert_close(encoder.tokens(imgs, seed), x)
     for block, scale in zip(encoder.blocks3, scales[3:]):
         x = block(x, scale)
     assert_close(encoder.forward_features(imgs, [2], seed)[0][0], x)
 
 
 def test_ConvBlock__drops_its_branches_apart():
-    block, form, x = make().blocks1[0], mcmae.Dense(), torch.randn(4, 6, 6, 8)
-    drop = torch.tensor([[0.0, 2, 0, 2], [0, 0, 2, 2]])[..., None, None, None]  # (2, B, 1, 1, 1)
-    y = block.conv2(form.depthwise(block.attn, block.conv1(block.norm1(x))))
+    block, x, strided = make().blocks1[0], torch.randn(4, 9, 4, 8), mcmae.strided
+    convolve = mcmae.masked_convolution((3, 3), 2, torch.arange(9).expand(4, -1), None)
+    drop = torch.tensor([[0.0, 2, 0, 2], [0, 0, 2, 2]])[..., None, None]  # (2, B, 1, 1)
+    y = strided(block.conv2, convolve(block.attn, strided(block.conv1, block.norm1(x))))
     mid = torch.stack([x[0], x[1] + 2 * y[1], x[2], x[3] + 2 * y[3]])
-    z = block.mlp(block.norm2(mid))
+    z = strided(block.mlp.fc2, F.gelu(strided(block.mlp.fc1, block.norm2(mid))))
     expected = torch.stack([mid[0], mid[1], mid[2] + 2 * z[2], mid[3] + 2 * z[3]])
-    assert_close(block(x, form, drop), expected)
-    assert torch.equal(block(x, form, drop)[0], x[0])
+    assert_close(block(x, convolve, drop), expected)
+    assert torch.equal(block(x, convolve, drop)[0], x[0])
 
 
 def test_layer_ids__are_the_public_codes():
     """util/lr_decay.py: 12 levels above the first in B, which all before stage 3 shares."""
     with torch.device("meta"):
-        encoder = mcmae.make_encoder(parse("--learned-position"), relative_bias=True, fourth="conv")
+        cfg = parse("--learned-position")
+        encoder = convmae.make_encoder(cfg, relative_bias=True, fourth="conv")
     ids = encoder.layer_ids()
     assert ids.keys() == dict(encoder.named_parameters()).keys()
     for name, level in ids.items():
@@ -188,7 +198,7 @@ def test_layer_ids__are_the_public_codes():
 
 def test_RelativeAttention__equals_naive_loop():
     torch.manual_seed(0)
-    attn, x = mcmae.RelativeAttention(8, 2, (2, 3)), torch.randn(2, 6, 8)
+    attn, x = convmae.RelativeAttention(8, 2, (2, 3)), torch.randn(2, 6, 8)
     assert attn.relative_position_bias_table.shape == (15, 2)
     assert_close(attn(x), Attention.forward(attn, x))  # the bias starts at nothing
     nn.init.normal_(attn.relative_position_bias_table)
@@ -203,6 +213,8 @@ def test_RelativeAttention__equals_naive_loop():
                     logits[:, i, j] += table[max(-1, min(dy, 1)) + 1, max(-2, min(dx, 2)) + 2, head]
             expected[..., 4 * head : 4 * head + 4] = logits.softmax(-1) @ v[:, head]
         assert_close(attn(x), attn.proj(expected))
+        heads = (attn.weights(x) @ v).transpose(1, 2).flatten(2)
+        assert_close(heads, expected)
 
 
 def test_make_encoder__options_change_what_they_name_alone():
@@ -228,17 +240,19 @@ def test_make_encoder__options_change_what_they_name_alone():
     assert torch.equal(one, two)
 
 
-def test_evaluate_and_preview__on_every_masking(tmp_path):
+def test_evaluate_and_reconstruct__on_every_masking(tmp_path):
     scenes = ShapeScenes("val", 64, 2, ("rgb",))
     batch = collate([scenes[0, i] for i in range(2)])
     for line in ("", "--masking token --no-norm-pix-loss"):
         model = mcmae.MCMAE(parse(f"{MINI} {line}")).eval()
-        with torch.no_grad():
-            terms = mcmae.evaluate(model, batch)
-            mcmae.preview(model, batch, tmp_path / "p.png", 3)
+        terms, shown = mcmae.evaluate(model, batch), mcmae.reconstruct(model, batch)
         assert_close(terms["loss"], model(batch, torch.tensor(1.0))[0].detach())
         if not line:  # unit variance, unbiased: the mean square is 1 - 1 / (3 * 8 * 8)
             assert_close(terms["loss_flat"], torch.tensor(1 - 1 / 192), atol=1e-3, rtol=0)
+        truth, hidden, pred = shown["rgb"]
+        assert truth is batch["rgb"] and pred.shape == truth.shape and pred.dtype == torch.uint8
+        assert torch.equal(hidden.flatten(1), mcmae.make_mask(model.cfg, batch, None))
+        pictures.contact_sheet(pictures.columns(shown), tmp_path / "p.png", "")
         assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -293,7 +307,7 @@ def test_load_init__trained_positions(public, tmp_path):
                          mode="bicubic", antialias=True)  # fmt: skip
     expected = maps.flatten(2).transpose(1, 2)
     assert_close(larger.encoder.pos_embed, expected)
-    assert_close(model.encoder.position(16, 16), expected[0])
+    assert_close(model.encoder.position(16, 16), expected)
     # without a position in the file: the fixed one, to begin with
     torch.save({k: v for k, v in state.items() if k != "pos_embed"}, path)
     model = mcmae.MCMAE(parse(f"{PUBLIC} --learned-position"))
@@ -310,25 +324,26 @@ def test_learned_position__is_trained_without_decay():
     model = mcmae.MCMAE(parse(f"{MINI} --learned-position"))
     batch, position = collate([scenes[0, i] for i in range(2)]), model.encoder.pos_embed
     model(batch, torch.tensor(0.5))[0].backward()
-    seen = (~model.make_mask(batch["seed"])).any(0)
+    seen = (~mcmae.make_mask(model.cfg, batch, None)).any(0)
     assert torch.equal(position.grad[0].any(-1), seen) and 16 < seen.sum() < 64
-    decayed, free = engine.parameter_groups(model, 0.05)
+    decayed, free = engine.decay_groups(model, 0.05)
     assert any(p is position for p in free["params"]) and decayed["weight_decay"] == 0.05
 
 
-def test_init_key__chooses_among_several_models(public, tmp_path, capsys):
+def test_init_key__chooses_among_several_models(public, tmp_path):
     other = {k: v + 1 if "embed4" in k else v for k, v in public.items()}
     torch.save({"model": public, "model_ema": other}, tmp_path / "x.pth")
-    for line, expected in (("", public), ("--init-key model_ema", other)):
-        model = mcmae.build(parse(f"{PUBLIC} --init {tmp_path / 'x.pth'} {line}"))
+    model = mcmae.MCMAE(parse(PUBLIC))
+    for key, expected in ((None, public), ("model_ema", other)):
+        report = mcmae.load_init(model, tmp_path / "x.pth", key)
         assert torch.equal(model.encoder.patch_embed4.weight, expected["patch_embed4.weight"])
-        taken, left = ("model_ema", "model") if line else ("model", "model_ema")
-        assert f"{taken} taken, not {left}" in capsys.readouterr().out
+        taken, left = ("model_ema", "model") if key else ("model", "model_ema")
+        assert f"{taken} taken, not {left}" in report
     with pytest.raises(engine.UserError, match="'teacher'"):
-        mcmae.build(parse(f"{PUBLIC} --init {tmp_path / 'x.pth'} --init-key teacher"))
+        mcmae.load_init(model, tmp_path / "x.pth", "teacher")
 
 
-def test_init__reads_safetensors(public, tmp_path):
+def test_load_init__reads_safetensors(public, tmp_path):
     header, body = {}, b""
     for k, v in public.items():
         raw = v.float().numpy().tobytes()
@@ -337,26 +352,27 @@ def test_init__reads_safetensors(public, tmp_path):
         body += raw
     head, path = json.dumps(header).encode(), tmp_path / "x.safetensors"
     path.write_bytes(len(head).to_bytes(8, "little") + head + body)
-    model = mcmae.build(parse(f"{PUBLIC} --init {path}"))
+    model = mcmae.MCMAE(parse(PUBLIC))
+    mcmae.load_init(model, path)
     assert torch.equal(model.decoder_pred.weight, public["decoder_pred.weight"])
 
 
-def test_init__is_read_at_the_start_of_a_run_alone(public, tmp_path, monkeypatch):
+def test_main__reads_init_at_the_start_of_a_run_alone(public, tmp_path, capsys):
     """A run goes on when the file is gone, and when the command no longer names it."""
     run, path = tmp_path / "run", tmp_path / "x.pth"
-    torch.save(public, path)
-    line = f"{PUBLIC} --output {run}"
-    started = dataclasses.asdict(parse(f"{line} --init {path}"))
+    torch.save({"model": public, "model_ema": public}, path)
+    line = f"{PUBLIC} --data shapes --image-size 224 --device cpu --precision fp32 --workers 0 "
+    line += f"--batch-size 2 --val-samples 2 --base-lr 1e-9 --output {run}"
     with pytest.raises(engine.UserError, match="no such file"):  # no checkpoint yet: it is needed
-        mcmae.build(parse(f"{line} --resume --init {tmp_path / 'gone.pth'}"))
-    run.mkdir()
-    (run / "last.pt").touch()
+        mcmae.main(f"{line} --resume --init {tmp_path / 'gone.pth'}".split())
+    mcmae.main(f"{line} --steps 1 --init {path} --init-key model_ema".split())
+    state = engine.load(run / "last.pt", "mcmae")["model"]
+    assert_close(state["decoder_pred.weight"], public["decoder_pred.weight"], atol=1e-4, rtol=0)
+    assert f"init        {path}" in capsys.readouterr().out
     path.unlink()
-    monkeypatch.setattr(engine, "read_state", None)
-    for init in (f"--init {path}", "", f"--init {path} --init-key model"):
-        cfg = parse(f"{line} --resume {init}")
-        engine.refuse_changes(cfg, started, run / "last.pt")
-        mcmae.build(cfg)
+    for step, init in enumerate((f"--init {path} --init-key model_ema", "", f"--init {path}"), 2):
+        mcmae.main(f"{line} --resume --steps {step} {init}".split())
+        assert engine.load(run / "last.pt", "mcmae")["step"] == step
 
 
 class Attack:

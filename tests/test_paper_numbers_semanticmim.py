@@ -5,6 +5,7 @@ the copy at hand: Table 2's epochs and stochastic depth. Table 3 repeats Table 5
 """
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def test_tokens__of_plain_mim_at_40_percent():
 def test_table_2__recipes(target, peak, low, warmup, clip, crop, jitter, depth):
     flags = ["--target", target, *(["--tokenizer", __file__] if target == "dvae" else [])]
     cfg = config(*flags)
-    assert engine.learning_rate(cfg, warmup * 625, 625) == pytest.approx(peak)
-    assert engine.learning_rate(cfg, 300 * 625, 625) == pytest.approx(low)
+    steps = (SimpleNamespace(number=n * 625, per_epoch=625) for n in (warmup, 300))
+    assert [engine.cosine(cfg, step) for step in steps] == pytest.approx([peak, low])
     assert (cfg.warmup_epochs, cfg.clip_grad, cfg.crop_scale_min) == (warmup, clip, crop)
     assert (cfg.color_jitter, cfg.drop_path) == (jitter, depth)
     assert (cfg.batch_size, cfg.epochs, cfg.weight_decay) == (2048, 300, 0.05)

@@ -1,5 +1,6 @@
 """SemanticMIM: both stacks against the public code, what flows where, masks, encoder, bad input."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ class Frozen(nn.Module):
 def pixel_gradient(model):
     batch = make_batch()
     imgs = model.normalize(batch["rgb"]).requires_grad_()
-    mask = model.make_mask(batch["seed"])
+    mask = semanticmim.make_mask(model.cfg, batch, None)
     # the constant keeps a graph where nothing flows
     total = model.tokens(imgs, mask)[..., 0].square().sum() + 0 * imgs.sum()
     return torch.autograd.grad(total, imgs)[0].abs().sum()
@@ -137,7 +138,7 @@ def test_flow__from_mask_to_img_and_proxy_there_is_none(proxies):
     P, V = model.encoder.num_prefix, model.cfg.num_visible
     for block in model.encoder.blocks:
         block.register_forward_hook(lambda _, x, y: seen.append(y[:, : P + V]))
-    model.tokens(model.normalize(batch["rgb"]), model.make_mask(batch["seed"]))
+    model.tokens(model.normalize(batch["rgb"]), semanticmim.make_mask(model.cfg, batch, None))
     assert len(seen) == 3
     for y in seen:
         (g,) = torch.autograd.grad(
@@ -148,7 +149,7 @@ def test_flow__from_mask_to_img_and_proxy_there_is_none(proxies):
 
 def test_flow__hidden_pixels_are_not_read():
     model, batch = make(), make_batch()
-    mask, imgs = model.make_mask(batch["seed"]), model.normalize(batch["rgb"])
+    mask, imgs = semanticmim.make_mask(model.cfg, batch, None), model.normalize(batch["rgb"])
     hidden = common.unpatchify(mask[..., None].expand(-1, -1, 192).float(), 8, (8, 8)).bool()
     tokens = model.tokens(imgs, mask)
     assert torch.equal(tokens, model.tokens(imgs.masked_fill(hidden, 9.0), mask))
@@ -205,7 +206,7 @@ def test_drop_path__drops_in_both_stacks_and_not_alike(proxies):
         for block in stack:
             block.register_forward_pre_hook(lambda _, args, found=found: found.append(args[-1]))
     seed = torch.arange(500) * 7919
-    imgs, mask = torch.zeros(500, 3, 64, 64), model.make_mask(seed)
+    imgs, mask = torch.zeros(500, 3, 64, 64), semanticmim.make_mask(model.cfg, {"seed": seed}, None)
     model.tokens(imgs, mask, seed)
     assert [len(d) for d in drops] == ([3, 3] if proxies else [3, 0])
     drops = torch.cat([torch.stack(d) for d in drops if d])[..., 0, 0]  # (layers, 2, B)
@@ -277,13 +278,14 @@ def test_presets__first_weights_are_public_but_in_the_short_run():
 @pytest.mark.parametrize("target, spared", [
     ("hog", {"mask_token"}), ("dvae", {"encoder.reg_token", "encoder.pos_embed"}),
 ])  # fmt: skip
-def test_parameter_groups__decay_what_the_public_code_decays(target, spared):
+def test_no_decay__spares_what_the_public_code_spares(target, spared):
     flags = ["--target", "dvae", "--tokenizer", "random"] if target == "dvae" else []
     for proxies in (4, 0):
         model = make(*flags, "--proxies", proxies)
         names = {id(p): n for n, p in model.named_parameters()}
-        decay, plain = ({names[id(p)] for p in g["params"]} for g in model.parameter_groups(0.05))
-        assert [g["weight_decay"] for g in model.parameter_groups(0.05)] == [0.05, 0]
+        groups = engine.decay_groups(model, 0.05, partial(semanticmim.no_decay, target))
+        decay, plain = ({names[id(p)] for p in g["params"]} for g in groups)
+        assert [g["weight_decay"] for g in groups] == [0.05, 0]
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert decay | plain == set(trained) and not decay & plain
         expected = spared if proxies else {n.replace("reg", "cls") for n in spared}
@@ -309,7 +311,8 @@ def test_loss__l1_l2_and_cross_entropy_match_a_loop(tokenizer):
     B, M, batch = 2, 39, make_batch(2)
     for flags in ([], ["--loss", "l1"], [*DVAE, "--tokenizer", tokenizer]):
         model = make(*flags)
-        mask, target = model.make_mask(batch["seed"]), model.make_target(batch["rgb"])
+        mask = semanticmim.make_mask(model.cfg, batch, None)
+        target = model.make_target(batch["rgb"])
         hidden = [target[b, n] for b in range(B) for n in range(64) if mask[b, n]]
         pred = torch.randn(B, M, model.decoder_pred.out_features)
         errors = []

@@ -35,7 +35,7 @@ def run(tmp_path, *words):
 def test_reconstruct__size(tmp_path, checkpoints, method):
     width, height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints[method], "--images",
                         "0,4", "--side", "100")  # fmt: skip
-    rows = {"cfmae": 6, "semanticmim": 4, "mcmae": 2, "coma_dyvit": 6}[method]
+    rows = {"cfmae": 6, "semanticmim": 4, "mcmae": 2, "coma_dyvit": 6, "mae": 2}[method]
     assert width >= 4 * 104 and rows * 104 < height < rows * 104 + 120
 
 
@@ -50,7 +50,8 @@ def test_attention__sizes(tmp_path, checkpoints):
     fresh = ("--method", "cfmae", "--encoder", "tiny", "--image-size", "32")
     assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
     with pytest.raises(UserError, match="hierarchical"):
-        run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])
+        run(tmp_path, *flags, "--checkpoint", checkpoints["coma_dyvit"])
+    assert run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])[1] > 2 * 54  # its stage 3
 
 
 def test_masks__counts(monkeypatch, tmp_path):
@@ -69,6 +70,7 @@ def test_masks__counts(monkeypatch, tmp_path):
     assert hidden("SemanticMIM", 16) == 118 and hidden("plain MIM", 16) == 79
     assert hidden("MCMAE block", 16) == 147 and hidden("MCMAE token", 4) == 3136 * 3 // 4
     assert hidden("CoMA", 32) == 30 and hidden("CoMA complement", 32) == 19
+    assert hidden("MAE", 16) == 147
     for kind in ("SG", "IG", "RD"):
         sides = {"rgb": 16, "instance": 4, "semantic": 4}
         assert sum(hidden(f"CFMAE {kind}, {m}", s) for m, s in sides.items()) == 588 - 98

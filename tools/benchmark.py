@@ -45,13 +45,14 @@ from torch.utils.module_tracker import ModuleTracker
 
 import data
 import shapes
+import targets
 from engine import UserError
 from tools import peers
 from tools.loader import loader
 
 ROWS = {  # name: (script, its flags)
-    "mae": ("coma_dyvit", "--method mae --backbone vit"),
-    "mae-60": ("coma_dyvit", "--method mae --backbone vit --mask-ratio 0.6"),
+    "mae": ("mae", ""),
+    "mae-60": ("mae", "--mask-ratio 0.6"),
     "cfmae": ("cfmae", ""),
     "mcmae": ("mcmae", ""),
     "mcmae-dense": ("mcmae", "--no-sparse"),
@@ -94,21 +95,7 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
 
 def random_tokenizer(path: Path) -> None:
     """Write a state dict with the shapes of DALL-E's image encoder, and random values."""
-    convs, width = {"blocks.input": (256, 3, 7)}, 256
-    for group in range(1, 5):
-        out = 256 * 2 ** (group - 1)
-        for name in (f"blocks.group_{group}.block_{b}" for b in (1, 2)):
-            if width != out:
-                convs[f"{name}.id_path"] = (out, width, 1)
-            shapes = (out // 4, width, 3), *2 * [(out // 4, out // 4, 3)], (out, out // 4, 1)
-            convs |= {f"{name}.res_path.conv_{i}": s for i, s in enumerate(shapes, 1)}
-            width = out
-    convs["blocks.output.conv"] = (8192, width, 1)
-    state = {}
-    for name, (o, i, n) in convs.items():
-        state[f"{name}.w"] = torch.randn(o, i, n, n) / (i * n * n) ** 0.5
-        state[f"{name}.b"] = torch.zeros(o)
-    torch.save(state, path)
+    torch.save(targets.random_state(256, 2, 8192), path)
 
 
 def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
@@ -119,7 +106,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
             random_tokenizer(Path(folder, "tokenizer.pth"))
             flags = [f"{folder}/tokenizer.pth" if f == "random" else f for f in flags]
         cfg = engine.parse(module.Config, module.PRESETS, "", flags)
-        make = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "build",
+        make = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
                 "coma_dyvit": "CoMA"}[script]  # fmt: skip
         torch.manual_seed(0)
         return cfg, getattr(module, make)(cfg)
@@ -127,7 +114,7 @@ def build(script: str, flags: list[str]) -> tuple[engine.Config, nn.Module]:
 
 def scenes(cfg: engine.Config, size: int) -> dict[str, torch.Tensor]:
     """A batch of ShapeScenes, with the granularities that the method asks for."""
-    granularities = cfg.data_options()["granularities"]
+    granularities = getattr(cfg, "names", ("rgb",))
     scenes = shapes.ShapeScenes("train", cfg.image_size, max(cfg.patch_size // 4, 1), granularities)
     return data.collate([scenes[0, i] for i in range(size)])
 
@@ -236,8 +223,8 @@ def one(args: argparse.Namespace) -> dict:
     def update() -> None:
         if cfg.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
-        if hasattr(model, "before_step"):
-            model.before_step()
+        if hasattr(model, "follow"):
+            model.follow()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

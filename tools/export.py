@@ -132,7 +132,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         load = f'model.load_state_dict(torch.load("{out}", weights_only=True))'
         notes.append(f"model is that of {content['method']} with the checkpoint's config")
     elif form == "timm":
-        if not isinstance(encoder, ViT):
+        if not isinstance(encoder, ViT) or len(set(encoder.strides)) > 1:
             raise UserError(f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
                             "has no names in timm; --format encoder keeps ours")  # fmt: skip
         head, pool, why_not = timm_head(encoder, content)

@@ -128,6 +128,10 @@ def choose_mask(args: argparse.Namespace, cfg: engine.Config, seed: Tensor) -> T
         if isinstance(cfg, cfmae.Config):
             cfg, none = dataclasses.replace(cfg, masking="RD"), torch.zeros(1, N, dtype=torch.long)
             return cfmae.progressive_mask(cfg, seed, torch.ones(()), none, none)[0][0]
+        if isinstance(cfg, semanticmim.Config):
+            return semanticmim.make_mask(cfg, {"seed": seed}, None)
+        if isinstance(cfg, mcmae.Config):
+            return mcmae.make_mask(cfg, {"seed": seed}, None)
         return MODELS[type(cfg).__module__][1].make_mask(SimpleNamespace(cfg=cfg), seed)
     if hidden.all() or not hidden.any():
         raise UserError("the mask hides " + ("everything" if hidden.all() else "nothing"))

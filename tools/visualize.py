@@ -32,6 +32,7 @@ from torch import Tensor
 import cfmae
 import coma_dyvit
 import data
+import mcmae
 from common import Normalize
 from engine import UserError
 from tools.charts import Series, chart, log, results
@@ -96,7 +97,10 @@ def masks(args: argparse.Namespace) -> None:
         for method, flags, title in methods:
             cfg, build = configure(args, method, *flags), MODELS[method][1]
             for name, batch in open_images(args, cfg.image_size, cfg.patch_size):
-                mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])  # no weights needed
+                if method == "mcmae":
+                    mask = mcmae.make_mask(cfg, batch, None)
+                else:  # no weights needed
+                    mask = build.make_mask(SimpleNamespace(cfg=cfg), batch["seed"])
                 row = rows.setdefault(name, {})
                 row |= {"rgb": look(batch, "rgb"), title: look(batch, "rgb", mask)}
                 if method == "coma_dyvit":
