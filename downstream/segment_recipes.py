@@ -316,8 +316,7 @@ def triple(cfg: Config, name: str) -> list[float] | None:
 
 def recipe(cfg: Config, depth: int) -> dict:
     """What fields that are None become, for an encoder of so many layers."""
-    linear, described = cfg.protocol == "linear", cfg.described
-    kind = described["method"]
+    linear, kind = cfg.protocol == "linear", cfg.described["method"]
     ok = linear or cfg.recipe == "public"
     require((ok, "recipe", "table6 is of the linear probe: --protocol linear"))
     found = UPERNET | RECIPES.get(f"{kind} {depth}", RECIPES[kind])
