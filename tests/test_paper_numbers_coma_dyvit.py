@@ -16,7 +16,7 @@ import coma_dyvit as cd
 import common
 import engine
 import mae
-from tools.visualize import masking_frequency
+from tools.masks import masking_frequency
 
 
 def config(*flags):
