@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import mcmae
 from common import LayerScale
-from downstream import public
+from downstream import public_vit
 
 
-class RelativeAttention(public.RelativeAttention):
+class RelativeAttention(public_vit.RelativeAttention):
     """Attention with a learned bias for each head and offset of two positions of a grid (h, w).
 
     As BEiT's, but without a class token, and an offset beyond the grid has the bias of the nearest.
