@@ -117,13 +117,6 @@ def test_one__a_peer_goes_through_the_same_loop(monkeypatch):
     assert all((a != b).all() for a, b in zip(before, model.parameters()))  # AdamW took its steps
 
 
-def test_random_tokenizer__is_one_that_the_script_takes(tmp_path):
-    import semanticmim
-
-    stopwatch.random_tokenizer(tmp_path / "t.pth")
-    assert semanticmim.load_tokenizer(tmp_path / "t.pth", 224, 14).num_codes == 8192
-
-
 def block(tokens, dim, out=0, queries=0):
     """Forward FLOPs of a transformer block; some of Hiera's widen and pool their queries."""
     out, queries = out or dim, queries or tokens

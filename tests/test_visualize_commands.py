@@ -52,6 +52,7 @@ def test_attention__sizes(tmp_path, checkpoints):
     assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
     with pytest.raises(UserError, match="hierarchical"):
         run(tmp_path, *flags, "--checkpoint", checkpoints["coma_dyvit"])
+    assert run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])[1] > 2 * 54  # its stage 3
 
 
 def test_masks__counts(monkeypatch, tmp_path):

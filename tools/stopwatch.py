@@ -30,6 +30,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import data
 import shapes
+import targets
 from downstream.encoders import METHODS
 from engine.ranks import World
 from tools import peers
@@ -231,25 +232,6 @@ def train_peer(name: str, clones: str | None, flags: list[str]) -> None:
             step.update(engine.cosine(cfg, step))
 
 
-def random_tokenizer(path: Path) -> None:
-    """Write a state dict with the shapes of DALL-E's image encoder, and random values."""
-    convs, width = {"blocks.input": (256, 3, 7)}, 256
-    for group in range(1, 5):
-        out = 256 * 2 ** (group - 1)
-        for name in (f"blocks.group_{group}.block_{b}" for b in (1, 2)):
-            if width != out:
-                convs[f"{name}.id_path"] = (out, width, 1)
-            shapes = (out // 4, width, 3), *2 * [(out // 4, out // 4, 3)], (out, out // 4, 1)
-            convs |= {f"{name}.res_path.conv_{i}": s for i, s in enumerate(shapes, 1)}
-            width = out
-    convs["blocks.output.conv"] = (8192, width, 1)
-    state = {}
-    for name, (o, i, n) in convs.items():
-        state[f"{name}.w"] = torch.randn(o, i, n, n) / (i * n * n) ** 0.5
-        state[f"{name}.b"] = torch.zeros(o)
-    torch.save(state, path)
-
-
 def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
     """Time one of `rows`, {name: (method, its flags)}, a peer, or --method, in this process."""
     runs = []
@@ -267,7 +249,7 @@ def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
             else:
                 method, flags = rows.get(args.rows) or (args.method, f"--model {args.model}")
                 if "DALLE" in flags:
-                    random_tokenizer(Path(out, "dalle.pth"))
+                    torch.save(targets.random_state(256, 2, 8192), f"{out}/dalle.pth")
                     flags = flags.replace("DALLE", f"{out}/dalle.pth")
                 METHODS[method].main([*flags.split(), *args.flags.split(), *how])
     return {"row": args.rows or f"{args.method}-{args.model}", **runs[0].result}
