@@ -141,10 +141,11 @@ def test_build__every_setting_reaches_the_model(monkeypatch):
     model = segment.build(config(*flags.split()))
     assert seen["a"] == ((32, 48), 0.25, False)
     assert (model.aux_weight, model.loss_size, model.head.dropout, model.layer) == (
-        0.7, 20, 0.3, None)  # fmt: skip
+        0.7, 0, 0.3, None)  # fmt: skip  mmsegmentation's loss is taken at the labels' own size
     assert model.head.classifier.weight.shape[:2] == (16, 16)  # classes; --dim of SMALL
     assert model.head.aux_classifier.weight.shape[:2] == (16, 8)
-    assert segment.build(config("--protocol", "linear", "--layer", 2)).layer == 2
+    probe = segment.build(config("--protocol", "linear", "--layer", 2, "--loss-size", 20))
+    assert (probe.layer, probe.loss_size) == (2, 20)
 
 
 def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch, capsys, tmp_path):
