@@ -108,7 +108,7 @@ def masks(args: argparse.Namespace) -> None:
 
 def over_training(args: argparse.Namespace) -> None:
     """CFMAE's mask of the same images as training goes on, the sample's noise being the same."""
-    cfg, rows, labels, names = configure(args, "cfmae"), [], [], data.GRANULARITIES
+    cfg, rows, labels, names = configure(args, "cfmae"), [], [], tuple(data.GRANULARITIES)
     if not set(names) <= {*available(args)} or cfg.names != names:
         raise UserError("--over-training needs --data and granularities with both kinds of maps")
     images = list(open_images(args, cfg.image_size, cfg.patch_size, names, cfg.semantic_classes))
