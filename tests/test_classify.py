@@ -34,8 +34,9 @@ def write_checkpoint(folder: Path, method: str, **changes) -> Path:
     cfg = script.Config(**{**script.PRESETS["tiny"], **SMALL[method], **changes})
     cfg.resolve()
     torch.manual_seed(1)
-    names = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "coma_dyvit": "CoMA"}
-    model = getattr(script, names.get(method, "build"))(cfg)
+    names = {"cfmae": "CFMAE", "semanticmim": "SemanticMIM", "coma_dyvit": "CoMA",
+             "mcmae": "MCMAE"}  # fmt: skip
+    model = getattr(script, names[method])(cfg)
     state = {"format": engine.FORMAT, "method": method, "step": 1, "window": {}, "optimizer": {}}
     path = folder / f"{method}.pt"
     engine.save(path, state | {"config": dataclasses.asdict(cfg), "model": model.state_dict()})
