@@ -94,20 +94,6 @@ def kept_facts(cfg: object) -> dict | None:
     return {"description": source.description, **source.facts}
 
 
-def kept_description(cfg: object) -> str | None:
-    """The description alone, as JSON, from the folder's config.json.
-
-    Errors: UserError where the folder's run has none.
-    """
-    path = Path(cfg.output or "", "config.json")
-    if not (cfg.resume and cfg.output and path.exists()):
-        return None
-    try:
-        return json.loads(path.read_text())["description"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not the configuration of such a run") from None
-
-
 # ------------------------------------------------------------------------------- build and load
 
 

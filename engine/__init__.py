@@ -20,13 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from data import UserError
 from engine.checkpoint import FORMAT, load, load_config, load_encoder, load_optimizer, load_weights
 from engine.checkpoint import save, warn_of_space, writing
-from engine.config import Parser, parse
+from engine.config import Config, Parser, parse
 from engine.field import arg, divides, flag, nearest, require
-from engine.folder import open_folder, refuse_changes
-from engine.legacy import Config, World, learning_rate, main, open_data, parameter_groups
-from engine.legacy import raise_error, ramp, split_batch, to_device, train, workers
+from engine.folder import open_data, open_folder, refuse_changes
 from engine.log import Meter
-from engine.ranks import command, has_bf16, keep_freed_memory
+from engine.ranks import World, command, has_bf16, keep_freed_memory
 from engine.reader import read, read_state, unwrap
 from engine.run import Run
 from engine.schedule import decay_groups, layer_decay_groups, warmup_cosine

@@ -39,8 +39,8 @@ def write_checkpoint(folder: Path, method: str, **changes) -> Path:
     cfg = script.Config(**{**script.PRESETS["tiny"], **SMALL[method], **changes})
     cfg.resolve()
     torch.manual_seed(1)
-    names = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "coma_dyvit": "CoMA"}
-    model = getattr(script, names.get(method, "build"))(cfg)
+    names = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE"}
+    model = getattr(script, names.get(method, "CoMA"))(cfg)
     state = {"format": engine.FORMAT, "method": method, "step": 1, "window": {}, "optimizer": {}}
     path = folder / f"{method}.pt"
     engine.save(path, state | {"config": dataclasses.asdict(cfg), "model": model.state_dict()})

@@ -60,9 +60,10 @@ def test_docs__every_command_of_the_ablations_parses():
     for line in flags:
         parse(line)
     for table, epochs in (("4", "200 400 800 1600"), ("5", "800"), ("6", "200 1600")):
-        found = re.findall(r"--epochs (\d+)", "".join(
-            line for line in section.splitlines() if line.startswith(f"| Table {table}")
-        ))
+        found = re.findall(
+            r"--epochs (\d+)",
+            "".join(line for line in section.splitlines() if line.startswith(f"| Table {table}")),
+        )
         assert set(found) == set(epochs.split())
 
 

@@ -4,6 +4,8 @@ Tables 8 to 10 belong to the downstream files. What needs 400 epochs is taken as
 sums, differences, counts and costs are done again.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +78,8 @@ def test_table_7_and_appendices__defaults():
     assert (cfg.min_lr, cfg.crop_scale_min, cfg.norm_pix_loss) == (0, 0.2, True)  # MAE's
     assert (cfg.decoder, cfg.order, cfg.masking) == ("cascaded", "S-I-R", "SG-IG-RD")  # Table 6
     assert (cfg.mix, cfg.e1, cfg.e2, cfg.e3, cfg.e4) == ("score", 0.2, 0.4, 0.6, 0.8)
-    assert engine.learning_rate(cfg, 40 * 625 - 1, 625) == pytest.approx(1e-4 * 2048 / 256)  # 8e-4
+    end = SimpleNamespace(number=40 * 625 - 1, per_epoch=625)  # of the warm-up
+    assert engine.cosine(cfg, end) == pytest.approx(1e-4 * 2048 / 256)  # 8e-4
 
 
 def test_parameters__vit_base_is_86_million():
