@@ -18,7 +18,6 @@ It has, beside the encoder's config:
 Every encoder keeps the contract of `common.ViT`. `source.py` reads the files.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -127,9 +127,13 @@ def parse(
         shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
     further = f"further flags: {' '.join(map(flag, cls.FURTHER))}\n\n" if cls.FURTHER else ""
-    parser.epilog = further + "presets (--model), which change these defaults:\n" + "\n".join(
-        f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
-        for name, values in presets.items()
+    parser.epilog = (
+        further
+        + "presets (--model), which change these defaults:\n"
+        + "\n".join(
+            f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
+            for name, values in presets.items()
+        )
     )
     given = vars(parser.parse_args(argv))
     preset = presets[given.get("model", cls.model)]

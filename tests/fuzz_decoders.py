@@ -36,7 +36,7 @@ def encode(image, kind, **options):
 def sources() -> dict[str, bytes]:
     """Intact files by "rgb", "instance" or "semantic" and kind."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[:SIZE[0], :SIZE[1]]
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     photo = np.stack([y * 4, x * 3, y + x], -1) + rng.integers(0, 30, (*SIZE, 3))
     photo = Image.fromarray(photo.clip(0, 255).astype(np.uint8))
     exif = Image.Exif()
@@ -46,15 +46,22 @@ def sources() -> dict[str, bytes]:
     palette.putpalette(list(range(256)) * 3)
     grey, wide = Image.fromarray(ids), Image.fromarray(ids.astype(np.uint16) * 500)
     files = {
-        "jpeg": encode(photo, "JPEG"), "jpeg444": encode(photo, "JPEG", subsampling=0, quality=95),
+        "jpeg": encode(photo, "JPEG"),
+        "jpeg444": encode(photo, "JPEG", subsampling=0, quality=95),
         "progressive": encode(photo, "JPEG", progressive=True),
         "exif": encode(photo, "JPEG", exif=exif),
-        "grey": encode(photo.convert("L"), "JPEG"), "cmyk": encode(photo.convert("CMYK"), "JPEG"),
-        "png": encode(photo, "PNG"), "png-p": encode(photo.convert("P"), "PNG"),
+        "grey": encode(photo.convert("L"), "JPEG"),
+        "cmyk": encode(photo.convert("CMYK"), "JPEG"),
+        "png": encode(photo, "PNG"),
+        "png-p": encode(photo.convert("P"), "PNG"),
         "png16": encode(wide, "PNG"),
-        "png-exif": encode(photo, "PNG", exif=exif), "webp": encode(photo, "WEBP", exif=exif),
-        "webp-lossless": encode(photo, "WEBP", lossless=True), "gif": encode(photo, "GIF"),
-        "bmp": encode(photo, "BMP"), "tiff": encode(photo, "TIFF"), "ppm": encode(photo, "PPM"),
+        "png-exif": encode(photo, "PNG", exif=exif),
+        "webp": encode(photo, "WEBP", exif=exif),
+        "webp-lossless": encode(photo, "WEBP", lossless=True),
+        "gif": encode(photo, "GIF"),
+        "bmp": encode(photo, "BMP"),
+        "tiff": encode(photo, "TIFF"),
+        "ppm": encode(photo, "PPM"),
         "tiff-lzw": encode(photo.convert("CMYK"), "TIFF", compression="tiff_lzw"),
         "jp2": encode(photo, "JPEG2000"),
     }
@@ -67,10 +74,12 @@ def mend_png(content: bytes) -> bytes:
     """Give every chunk its right checksum, so that the damage gets past it."""
     out, at = bytearray(content), 8
     while at + 12 <= len(out):
-        size = int.from_bytes(out[at:at + 4], "big")
+        size = int.from_bytes(out[at : at + 4], "big")
         if at + 12 + size > len(out):
             break
-        out[at + 8 + size:at + 12 + size] = zlib.crc32(out[at + 4:at + 8 + size]).to_bytes(4, "big")
+        out[at + 8 + size : at + 12 + size] = zlib.crc32(out[at + 4 : at + 8 + size]).to_bytes(
+            4, "big"
+        )
         at += 12 + size
     return bytes(out)
 
@@ -80,16 +89,18 @@ def damage(content: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     kinds = ["cut", "bits", "head", "run", "drop", "insert", "random"]
     kind, out, n = kinds[rng.integers(len(kinds))], bytearray(content), len(content)
     if kind == "cut":
-        out = out[:rng.integers(0, n)]
-    elif kind in ("bits", "head"):         # the first 200 bytes hold sizes, tables, EXIF
+        out = out[: rng.integers(0, n)]
+    elif kind in ("bits", "head"):  # the first 200 bytes hold sizes, tables, EXIF
         for at in rng.integers(0, n if kind == "bits" else min(n, 200), rng.integers(1, 9)):
             out[at] ^= 1 << int(rng.integers(0, 8))
-    elif kind == "random":                 # noise behind a true beginning
+    elif kind == "random":  # noise behind a true beginning
         keep = rng.integers(0, 64)
         out = out[:keep] + rng.bytes(int(rng.integers(0, 2000)))
     else:
         at, size = rng.integers(0, n), int(rng.integers(1, 64))
-        out[at:at + (0 if kind == "insert" else size)] = b"" if kind == "drop" else rng.bytes(size)
+        out[at : at + (0 if kind == "insert" else size)] = (
+            b"" if kind == "drop" else rng.bytes(size)
+        )
     out = bytes(out)
     return kind, mend_png(out) if out[:4] == b"\x89PNG" and rng.random() < 0.7 else out
 
@@ -98,7 +109,7 @@ def child(first: int, last: int, current, results) -> None:
     """Run cases and report outcomes; `current` tells where it was if this process dies."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     files, names = sources(), sorted(sources())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)        # libjpeg and libtiff comment on damage
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libjpeg and libtiff comment on damage
     with tempfile.TemporaryDirectory() as root:
         paths = {g: f"{root}/train/{g}" for g in data.GRANULARITIES}
         for granularity, path in paths.items():
@@ -126,7 +137,7 @@ def child(first: int, last: int, current, results) -> None:
                 error = sample.get("error")
                 outcome = "error" if error else "replaced" if sample["bad"] >= 0 else "read"
                 if error and granularity == "rgb" and "is displayed at" not in error:
-                    outcome = f"FAILED: {error}"        # an image alone may only change its size
+                    outcome = f"FAILED: {error}"  # an image alone may only change its size
             except BaseException as error:
                 outcome = f"FAILED: {type(error).__name__}: {error}"
             signal.alarm(0)

@@ -225,7 +225,8 @@ def test_imports_of__a_clone_leaves_nothing_behind(tmp_path):
         (tmp_path / name / "models_mae.py").write_text(
             "import numpy\nfrom timm.models.vision_transformer import Block\n"
             "from util.pos_embed import which\n"
-            "x = numpy.float(1)\nblock = Block(64, 2, 4.0, qkv_bias=True, qk_scale=None)\n")
+            "x = numpy.float(1)\nblock = Block(64, 2, 4.0, qkv_bias=True, qk_scale=None)\n"
+        )
     before = set(sys.modules), [*sys.path]
     for name in "ab":
         with peers.imports_of(tmp_path / name):

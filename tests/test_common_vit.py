@@ -1,6 +1,5 @@
 """common.py's parts put together: the ViT encoder."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -59,7 +59,7 @@ def triplets(tmp_path):
 
 
 def test_sample_seed__golden_and_without_collisions():
-    assert data._mix(1234567 + data.GAMMA) == 6457827717110365317     # splitmix64's test vector
+    assert data._mix(1234567 + data.GAMMA) == 6457827717110365317  # splitmix64's test vector
     assert sample_seed(0, 0, 0) == 1279368494785126216
     assert sample_seed(7, 3, 1_281_166) == 8608513877569843875
     assert sample_seed(2**40, 399, 5) == 3401248100427553803
@@ -71,9 +71,9 @@ def test_sample_seed__golden_and_without_collisions():
 
 def test_batch_sampler__is_the_described_slice_of_a_permutation():
     whole = BatchSampler(103, 12, seed=5, stop_step=20)
-    epochs = [whole.indices(step) for step in range(16)]              # 8 steps an epoch
+    epochs = [whole.indices(step) for step in range(16)]  # 8 steps an epoch
     for epoch in (0, 1):
-        order = [i for batch in epochs[8 * epoch:8 * epoch + 8] for e, i in batch if e == epoch]
+        order = [i for batch in epochs[8 * epoch : 8 * epoch + 8] for e, i in batch if e == epoch]
         assert len(order) == len(set(order)) == 96 and set(order) <= set(range(103))
     assert epochs[0] != [(0, i) for _, i in epochs[8]]
     assert epochs[0] != BatchSampler(103, 12, seed=6).indices(0)
@@ -83,8 +83,8 @@ def test_batch_sampler__is_the_described_slice_of_a_permutation():
             got, per_rank = list(sampler), 12 // world
             assert len(got) == 20 * accum
             for step in range(20):
-                mine = whole.indices(step)[rank * per_rank:(rank + 1) * per_rank]
-                assert sum(got[step * accum:(step + 1) * accum], []) == mine
+                mine = whole.indices(step)[rank * per_rank : (rank + 1) * per_rank]
+                assert sum(got[step * accum : (step + 1) * accum], []) == mine
                 assert {len(batch) for batch in got} == {per_rank // accum}
 
 
@@ -104,8 +104,10 @@ def test_batch_sampler__refuses_less_than_a_batch():
 
 
 def test_collate__stacks_or_passes_the_error_on():
-    samples = [{"rgb": torch.full((3, 2, 2), i, dtype=torch.uint8), "seed": torch.tensor(2**62 + i)}
-               for i in range(3)]
+    samples = [
+        {"rgb": torch.full((3, 2, 2), i, dtype=torch.uint8), "seed": torch.tensor(2**62 + i)}
+        for i in range(3)
+    ]
     batch = data.collate(samples)
     assert batch["rgb"][:, 2, 1, 1].tolist() == [0, 1, 2] and batch["rgb"].dtype == torch.uint8
     assert batch["seed"].tolist() == [2**62, 2**62 + 1, 2**62 + 2]
@@ -152,17 +154,18 @@ def test_random_crop__has_torchvisions_distribution():
     image, rng = torch.empty(3, 375, 500), np.random.default_rng(0)
     ours = np.array([data.random_crop(rng.random, 375, 500, (0.2, 1)) for _ in range(6000)])
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3])
-                       for _ in range(6000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
+    )
     assert ours.min() >= 0
     assert (ours[:, 0] + ours[:, 2]).max() == 375 and (ours[:, 1] + ours[:, 3]).max() == 500
-    for draws in ([0.0] * 4, [1 - 1e-12] * 4):           # the corners are within reach
+    for draws in ([0.0] * 4, [1 - 1e-12] * 4):  # the corners are within reach
         top, left, h, w = data.random_crop(iter(draws).__next__, 400, 400, (0.2, 0.2))
         assert (top, left) == ((400 - h, 400 - w) if draws[0] else (0, 0)) and h != w
     at = np.linspace(0.05, 0.95, 10)
     np.testing.assert_allclose(np.quantile(ours, at, 0), np.quantile(theirs, at, 0), atol=16)
     for h, w in ((10, 1000), (1000, 10), (1, 1), (1, 9), (300, 299)):
-        image = torch.empty(3, h, w)                     # a scale of 9 never fits: the fallback
+        image = torch.empty(3, h, w)  # a scale of 9 never fits: the fallback
         theirs = RandomResizedCrop.get_params(image, [9.0, 9.0], [3 / 4, 4 / 3])
         assert data.random_crop(rng.random, h, w, (9, 9)) == theirs
 
@@ -192,7 +195,7 @@ def test_folder__maps_show_the_same_place_as_the_image(tmp_path, axis):
     flips = 0
     for epoch in range(30):
         sample = dataset[epoch, 0]
-        shown = F.avg_pool2d(sample["rgb"][axis].float()[None], 4)[0]     # the place of a label
+        shown = F.avg_pool2d(sample["rgb"][axis].float()[None], 4)[0]  # the place of a label
         difference = (sample["semantic"] * 2.0 + 1 - (shown + 0.5))[1:-1, 1:-1]
         assert difference.abs().max() < 5 and difference.mean().abs() < 1.1
         flips += int(sample["rgb"][1, 0, 0] > sample["rgb"][1, 0, -1])
@@ -210,11 +213,11 @@ def test_folder__rgb_is_torchvisions_resized_crop(triplets):
         flip = draw() < 0.5
         want = v2.functional.resized_crop(rgb, top, left, h, w, [48, 32], BICUBIC, antialias=True)
         assert torch.equal(sample["rgb"], want.flip(-1) if flip else want)
-        part = torch.tensor(maps["semantic"])[None, None, top:top + h, left:left + w].double()
+        part = torch.tensor(maps["semantic"])[None, None, top : top + h, left : left + w].double()
         part = part.flip(-1) if flip else part
         want = F.interpolate(part, (12, 8), mode="nearest-exact")[0, 0].byte()
         assert torch.equal(sample["semantic"], want) and sample["instance"].shape == (12, 8)
-        assert sample["label"] == index // 4             # in order: a/0 a/2 a/4 a/6 b/1 ...
+        assert sample["label"] == index // 4  # in order: a/0 a/2 a/4 a/6 b/1 ...
         seen.add(flip)
     assert seen == {True, False}
 
@@ -233,13 +236,18 @@ def test_folder__workers_do_not_matter(triplets):
     def batches(workers):
         dataset = FolderDataset(triplets, "train", None, 32, 4, ALL)
         sampler = BatchSampler(8, 4, 0, stop_step=6)
-        return list(torch.utils.data.DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=data.collate, num_workers=workers,
-            worker_init_fn=data.worker_init))
+        return list(
+            torch.utils.data.DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                collate_fn=data.collate,
+                num_workers=workers,
+                worker_init_fn=data.worker_init,
+            )
+        )
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert list(a) == list(b) == ["rgb", "instance", "semantic", "label", "seed", "bad"]
         assert all(torch.equal(a[k], b[k]) for k in a)
         kinds = [a[k].dtype for k in a]
         assert kinds == [b[k].dtype for k in a] == [torch.uint8] * 3 + [torch.int64] * 3
-

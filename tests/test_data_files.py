@@ -42,9 +42,17 @@ def test_scan__orders_labels_links_and_skips(tmp_path):
     os.symlink(f"{tmp_path}/train", f"{tmp_path}/train/b/loop")
     files = data.scan(str(tmp_path), "train", ("rgb",))
     assert [files.name(i) for i in range(len(files))] == [
-        "a/deep/x.PNG", "a/y.webp", "b/10.jpg", "b/2.JPEG", "b/link.jpg",
-        "linked/10.jpg", "linked/2.JPEG", "linked/link.jpg", "top.jpeg"]
-    assert files.classes == ["a", "b", "c", "linked"]           # of train and val together
+        "a/deep/x.PNG",
+        "a/y.webp",
+        "b/10.jpg",
+        "b/2.JPEG",
+        "b/link.jpg",
+        "linked/10.jpg",
+        "linked/2.JPEG",
+        "linked/link.jpg",
+        "top.jpeg",
+    ]
+    assert files.classes == ["a", "b", "c", "linked"]  # of train and val together
     assert files.labels.tolist() == [0, 0, 1, 1, 1, 3, 3, 3, -1]
     assert data.scan(str(tmp_path), "val").labels.tolist() == [2]
 
@@ -62,7 +70,7 @@ def test_file_list__round_trips(good, tmp_path):
     copies += [pickle.loads(pickle.dumps(f)) for f in (files, saved)]
     for copy in copies:
         assert [copy.name(i) for i in range(len(copy))] == names and copy.folders == files.folders
-    assert len(pickle.dumps(saved)) < 200        # its path: a worker maps the file itself
+    assert len(pickle.dumps(saved)) < 200  # its path: a worker maps the file itself
     with open("/proc/self/maps") as maps:
         assert f"{tmp_path}/list/names.npy" in maps.read()
     odd = ["a\nb.jpg", "é/ü.png", os.fsdecode(b"\xff\xfe.jpg")]
@@ -99,9 +107,11 @@ def test_file_list__refuses_what_it_did_not_write(good, tmp_path):
 def test_scan__says_what_it_looked_for(tmp_path, good):
     empty = f"{tmp_path}/empty"
     os.makedirs(f"{empty}/train/rgb")
-    for root, split, words in [(f"{tmp_path}/none", "train", "no folder .*none"),
-                               (good, "val", "no folder .*val .in .*: empty, train"),
-                               (empty, "train", "no images .jpg .* in .*train/rgb")]:
+    for root, split, words in [
+        (f"{tmp_path}/none", "train", "no folder .*none"),
+        (good, "val", "no folder .*val .in .*: empty, train"),
+        (empty, "train", "no images .jpg .* in .*train/rgb"),
+    ]:
         with pytest.raises(UserError, match=words) as error:
             data.scan(root, split)
         assert "--data shapes" in str(error.value) and "ROOT/{train,val}/rgb" in str(error.value)
@@ -131,15 +141,18 @@ def turned(folder):
     write(f"{folder}/rgb/2.png", smooth(40, 60), exif=exif)
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda f: write(f"{f}/instance/2.png", ids(1, 40, 61)), "2.png: 61 x 40, .* 60 x 40"),
-    (turned, "2.png: 60 x 40, .* 40 x 60; .*EXIF"),
-    (lambda f: write(f"{f}/semantic/2.png", ids(133)), "id 133 .* semantic_classes = 133"),
-    (lambda f: write(f"{f}/semantic/2.png", ids(65535, dtype=np.uint16)), "id 65535"),
-    (lambda f: write(f"{f}/semantic/2.png", smooth(40, 60)), "2.png: 8-bit RGB"),
-    (lambda f: write(f"{f}/semantic/2.png", ids(0) > 0), "2.png: 1-bit grey"),
-    (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: not a PNG file"),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda f: write(f"{f}/instance/2.png", ids(1, 40, 61)), "2.png: 61 x 40, .* 60 x 40"),
+        (turned, "2.png: 60 x 40, .* 40 x 60; .*EXIF"),
+        (lambda f: write(f"{f}/semantic/2.png", ids(133)), "id 133 .* semantic_classes = 133"),
+        (lambda f: write(f"{f}/semantic/2.png", ids(65535, dtype=np.uint16)), "id 65535"),
+        (lambda f: write(f"{f}/semantic/2.png", smooth(40, 60)), "2.png: 8-bit RGB"),
+        (lambda f: write(f"{f}/semantic/2.png", ids(0) > 0), "2.png: 1-bit grey"),
+        (lambda f: open(f"{f}/instance/2.png", "wb").close(), "instance/2.png: not a PNG file"),
+    ],
+)
 def test_check__and_loading_stop_at_maps_that_do_not_fit(good, spoil, words, capsys):
     assert data.check(FolderDataset(good, "train", None, 32, 4, ALL)).startswith("6 of 6")
     spoil(f"{good}/train")
@@ -168,7 +181,7 @@ def test_folder__an_instance_of_a_wide_map_may_be_255(good):
     wide[:, :40], wide[:, :20] = 255, 0
     write(f"{good}/train/instance/0.png", wide)
     write(f"{good}/train/instance/1.png", ids(255))
-    got = sample(good, 0, train=False)["instance"][0]     # columns 10 to 50 of the image
+    got = sample(good, 0, train=False)["instance"][0]  # columns 10 to 50 of the image
     assert got.tolist() == [0, 0, 1, 1, 1, 1, 255, 255]
     assert sample(good, 1)["instance"].unique().tolist() == [255]
 
@@ -205,13 +218,13 @@ def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatc
     open(f"{good}/train/rgb/2.png", "wb").close()
     got = sample(good, 1)
     assert got["bad"] == 1 and got["seed"] == clean[1]["seed"] and clean[3]["bad"] == -1
-    assert got["semantic"].unique().tolist() == [13]      # the next readable one, its maps
+    assert got["semantic"].unique().tolist() == [13]  # the next readable one, its maps
     other = FolderDataset(good, "train", None, 32, 4, ALL)
     assert torch.equal(got["rgb"], other.crop(*other.load(3), int(clean[1]["seed"]))["rgb"])
     assert not calls
     os.remove(f"{good}/train/rgb/5.png")
     os.symlink("nowhere", f"{good}/train/rgb/5.png")
-    assert sample(good, 5)["bad"] == 5 and len(calls) == 3    # three more tries, then number 0
+    assert sample(good, 5)["bad"] == 5 and len(calls) == 3  # three more tries, then number 0
     assert data.check(other).startswith("6 of 6 samples checked, 3 images unreadable\n  1.png")
     for i in (0, 3, 4):
         os.remove(f"{good}/train/rgb/{i}.png")

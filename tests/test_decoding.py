@@ -22,10 +22,25 @@ def pillow(encoded):
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB"))
 
 
-@pytest.mark.parametrize("kind, mode", [
-    ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("TIFF", "CMYK"), ("JPEG2000", "RGB"),
-    ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"),
-    ("WEBP", "RGB"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P")])
+@pytest.mark.parametrize(
+    "kind, mode",
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("TIFF", "CMYK"),
+        ("JPEG2000", "RGB"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("PNG", "LA"),
+        ("PNG", "P"),
+        ("PNG", "1"),
+        ("WEBP", "RGB"),
+        ("WEBP", "RGBA"),
+        ("BMP", "RGB"),
+        ("GIF", "P"),
+    ],
+)
 def test_decode_image__equals_pillow(kind, mode):
     image = Image.fromarray(smooth(37, 53)).convert(mode)
     if "A" in mode:
@@ -37,7 +52,7 @@ def test_decode_image__equals_pillow(kind, mode):
         got = data.decode_image(encoded)
         assert got.dtype == torch.uint8 and got.shape == ((3, 37, 53) if turn == 1 else (3, 53, 37))
         difference = np.abs(got.permute(1, 2, 0).numpy().astype(int) - pillow(encoded))
-        assert difference.max() <= (2 if kind == "JPEG" else 0)       # two builds may round apart
+        assert difference.max() <= (2 if kind == "JPEG" else 0)  # two builds may round apart
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -57,7 +72,7 @@ def test_decode_image__deep_grey_keeps_its_upper_byte():
 def test_decode_image__refuses_a_decompression_bomb():
     encoded = encode(Image.fromarray(smooth(16, 16)), "JPEG")
     frame = bytes(encoded).index(b"\xff\xc0")
-    encoded[frame + 5:frame + 9] = 250                                # claims 64250 x 64250
+    encoded[frame + 5 : frame + 9] = 250  # claims 64250 x 64250
     with pytest.raises(Image.DecompressionBombError):
         data.decode_image(encoded)
 

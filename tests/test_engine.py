@@ -143,7 +143,6 @@ def test_decay_groups__no_decay_on_biases_norms_tokens_embeddings():
     assert {"mask_token", "task_embed", "encoder.cls_token"} <= {names[p] for p in plain["params"]}
 
 
-
 # ------------------------------------------------------------------------------------- the folder
 
 

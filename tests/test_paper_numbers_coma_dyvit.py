@@ -96,7 +96,7 @@ def test_table_2__flops_by_the_set_of_windows(windows, base, small, table):
 
 
 def test_table_2__flops_against_vit():
-    """"A decrease of 33 %" is 12 against 18; unrounded it is less, however it is counted."""
+    """ "A decrease of 33 %" is 12 against 18; unrounded it is less, however it is counted."""
     (vit, vit_all), (base, base_all), (_, table_all) = (
         gmacs(net) for net in (vit_b(), encoder(), encoder("--windows", "8,4"))
     )

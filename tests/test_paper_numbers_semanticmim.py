@@ -83,6 +83,7 @@ def test_appendix_c__printed_formula():
     """-2.8 % holds against 197 tokens; equality comes at 13, not 11, or at 12 against 196."""
     saved = printed_cost(78, 8, 118) / plain_cost(197) - 1
     assert round(100 * saved, 1) == -2.8
+
     def first(L):
         return next(n for n in range(20) if printed_cost(78, n + 1, 118) > plain_cost(L))
 

@@ -141,7 +141,11 @@ def test_build__every_setting_reaches_the_model(monkeypatch):
     model = segment.build(config(*flags.split()))
     assert seen["a"] == ((32, 48), 0.25, False)
     assert (model.aux_weight, model.loss_size, model.head.dropout, model.layer) == (
-        0.7, 0, 0.3, None)  # fmt: skip  mmsegmentation's loss is taken at the labels' own size
+        0.7,
+        0,
+        0.3,
+        None,
+    )  # fmt: skip  mmsegmentation's loss is taken at the labels' own size
     assert model.head.classifier.weight.shape[:2] == (16, 16)  # classes; --dim of SMALL
     assert model.head.aux_classifier.weight.shape[:2] == (16, 8)
     probe = segment.build(config("--protocol", "linear", "--layer", 2, "--loss-size", 20))

@@ -69,7 +69,7 @@ def rename(state, P):
         for k, v in s.items():
             part = next((p for p in parts if k == p or k.startswith(f"{p}.")), None)
             if part:
-                new[f"{own}.{parts[part]}{k[len(part):]}"] = v
+                new[f"{own}.{parts[part]}{k[len(part) :]}"] = v
         if "attn.q_bias" in s:  # BEiT: no bias of keys
             q, kv = s["attn.q_proj.weight"], s["attn.kv_proj.weight"]
             q_bias, kv_bias = s["attn.q_bias"], torch.cat([torch.zeros(D), s["attn.v_bias"]])

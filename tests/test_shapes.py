@@ -35,10 +35,13 @@ def test_scenes__instances_are_whole_objects_by_area(scenes):
     for s in scenes:
         areas = torch.bincount(s["instance"].flatten().long())[1:]
         assert (areas[:-1] >= areas[1:]).all() and areas[-1] > 0
-        for number in range(1, len(areas) + 1):          # one instance, one class
+        for number in range(1, len(areas) + 1):  # one instance, one class
             assert len(s["semantic"][s["instance"] == number].unique()) == 1
-        largest = [int(s["semantic"][s["instance"] == n][0]) for n in range(1, len(areas) + 1)
-                   if areas[n - 1] == areas[0]]
+        largest = [
+            int(s["semantic"][s["instance"] == n][0])
+            for n in range(1, len(areas) + 1)
+            if areas[n - 1] == areas[0]
+        ]
         assert int(s["label"]) + len(STUFF) in largest
         counts.append(len(areas))
     assert min(counts) >= 1 and max(counts) == 6 and np.mean(np.array(counts) >= 2) > 0.9
@@ -96,7 +99,7 @@ def test_scenes__colour_does_not_tell_the_class():
     mean_only = ((x[half:, None, :3] - means[:, :3]) ** 2).sum(-1).argmin(1)
     share = np.bincount(y[half:]).max() / len(y[half:])
     assert (mean_only == y[half:]).mean() < share + 0.03
-    assert (guess == y[half:]).mean() < share + 0.08          # shading differs a little with shape
+    assert (guess == y[half:]).mean() < share + 0.08  # shading differs a little with shape
 
 
 def test_scenes__are_fixed_by_split_and_index():
@@ -127,9 +130,15 @@ def test_scenes__draw_the_same_scene_at_any_size():
 def test_scenes__workers_do_not_matter():
     def batches(workers):
         sampler = data.BatchSampler(40, 8, 0, stop_step=6)
-        return list(torch.utils.data.DataLoader(
-            ShapeScenes(length=40), batch_sampler=sampler, collate_fn=data.collate,
-            num_workers=workers, worker_init_fn=data.worker_init))
+        return list(
+            torch.utils.data.DataLoader(
+                ShapeScenes(length=40),
+                batch_sampler=sampler,
+                collate_fn=data.collate,
+                num_workers=workers,
+                worker_init_fn=data.worker_init,
+            )
+        )
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a) and len(a) == 6

@@ -204,7 +204,7 @@ def test_predict__normalised_is_what_the_model_makes_alone(checkpoints):
             preds = [pred.where(hidden, 0).float() for _, _, pred in pair]
             assert torch.equal(*preds) == normalised
         truth = reconstruct.predict(method, model, batch, mask, True)["rgb"][0]
-        imgs = ((rgb[0] / 255).permute(1, 2, 0) - torch.tensor(common.IMAGENET_MEAN))
+        imgs = (rgb[0] / 255).permute(1, 2, 0) - torch.tensor(common.IMAGENET_MEAN)
         x = (imgs / torch.tensor(common.IMAGENET_STD))[8:16, 24:32]  # in row 1, column 3
         x = (x - x.mean()) / (x.var() + 1e-6).sqrt()
         x = x * torch.tensor(common.IMAGENET_STD) + torch.tensor(common.IMAGENET_MEAN)
