@@ -83,6 +83,8 @@ class Config(engine.Config):
     lambda_r: float = arg(1.0, "Eq. 5, Table 6f", within="[0, inf)")
     norm_pix_loss: bool = arg(True, "not given; MAE's")  # NOTE paper unclear: pixel target.
 
+    FURTHER = engine.Config.FURTHER + ("e1", "e2", "e3", "e4")
+
     def resolve(self) -> None:
         """Fill in what depends on other fields; UserError on values that cannot work."""
         super().resolve()

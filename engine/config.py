@@ -81,7 +81,10 @@ class Config:
         "val_epochs val_samples preview_epochs".split()
     )
     SET: typing.ClassVar = ()  # what the program sets, or has no use for: no flags
-    FURTHER: typing.ClassVar = ()  # flags that --help names in one line
+    FURTHER: typing.ClassVar = tuple(  # flags that --help names in one line
+        "workers deterministic log_every save_minutes save_epochs val_epochs val_samples "
+        "preview_epochs".split()
+    )
 
     def resolve(self) -> None:
         """Fill in defaults that depend on other fields; UserError on values that cannot work."""

@@ -1,0 +1,21 @@
+"""--help of every program: at most 40 flags, in groups, and none that only the program sets."""
+
+import importlib
+import re
+
+import pytest
+
+PROGRAMS = "mae cfmae semanticmim mcmae coma_dyvit".split()
+TRANSFERS = [f"downstream.{name}" for name in ("finetune", "probe", "segment")]
+
+
+@pytest.mark.parametrize("name", PROGRAMS + TRANSFERS)
+def test_help__at_most_forty_flags(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--[a-z0-9-]+)", text, re.M)
+    assert stop.value.code == 0 and 20 < len(flags) <= 40, len(flags)
+    assert not {"--description"} & set(flags)
+    assert all(f"\n{group}:\n" in text for group in ("data", "optimisation", "run"))
