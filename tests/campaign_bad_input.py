@@ -19,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parent / "engine"))
+
 import tiny_run
 import torch
 from PIL import Image

@@ -1,0 +1,407 @@
+"""Segmentation runs: resume, ranks, methods, bad input, preparation of data sets."""
+
+import json
+import os
+import sys
+from unittest import mock
+
+import data
+import engine
+import numpy as np
+import pytest
+import tiny_run
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from common import sincos_2d
+from data import UserError
+from downstream import encoders, pixels, prepare, segment
+from downstream.segment_recipes import PRESETS, Config
+from PIL import Image
+from test_segment import SMALL, config, folder
+from tiny_run import lines, same_result
+
+pytestmark = pytest.mark.slow
+
+
+def train(out, *flags, source=()):
+    """Train on 40 scenes in this process, then evaluate on 40."""
+    torch.set_num_threads(1)
+    flags = [*SMALL, "--output", out, *flags]
+    if source:
+        at = flags.index("--method")
+        flags[at : at + 4] = source
+    with tiny_run.short_epochs():
+        segment.main([str(f) for f in flags])
+
+
+def run(out, *flags, source=()):
+    train(out, *flags, source=source)
+    return json.loads((out / "result.json").read_text())
+
+
+def evaluate(out):
+    with tiny_run.short_epochs():
+        segment.main(["evaluate", str(out), "--workers", "0", "--device", "cpu"])
+    return json.loads((out / "evaluation/result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    at = tmp_path_factory.mktemp("pretrained")
+    tiny_run.train(at, "--steps", 4)
+    return at / "last.pt"
+
+
+@pytest.mark.parametrize("protocol", ["upernet", "linear"])
+def test_run__resumes_bit_for_bit_without_the_pretraining_file(pretrained, tmp_path, protocol):
+    copy, flags = tmp_path / "copy.pt", ("--protocol", protocol, "--save-epochs", 1)
+    copy.write_bytes(pretrained.read_bytes())
+    source = ("--checkpoint", copy)
+    whole = run(tmp_path / "whole", *flags, source=source)
+    run(tmp_path / "parts", *flags, "--steps", 8, source=source)
+    copy.unlink()
+    parts = run(tmp_path / "parts", *flags, "--resume", source=source)
+    assert same_result(tmp_path / "whole", tmp_path / "parts") and whole == parts
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    assert (tmp_path / "parts" / "preview-0000020.png").exists()
+    assert evaluate(tmp_path / "parts") == whole
+    trained, old = (tiny_run.checkpoint(p.parent)["model"] for p in
+                    (tmp_path / "whole" / "last.pt", pretrained))  # fmt: skip
+    same = torch.equal(trained["encoder.blocks.0.attn.qkv.weight"],
+                       old["encoder.blocks.0.attn.qkv.weight"])  # fmt: skip
+    assert same == (protocol == "linear")
+
+
+def test_run__random_weights_in_a_checkpoints_architecture(pretrained, tmp_path):
+    flags = ("--protocol", "linear", "--steps", 1, "--random")
+    run(tmp_path, *flags, source=("--checkpoint", pretrained))
+    new, old = (tiny_run.checkpoint(p)["model"] for p in (tmp_path, pretrained.parent))
+    key = "encoder.blocks.0.attn.qkv.weight"
+    assert new[key].shape == old[key].shape and not torch.equal(new[key], old[key])
+
+
+@pytest.mark.parametrize("method", ["semanticmim", "mcmae", "coma_dyvit"])
+def test_run__any_method_on_a_crop_that_is_not_square(tmp_path, method):
+    size = ("--image-size", 32, "--crop-width", 64, "--iterations", 3)
+    result = run(tmp_path, *size, source=("--method", method, "--encoder", "tiny"))
+    assert result["images"] == 40 and result["crop"] == [32, 64] and 0 < result["mIoU"] < 1
+
+
+def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path):
+    """The same at another crop as without a crop of its own: `trained_size` of the description."""
+    flags = ("--image-size", 48, "--crop-width", 64, "--iterations", 1, "--output", tmp_path)
+    argv = [*SMALL, *map(str, flags), "--checkpoint", str(pretrained)]
+    at = argv.index("--method")
+    del argv[at : at + 4]
+    cfg = engine.parse(Config, PRESETS, "", argv)
+    encoder = segment.build(cfg).encoder
+    old = tiny_run.config(tmp_path)
+    side = old.image_size // old.patch_size
+    p = encoder.patch_size
+    grid, D = (48 // p, 64 // p), encoder.embed_dim
+    expected = sincos_2d(D, *grid, (side, side))
+    assert encoder.grid == grid and encoder.trained_grid == (side, side)
+    torch.testing.assert_close(encoder.position(*grid), expected)
+    assert not torch.allclose(expected, sincos_2d(D, *grid))  # what positions of its own would be
+
+
+def test_run__mcmaes_relative_bias_goes_to_another_crop(tmp_path):
+    """A bias that is its offset: near ones keep theirs to the digit, the farthest its own."""
+    flags = ("--image-size", 64, "--relative-bias", "--no-train-position", "--iterations", 1)
+    train(tmp_path / "a", *flags, source=("--method", "mcmae", "--encoder", "tiny"))
+    content = tiny_run.checkpoint(tmp_path / "a")
+    tables = [k for k in content["model"] if k.endswith("relative_position_bias_table")]
+    offsets = torch.arange(-7.0, 8)  # on the crop's grid, 8 x 8: 10 a row down, 1 a column
+    for k in tables:
+        content["model"][k][:] = (10 * offsets[:, None] + offsets).view(-1, 1)
+    engine.save(tmp_path / "a" / "last.pt", content)
+    assert len(tables) == 3
+    source = {"checkpoint": tmp_path / "a" / "last.pt"}
+    for h, w in ((12, 8), (8, 8), (6, 10), (16, 5)):
+        encoder, _, _ = encoders.open_encoder(**source, image_size=(8 * h, 8 * w))
+        for block in encoder.blocks3:
+            found = block.attn.relative_position_bias_table.detach()
+            for x in found.view(2 * h - 1, 2 * w - 1, -1).unbind(2):
+                near = x[h - 2 : h + 1, w - 2 : w + 1]
+                torch.testing.assert_close(near, 10 * offsets[6:9, None] + offsets[6:9])
+                down, along = x[:, w - 1] / 10, x[h - 1]
+                for line, n in ((down, h), (along, w)):
+                    assert (line.diff() > 0).all()
+                    assert n < 8 or line[-1] == pytest.approx(7, abs=0.25)
+                assert not (x - down[:, None] * 10 - along).abs().gt(1e-3).any()
+    flags = ("--image-size", 96, "--crop-width", 64, "--iterations", 1)
+    result = run(tmp_path / "b", *flags, source=("--checkpoint", tmp_path / "a" / "last.pt"))
+    assert result["crop"] == [96, 64]
+
+
+def test_run__batchnorms_samples_are_said_and_kept(tmp_path):
+    flags = ("--iterations", 2, "--steps", 1)
+    train(tmp_path, *flags, "--micro-batch", 4)
+    assert tiny_run.checkpoint(tmp_path)["facts"]["norm_batch"] == 4
+    with pytest.raises(UserError, match="BatchNorm saw 4 samples at a time in .* would see 8"):
+        train(tmp_path, *flags, "--resume", "--steps", 2)
+    train(tmp_path, *flags, "--resume", "--steps", 2, "--micro-batch", 5)  # of 8: 4 at a time
+    assert tiny_run.checkpoint(tmp_path)["step"] == 2
+
+
+def test_run__the_probe_may_change_its_micro_batch(tmp_path):
+    flags = ("--protocol", "linear", "--iterations", 2)
+    train(tmp_path, *flags, "--steps", 1, "--micro-batch", 4)
+    train(tmp_path, *flags, "--steps", 2, "--resume")
+    assert tiny_run.checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder"])
+def test_main__trains_on_random_crops_at_the_recipes_rate_and_looks_at_centres(
+    tmp_path, monkeypatch, source
+):
+    seen = {True: [], False: []}  # by `training`; predict is what both call
+    forward, predict = segment.Segmenter.forward, segment.evaluate
+    monkeypatch.setattr(
+        segment.Segmenter, "forward", lambda *a: seen[True].append(a[1]) or forward(*a)
+    )
+    monkeypatch.setattr(segment, "evaluate", lambda *a: seen[False].append(a[1]) or predict(*a))
+    flags = ["--iterations", 8, "--steps", 2, "--log-every", 1, "--crop-width", 48]
+    if source == "folder":
+        for split, n in (("train", 8), ("val", 4)):
+            folder(tmp_path, [(60, 40 + 8 * i) for i in range(n)], split)
+            for i in range(n):
+                noise = np.random.default_rng(i).integers(0, 256, (60, 40 + 8 * i, 3), np.uint8)
+                Image.fromarray(noise).save(tmp_path / split / "rgb" / f"{i}.png")
+        flags += ["--data", tmp_path, "--classes", 3]
+    train(tmp_path / "out", *flags)
+    for batch in seen[True] + seen[False]:
+        assert batch["rgb"].shape[2:] == batch["semantic"].shape[1:] == (32, 48)
+    if source == "folder":
+        cfg = config(*flags[6:])
+        for split, training in (("train", True), ("val", False)):
+            dataset, found = (
+                data.FolderDataset(
+                    str(tmp_path),
+                    split,
+                    None,
+                    granularities=("rgb", "semantic"),
+                    semantic_classes=3,
+                ),
+                seen[training][0],
+            )
+            for k, seed in enumerate(found["seed"].tolist()):
+                views = (pixels.Augment(cfg, training)(*dataset.load(i), seed)
+                         for i in range(len(dataset)))  # fmt: skip
+                assert any(torch.equal(v["rgb"], found["rgb"][k]) for v in views)
+    log = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    peak = config().lr  # no warm-up: a tenth of 8 steps is none
+    assert [r["lr"] for r in log if "lr" in r] == pytest.approx([peak, peak * 7 / 8])
+    assert set(log[0]["val"]) == {"loss", "loss_main", "pixel_accuracy"}
+
+
+def test_run__learns_labels_that_colours_tell(tmp_path):
+    folder(tmp_path, [(40, 40)] * 12, "train")
+    folder(tmp_path, [(40, 60), (60, 40), (40, 40)])
+    flags = ("--data", tmp_path, "--classes", 3, "--batch-size", 12, "--iterations", 30)
+    assert run(tmp_path / "out", *flags)["mIoU"] > 0.9
+
+
+def _rank(rank, store, out):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    train(out / "linear", "--protocol", "linear", "--iterations", 8)
+    train(out / "upernet", "--iterations", 4)
+    dist.barrier()  # see engine.command
+    dist.destroy_process_group()
+
+
+def test_run__two_ranks(tmp_path):
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        mp.spawn(_rank, (str(tmp_path / "store"), tmp_path), nprocs=2)
+    one = run(tmp_path / "one", "--protocol", "linear", "--iterations", 8)
+    two = json.loads((tmp_path / "linear" / "result.json").read_text())
+    assert one["mIoU"] == pytest.approx(two["mIoU"], rel=1e-3) and two["images"] == 40
+    a, b = ([r["loss"] for r in lines(tmp_path / n)] for n in ("one", "linear"))
+    assert a == pytest.approx(b, rel=1e-5)
+    counts = [v for k, v in tiny_run.checkpoint(tmp_path / "upernet")["model"].items()
+              if k.endswith("num_batches_tracked")]  # fmt: skip
+    assert counts and all(n == 4 for n in counts)  # DDP's passes before the first step left no mark
+    # each rank has its own means in BatchNorm; those that are saved, rank 0's, are what is scored
+    two = json.loads((tmp_path / "upernet" / "result.json").read_text())
+    saved = evaluate(tmp_path / "upernet")
+    assert two["images"] == saved["images"] == 40
+    for name in ("mIoU", "pixel_accuracy", "mean_accuracy"):
+        assert two[name] == pytest.approx(saved[name], rel=1e-3), name
+
+
+def make_older(out):
+    """Rewrite a run's checkpoint as earlier versions wrote it: all in the config, no facts."""
+    path = out / "last.pt"
+    content = torch.load(path, weights_only=True)
+    facts = content.pop("facts")
+    content["config"] |= {"description": json.dumps(facts["description"]), "patch_size": 4}
+    content["config"] |= {"norm_batch": facts.get("norm_batch")}
+    engine.save(path, content)
+
+
+def test_run__older_checkpoints_go_on_are_evaluated_and_are_sources(pretrained, tmp_path):
+    copy, flags = tmp_path / "copy.pt", ("--iterations", 4, "--mean", "0.5,0.4,0.3")
+    copy.write_bytes(pretrained.read_bytes())
+    source = ("--checkpoint", copy)
+    whole = run(tmp_path / "whole", *flags, source=source)
+    run(tmp_path / "parts", *flags, "--steps", 2, source=source)
+    copy.unlink()
+    make_older(tmp_path / "parts")
+    with pytest.raises(UserError, match="BatchNorm saw 8 samples at a time in .* would see 4"):
+        train(tmp_path / "parts", *flags, "--resume", "--micro-batch", 4, source=source)
+    assert run(tmp_path / "parts", *flags, "--resume", source=source) == whole
+    assert same_result(tmp_path / "whole", tmp_path / "parts")
+    content = tiny_run.checkpoint(tmp_path / "parts")
+    assert content["facts"]["description"]["mean"] == [0.5, 0.4, 0.3]
+    assert "description" not in content["config"] and "norm_batch" not in content["config"]
+    make_older(tmp_path / "parts")
+    assert evaluate(tmp_path / "parts") == whole
+    flags = ("--iterations", 1, "--protocol", "linear")
+    train(tmp_path / "next", *flags, source=("--checkpoint", tmp_path / "parts" / "last.pt"))
+    assert "facts" not in torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"config": {"description": "{"}}, {"facts": 3}])
+def test_run__a_folder_whose_checkpoint_is_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt is no checkpoint of a segmentation run"):
+        train(tmp_path, "--resume")
+
+
+def test_main__help_has_forty_flags_in_groups_and_none_that_the_program_sets(capsys):
+    with pytest.raises(SystemExit) as end:
+        segment.main(["--help"])
+    said = capsys.readouterr().out
+    shown = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
+    assert end.value.code == 0 and 30 < len(set(shown)) <= 40 and "--checkpoint" in shown
+    groups = ["data", "model", "optimisation", "run"]
+    assert [g for g in groups if f"\n{g}:\n" in said] == groups
+    further = next(x for x in said.splitlines() if x.startswith("further flags: "))
+    assert "--aux-weight" in further and "--aux-weight" not in shown
+    for name in ("description", "norm-batch", "base-lr", "patch-size", "warmup-epochs", "min-lr"):
+        assert f"--{name}" not in [*shown, *further.split()], name
+
+
+# ---------------------------------------------------------------------------------- bad input, data
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--method cfmae --encoder huge", "--encoder huge: cfmae has tiny"),
+    ("--checkpoint none.pt --method cfmae", "one of --checkpoint, --init, --method"),
+    ("--image-size 36", "--image-size 36 .* stride, 8, .* nearest: 32 or 40"),
+    ("--crop-width 8", "--crop-width 8 .* nearest: 16"),
+    ("--protocol linear --layer 5", "--layer 5: this encoder has layers 1 to 4"),
+    ("--epochs 3", "--iterations and --epochs"),
+    ("--classes 10", r"--classes 10 is outside \[16, 255\]"),
+    ("--batch-size 1", "two samples at a time"),
+    ("--layer-decay 1.5", r"outside \[0, 1\]"),
+    ("--base-lr 1", "unrecognized arguments: --base-lr 1"),
+    ("--patch-size 16", "unrecognized arguments: --patch-size 16"),
+    ("--description {}", "unrecognized arguments: --description"),
+    ("--scale-min 3", "--scale-min is above --scale-max"),
+    ("--loss-size 0", "--loss-size 0 must be above 0"),
+    ("--iterations 0", "--iterations 0 must be above 0"),
+    ("--data nowhere", "there is no folder nowhere"),
+    ("--evaluation half", "invalid choice: 'half'"),
+])  # fmt: skip
+def test_run__bad_input_is_one_message(tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        segment.main([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
+
+
+def broken_png(path):
+    path.write_bytes(b"broken")
+
+
+def wrong_id(path):
+    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(path)
+
+
+def other_size(path):
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(path)
+
+
+def stretched_png(path):
+    Image.new("1", (40, 40)).save(path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("harm, words", [
+    (broken_png, "1.png: not a PNG file"),
+    (wrong_id, "1.png: id 9 is neither below semantic_classes = 3 nor 255"),
+    (other_size, "1.png: 30 x 40, but its image is displayed at 40 x 40"),
+    (stretched_png, "1.png: 1-bit grey"),
+    (lambda path: path.unlink(), "1"),
+])  # fmt: skip
+def test_run__maps_that_do_not_fit_are_one_message(tmp_path, split, harm, words):
+    for part in ("train", "val"):
+        folder(tmp_path, [(40, 40)] * 4, part)
+    harm(tmp_path / split / "semantic" / "1.png")
+    flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=words):
+        segment.main([*SMALL, *flags, "--batch-size", "4", "--iterations", "1"])
+
+
+def test_run__val_alone_is_one_message(tmp_path):
+    folder(tmp_path, [(40, 40)] * 4, "val")
+    flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="train"):
+        segment.main([*SMALL, *flags])
+
+
+def test_evaluate__bad_input_exits_with_2(tmp_path, capsys):
+    root, run, odd = (tmp_path / name for name in ("root", "run", "odd"))
+    folder(root, [(40, 40)] * 4, "train")
+    train(run, "--data", root, "--classes", 3, "--batch-size", 4, "--iterations", 1)
+    checkpoint = tiny_run.checkpoint(run)
+    odd.mkdir()
+    engine.save(odd / "last.pt", checkpoint | {"config": checkpoint["config"] | {"colour": 1}})
+    for argv, words in (
+        ([tmp_path / "nowhere"], "no such file"),
+        ([run], f"{root} has no val split"),
+        ([run, "--data", root], f"{root} has no val split"),
+        ([run, "--data", "shapes"], "classes"),
+        ([run, "--workers", "-1"], "--workers -1 must be 0 or"),
+        ([odd], "unknown here: colour"),
+    ):
+        with mock.patch.object(sys, "argv", ["segment", "evaluate", *map(str, argv)]):
+            with pytest.raises(SystemExit) as end:
+                engine.command("segment", segment.main)
+        assert end.value.code == 2 and words in capsys.readouterr().err, argv
+        assert not list(tmp_path.glob("*/evaluation/result.json")), argv
+
+
+def test_prepare_ade__and_voc_give_our_layout(tmp_path):
+    ade, voc = tmp_path / "ade", tmp_path / "voc"
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (ade / kind / part).mkdir(parents=True)
+        Image.new("RGB", (3, 2)).save(ade / "images" / part / "a.jpg")
+        ids = np.array([[0, 1, 150], [2, 0, 3]], np.uint8)
+        Image.fromarray(ids).save(ade / "annotations" / part / "a.png")
+    (ade / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n")
+    for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / kind).mkdir(parents=True)
+    for split in ("train", "val"):
+        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(f"{split}_1\n")
+        Image.new("RGB", (3, 2)).save(voc / "JPEGImages" / f"{split}_1.jpg")
+        ids = Image.fromarray(np.array([[0, 1, 20], [2, 255, 3]], np.uint8), mode="P")
+        ids.putpalette(list(range(256)) * 3)
+        ids.save(voc / "SegmentationClass" / f"{split}_1.png")
+    jobs = ((prepare.prepare_ade, ade, 150), (prepare.prepare_voc, voc, 21))
+    for function, source, classes in jobs:
+        for _ in range(2):  # a second time changes nothing
+            assert function([str(source), str(tmp_path / "out" / source.name)]) == 0
+        for split in ("train", "val"):
+            dataset = data.open_dataset(
+                str(tmp_path / "out" / source.name), split, 32, 4, ("rgb", "semantic"), (1, 1),
+                False, 0, label_stride=1, semantic_classes=classes)  # fmt: skip
+            _, maps = dataset.load(0)
+            first = [[255, 0, 149], [1, 255, 2]] if classes == 150 else [[0, 1, 20], [2, 255, 3]]
+            assert maps["semantic"].tolist() == first
+    names = (tmp_path / "out" / "ade" / "classes.txt").read_text()
+    assert names == "wall\nbuilding, edifice\n"
+    with pytest.raises(UserError, match="there is no folder"):
+        prepare.prepare_voc([str(ade), str(tmp_path / "no")])

@@ -1,0 +1,274 @@
+"""The run's parts: command line, batch, schedule, folder; and what a run says that goes wrong."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import data
+import engine
+import numpy as np
+import pytest
+import tiny_run
+import torch
+from cfmae import CFMAE
+from engine import Run, UserError, World, arg
+from engine.validate import validate
+from PIL import Image
+from torch import nn
+
+
+@dataclass
+class Config(engine.Config):
+    epochs: int = arg(400, "Table 7")
+    warmup_epochs: float = arg(40, "Appendix E.1 (5 % of it)")
+    colour: str = arg("red", "ours", choices=["red", "green"])
+
+
+PRESETS = {"base": {}, "tiny": dict(epochs=3, batch_size=64)}
+
+
+def parse(argv):
+    return engine.parse(Config, PRESETS, "About.", argv.split())
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def test_parse__command_line_before_preset_before_class():
+    assert (parse("").epochs, parse("").batch_size) == (400, 2048)
+    assert (parse("--model tiny").epochs, parse("--model tiny").batch_size) == (3, 64)
+    cfg = parse("--model tiny --epochs 7 --no-compile --resume --output x --steps 9")
+    assert (cfg.epochs, cfg.batch_size, cfg.steps) == (7, 64, 9)
+    assert (cfg.compile, cfg.resume) == (False, True)
+
+
+def test_parse__help_has_defaults_and_sources(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "About." in text
+    assert "--epochs int Table 7 (default: 400)" in text
+    assert "Appendix E.1 (5 % of it) (default: 40)" in text
+    assert "--colour {red,green}" in text and "tiny: --epochs 3 --batch-size 64" in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--epoch 3", "--epoch"),  # no abbreviations: a new flag would change what they mean
+        ("--nonsense 3", "--nonsense"),
+        ("--model huge", "'base', 'tiny'"),
+        ("--colour blue", "'red', 'green'"),
+        ("--precision fp16", "'auto', 'fp32', 'bf16'"),
+        ("--epochs many", "--epochs"),
+        ("--epochs 0", "--epochs 0 must be above 0"),
+        ("--image-size 230", "--image-size 230 is not divisible by --patch-size 16; .* 224 or 240"),
+        ("--image-size 10", "nearest that work: 16$"),
+        ("--patch-size 0", "--patch-size 0 must be above 0"),
+        ("--crop-scale-min 1.5", "--crop-scale-min 1.5"),
+        ("--base-lr nan", "--base-lr"),
+        ("--weight-decay -1", "--weight-decay"),
+        ("--beta2 1", "--beta2"),
+        ("--workers -1", "--workers"),
+        ("--resume", "--resume needs --output"),
+    ],
+)
+def test_parse__refuses_and_names_the_field(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv)
+
+
+def test_command__errors_of_the_file_system_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        engine.command("x", (tmp_path / "no" / "file").read_text)
+    line = f"x: error: [Errno 2] No such file or directory: '{tmp_path}/no/file'\n"
+    assert end.value.code == 2 and capsys.readouterr().err == line
+
+
+def test_split_batch__fewest_equal_micro_batches():
+    def split(batch, micro, ranks):
+        return World.split_batch(SimpleNamespace(size=ranks), batch, micro)
+
+    assert split(2048, 128, 8) == (2, 128)  # the equation that a run prints
+    assert split(2048, 128, 1) == (16, 128)
+    assert split(8, 128, 1) == (1, 8)
+    assert split(12, 5, 1) == (3, 4)
+    assert split(7, 5, 1) == (7, 1)
+    with pytest.raises(UserError, match="--batch-size 8 .* 3 ranks; nearest that work: 6 or 9"):
+        split(8, 128, 3)
+    with pytest.raises(UserError, match="nearest that work: 4$"):
+        split(2, 128, 4)
+
+
+# --------------------------------------------------------------------------------------- schedule
+
+
+def cosine(cfg, step):
+    return engine.cosine(cfg, SimpleNamespace(number=step, per_epoch=10))
+
+
+def test_cosine__corners():
+    cfg = Config(base_lr=1e-3, batch_size=512, warmup_epochs=2, epochs=10, min_lr=1e-5)
+    lr = [cosine(cfg, step) for step in range(101)]
+    assert lr[0] == pytest.approx(2e-3 / 20)  # 2e-3 = 1e-3 x 512 / 256, twenty steps of warm-up
+    assert lr[9] == pytest.approx(1e-3)
+    assert lr[19] == lr[20] == pytest.approx(2e-3)
+    assert lr[40] == pytest.approx(1e-5 + (2e-3 - 1e-5) * (1 + math.sqrt(0.5)) / 2)  # a quarter
+    assert lr[60] == pytest.approx((2e-3 + 1e-5) / 2)  # half-way down
+    assert lr[100] == pytest.approx(1e-5)
+    assert all(a < b for a, b in zip(lr[:20], lr[1:20]))
+    assert all(a > b for a, b in zip(lr[20:], lr[21:]))
+
+
+@pytest.mark.parametrize("warmup, expected", [(0, [1, 1]), (0.25, [1 / 3, 2 / 3, 1])])
+def test_cosine__warm_up_of_no_or_part_of_a_step(warmup, expected):
+    cfg = Config(base_lr=1.0, batch_size=256, warmup_epochs=warmup, epochs=10_000)
+    lr = [cosine(cfg, step) for step in range(len(expected))]
+    assert lr == pytest.approx(expected, abs=1e-6)
+
+
+def test_decay_groups__no_decay_on_biases_norms_tokens_embeddings():
+    model = CFMAE(tiny_run.config("unused"))
+    frozen = model.encoder.blocks[0].mlp.fc1.weight.requires_grad_(False)
+    decay, plain = engine.decay_groups(model, 0.05)
+    assert (decay["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    names = {p: n for n, p in model.named_parameters() if p is not frozen}
+    assert len(decay["params"]) + len(plain["params"]) == len(names)
+    assert {*decay["params"], *plain["params"]} == set(names)
+    linear = {m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))} - {frozen}
+    labels = {model.encoder.instance_embed.weight, model.encoder.semantic_embed.weight}
+    assert set(decay["params"]) == linear | labels  # a label's rows are a linear layer's weight
+    assert {"mask_token", "task_embed", "encoder.cls_token"} <= {names[p] for p in plain["params"]}
+
+
+# ------------------------------------------------------------------------------------- the folder
+
+
+def test_open_folder__a_run_is_not_touched_without_resume(tmp_path):
+    assert tiny_run.train(tmp_path, "--resume", "--steps", 1) == 0  # nothing there yet: it starts
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="holds a run: continue it with --resume"):
+        tiny_run.train(tmp_path, "--steps", 2)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_open_folder__a_new_one_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = {engine.open_folder(Config(), "cfmae")[0] for _ in range(3)}
+    assert len(paths) == 3
+
+
+# ------------------------------------------------------------------------------ runs that go wrong
+
+
+@pytest.mark.parametrize("save_minutes", [0, 60])
+@pytest.mark.slow
+def test_nonfinite_loss__is_named_and_not_saved(tmp_path, save_minutes):
+    sampler = data.BatchSampler(tiny_run.SCENES, 8, 0)
+    samples = str([index for _, index in sampler.indices(14)])  # of step 15; a line comes at 16
+    with pytest.raises(UserError) as error:
+        tiny_run.train(tmp_path, "--save-minutes", save_minutes, build=tiny_run.Diverging)
+    text = str(error.value)
+    assert "the loss of step 15 is not finite (loss inf, loss_rgb inf, fine 1)" in text
+    assert samples in text
+    assert ("no checkpoint" if save_minutes else f"last good checkpoint {tmp_path}") in text
+    assert save_minutes or tiny_run.checkpoint(tmp_path)["step"] == 14
+    assert all(v.isfinite().all() for p in tmp_path.glob("*.pt") for v in
+               torch.load(p, weights_only=True)["model"].values())  # fmt: skip
+    assert [r["step"] for r in tiny_run.lines(tmp_path)] == [4, 8, 12]
+
+
+def make_folder(root, images, broken):
+    """A data folder of small JPEGs, the first `broken` of them cut off."""
+    (root / "train").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        path = root / "train" / f"{i:03d}.jpg"
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+        if i < broken:
+            path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.slow
+def test_unreadable_images__are_counted_named_and_limited(tmp_path):
+    flags = ["--granularities", "R", "--log-every", "1", "--epochs", 2, "--micro-batch", 4]
+    make_folder(tmp_path / "few", 40, 3)
+    assert tiny_run.train(tmp_path / "a", *flags, "--data", tmp_path / "few") == 0
+    counts = [r["unreadable_files"] for r in tiny_run.lines(tmp_path / "a")]
+    assert counts[4] == counts[9] == 3 and counts[:5] == sorted(counts[:5])  # by epoch
+    names = (tmp_path / "a" / "bad_files.txt").read_text().split()
+    assert sorted(names) == sorted([f"{i:03d}.jpg" for i in range(3)] * 2)
+
+    make_folder(tmp_path / "many", 40, 15)
+    with pytest.raises(UserError, match=r"1\d unreadable images.*more than 10.*bad_files.txt"):
+        tiny_run.train(tmp_path / "b", *flags, "--data", tmp_path / "many")
+    assert len(tiny_run.lines(tmp_path / "b")) < 6  # within the first epoch
+
+
+@pytest.mark.slow
+def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
+    flags = ["--granularities", "R", "--data", tmp_path / "data", "--epochs", 4]
+    make_folder(tmp_path / "data", 20, 0)
+    with pytest.raises(UserError, match="stub"):  # the list is written, then the start fails
+        tiny_run.train(tmp_path / "a", *flags, build=mock.Mock(side_effect=UserError("stub")))
+    (tmp_path / "data/train/0.jpg").write_bytes((tmp_path / "data/train/019.jpg").read_bytes())
+    for out in "ab":
+        assert tiny_run.train(tmp_path / out, *flags, *(["--steps", 3] if out == "a" else [])) == 0
+    (tmp_path / "data/train/00.jpg").write_bytes((tmp_path / "data/train/019.jpg").read_bytes())
+    assert tiny_run.train(tmp_path / "a", *flags, "--resume") == 0
+    assert tiny_run.same_result(tmp_path / "a", tmp_path / "b")
+
+
+# -------------------------------------------------------------------------------------- validation
+
+
+def test_validation__evenly_spaced_over_the_split_and_the_ranks():
+    seen = []
+
+    class Counting(torch.utils.data.Dataset):
+        def __len__(self):
+            return 103
+
+        def __getitem__(self, key):
+            seen.append(key)
+            return {"seed": torch.tensor(key[1]), "label": torch.tensor(key[1])}
+
+    def mean_label(model, batch):
+        return {"label": batch["label"].float().mean()}
+
+    for rank in (0, 1):
+        world = SimpleNamespace(
+            rank=rank, size=2, mean=lambda x: x, raise_error=lambda x: x, to_device=lambda x: x,
+            workers=lambda wanted: 0, maximum=lambda x: [x],
+        )  # fmt: skip
+        run = object.__new__(Run)
+        vars(run).update(
+            cfg=Config(val_samples=20), world=world, val_set=Counting(), model=torch.nn.Identity(),
+            micro=4, lead=False, number=0, per_epoch=1, autocast=contextlib.nullcontext,
+            meter=SimpleNamespace(write=lambda record: None),
+        )  # fmt: skip
+        validate(run, mean_label)
+    assert seen == [(0, i * 103 // 20) for i in range(20)]
+    assert seen[-1][1] > 90  # not the first folders alone
+
+
+def test_train__pictures_are_of_evenly_spaced_images(tmp_path):
+    seen = []
+
+    def reconstruct(model, batch):
+        seen.extend(batch["seed"].tolist())
+        return {"rgb": (batch["rgb"], None, batch["rgb"])}
+
+    assert tiny_run.train(tmp_path, "--steps", 1, reconstruct=reconstruct) == 0
+    assert seen == [data.sample_seed(0, 0, i) for i in (0, 10, 20, 30)]
+
+
+@pytest.mark.parametrize("amx, avx512, bf16", [(1, 0, True), (0, 1, True), (0, 0, False)])
+def test_has_bf16__on_cpus_with_units_for_it(monkeypatch, amx, avx512, bf16):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512), raising=False)
+    assert engine.has_bf16(torch.device("cpu")) is bf16
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # a private name may go
+    assert engine.has_bf16(torch.device("cpu")) is bool(amx)

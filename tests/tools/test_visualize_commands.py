@@ -1,0 +1,284 @@
+"""Every command of tools/visualize.py writes its picture, and refuses bad input in one line."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_visualize import fresh
+
+from downstream.encoders import METHODS
+from engine import UserError
+from pictures import colorize, columns, hide
+from tools import figures, masks, visualize
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return fresh(tmp_path_factory.mktemp("checkpoints"))
+
+
+def run(tmp_path, *words):
+    """Run a command and return its picture's size; below the caption it is not one colour."""
+    visualize.main([*map(str, words), "--output", str(tmp_path / "sub" / "x.png")])
+    with Image.open(tmp_path / "sub" / "x.png") as image:
+        assert image.format == "PNG"
+        low, high = image.convert("L").crop((0, image.height // 2, *image.size)).getextrema()
+        assert low < high
+        return image.size
+
+
+# ---------------------------------------------------------------------------- every command
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
+def test_reconstruct__size(tmp_path, checkpoints, method):
+    width, height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints[method], "--images",
+                        "0,4", "--side", "100")  # fmt: skip
+    rows = {"cfmae": 6, "semanticmim": 4, "mae": 2, "mcmae": 2, "coma_dyvit": 6}[method]
+    assert width >= 4 * 104 and rows * 104 < height < rows * 104 + 120
+
+
+@pytest.mark.slow
+def test_attention__sizes(tmp_path, checkpoints):
+    sem, more = checkpoints["semanticmim"], checkpoints["cfmae"]
+    flags = ("attention", "--images", "0,1", "--side", "50")
+    queries = ("--query", "1,1", "proxies", "--heads")
+    width, height = run(tmp_path, *flags, "--checkpoint", sem, *queries)
+    assert height > 6 * 54 and width >= 4 * 54  # 2 images x 3 queries; input and 3 heads
+    assert run(tmp_path, *flags, "--checkpoint", sem, more, "--depth")[1] > 2 * 54
+    assert run(tmp_path, *flags, "--checkpoint", sem, "--proxy-mean", "--depth")[1] > 3 * 54
+    fresh = ("--method", "cfmae", "--encoder", "tiny", "--image-size", "32")
+    assert run(tmp_path, *flags, *fresh)[1] > 2 * 54
+    with pytest.raises(UserError, match="hierarchical"):
+        run(tmp_path, *flags, "--checkpoint", checkpoints["coma_dyvit"])
+    assert run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])[1] > 2 * 54  # its stage 3
+
+
+@pytest.mark.slow
+def test_masks__counts(monkeypatch, tmp_path):
+    """Each panel hides as many patches as its paper says."""
+    shown = {}
+    keep = lambda *args: shown.update(columns=args[2], rows=args[3])  # noqa: E731
+    monkeypatch.setattr(masks, "sheet", keep)
+    visualize.main(["masks", "--images", "3", "--output", "x.png"])
+    cells = dict(zip(shown["columns"], shown["rows"][0]))
+
+    def hidden(name, side):  # cells that are hatched throughout
+        x = cells[name]
+        x = (x == hide(x, torch.ones(x.shape[1:], dtype=torch.bool))).all(0).float()[None, None]
+        return int((torch.nn.functional.avg_pool2d(x, side) == 1).sum())
+
+    assert hidden("MAE", 16) == 147
+    assert hidden("SemanticMIM", 16) == 118 and hidden("plain MIM", 16) == 79
+    assert hidden("MCMAE block", 16) == 147 and hidden("MCMAE token", 4) == 3136 * 3 // 4
+    assert hidden("CoMA", 32) == 30 and hidden("CoMA complement", 32) == 19
+    for kind in ("SG", "IG", "RD"):
+        sides = {"rgb": 16, "instance": 4, "semantic": 4}
+        assert sum(hidden(f"CFMAE {kind}, {m}", s) for m, s in sides.items()) == 588 - 98
+    visualize.main(["masks", "--over-training", "--images", "0-1", "--output", "x.png"])
+    assert len(shown["rows"]) == 6 and len(shown["columns"]) == 6
+    first, last = shown["rows"][0], shown["rows"][-1]
+    assert any(not torch.equal(a, b) for a, b in zip(first, last))
+
+
+@pytest.mark.slow
+def test_figures_without_a_model__sizes(tmp_path):
+    assert run(tmp_path, "masks", "--frequency", "50")[0] >= 3 * 192
+    flags = ("--method", "cfmae", "--model", "tiny", "--images", "0")
+    assert 6 * 132 < run(tmp_path, "masks", *flags)[0] < 6 * 132 + 80
+    assert run(tmp_path, "dataset", "--images", "0-2", "--side", "40", "--palette")[1] > 3 * 44
+
+
+@pytest.mark.slow
+def test_features__sizes(tmp_path, checkpoints):
+    for method in ("cfmae", "mcmae", "coma_dyvit"):
+        width, _ = run(tmp_path, "features", "--checkpoint", checkpoints[method], "--images", "0-1")
+        assert width > 5 * 128  # input and four levels
+
+
+def test_principal_components__svd():
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 8)
+    found, shares = visualize.principal_components(x)
+    U, S, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    torch.testing.assert_close(found.abs(), (U * S)[:, :3].abs(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shares, (S**2 / (S**2).sum())[:3])
+
+
+@pytest.mark.slow
+def test_masks__methods_below_each_other(tmp_path, monkeypatch):
+    """Each method begins a band of its own, with the image beside its masks."""
+    shown, tiny = {}, ("--image-size", "64")
+    keep = lambda *args: shown.update(columns=args[2], rows=args[3], bands=args[8])  # noqa: E731
+    with monkeypatch.context() as m:
+        m.setattr(masks, "sheet", keep)
+        run_masks = [*("masks", "--images", "0", *tiny, "--output", "x.png")]
+        visualize.main(run_masks)
+    starts = [sum(shown["bands"][:i]) for i in range(len(shown["bands"]))]
+    assert shown["bands"] == [2, 6, 6, 3, 3, 3] and sum(shown["bands"]) == len(shown["columns"])
+    assert [shown["columns"][i] for i in starts] == ["rgb", "rgb", "CFMAE IG, rgb", *3 * ["rgb"]]
+    assert all(cell is not None for cell in shown["rows"][0])
+    width, height = run(tmp_path, *run_masks[:-2])
+    assert width < 900 and 6 * 132 < height < 6 * (132 + 40) + 60
+
+
+def test_folder_of_bare_images(tmp_path, checkpoints):
+    """A folder without train/ and val/ is itself a split."""
+    (tmp_path / "photos").mkdir()
+    for i in range(2):
+        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(tmp_path / "photos" / f"{i}.jpg")
+    flags = ("--data", tmp_path / "photos", "--images", "0-1")
+    for words in (("attention", checkpoints["cfmae"]), ("reconstruct", checkpoints["mcmae"])):
+        height = run(tmp_path, words[0], "--checkpoint", words[1], *flags)[1]
+        assert 2 * 132 < height < 2 * 132 + 120, words  # two rows of cells
+    with pytest.raises(UserError, match="no maps"):
+        run(tmp_path, "dataset", *flags)
+    with pytest.raises(UserError, match="no instance"):
+        run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
+
+
+def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
+    """It is left out with a line, once, and no other image is shown twice in its place."""
+    figures.left_out.cache_clear()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(folder / f"{i}.jpg")
+    (folder / "1.jpg").write_bytes(b"noise")
+    flags = ("--data", folder, "--images", "0-2")
+    height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints["mcmae"], *flags)[1]
+    assert 2 * 132 < height < 2 * 132 + 120  # two rows
+    assert capsys.readouterr().err.count("left out: 1.jpg") == 1
+    with pytest.raises(UserError, match="none of the images 1 of .* can be read"):
+        run(tmp_path, "masks", "--method", "mcmae", *flags[:2], "--images", "1")
+
+
+def test_bad_input__one_line(tmp_path, checkpoints):
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    sem = checkpoints["semanticmim"]
+    for words, match in (
+        (("reconstruct", "--checkpoint", tmp_path / "none.pt"), "no such file"),
+        (("reconstruct", "--checkpoint", tmp_path / "noise.pt"), "cannot be read safely"),
+        (("reconstruct", "--checkpoint", sem, "--only", "semantic"), "this model has rgb"),
+        (("reconstruct", "--checkpoint", sem, "--mask-ratio", "1.5"), "mask-ratio"),
+        (("reconstruct", "--checkpoint", sem, "--patches", "a-b"), "numbers and ranges"),
+        (("reconstruct", "--checkpoint", sem, "--images", "9999999"), "numbered from 0"),
+        (("attention",), "--checkpoint"),
+        (("attention", "--checkpoint", sem, "--layer", "9"), "outside 1 to 3"),
+        (("attention", "--checkpoint", sem, "--image-size", "33"), "not divisible"),
+        (("features", "--checkpoint", tmp_path / "none.pt"), "no such file"),
+        (("masks", "--method", "cfmae", "--mask-ratio", "0.1"), "mask-ratio"),
+        (("masks", "--data", tmp_path / "nowhere"), "no folder"),
+        (("masks", "--over-training", "--granularities", "R"), "over-training"),
+        (("masks", "--over-training", "2"), "0 to 1"),
+        (("masks", "--frequency", "0"), "above 0"),
+        (("attention", "--checkpoint", sem, "--layer", "0"), "outside 1 to 3"),
+        (("reconstruct", "--checkpoint", sem, "--images", "0-99999999999"), "numbered from 0"),
+        (("reconstruct", "--checkpoint", sem, "--images", "5-3"), "numbers and ranges"),
+        (("log", tmp_path / "none"), "cannot read the log"),
+        (("log", tmp_path), "no lines"),
+        (("dataset", "--wrong"), "unrecognized"),
+        (("paint",), "invalid choice"),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(tmp_path, *words)
+
+
+# -------------------------------------------------------------------------------- drawing
+
+
+def test_colorize__stable():
+    ids = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    colours = colorize(ids).flatten(1).T
+    assert len({tuple(c.tolist()) for c in colours}) > 250
+    assert torch.equal(colours[[7, 200]], colorize(torch.tensor([[7, 200]]))[:, 0].T)
+
+
+def test_hide__differs_from_every_visible_colour():
+    """Also from the dark grey of a label map's background, in each patch, at every size."""
+    ids = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    palette = {tuple(c.tolist()) for c in colorize(ids).flatten(1).T}
+    for side in (32, 56, 64, 224):
+        x = colorize(torch.zeros(side, side, dtype=torch.uint8))
+        hidden = torch.zeros(side, side, dtype=torch.bool)
+        hidden[: side // 2] = True
+        found = hide(x, hidden)
+        assert torch.equal(found[:, side // 2 :], x[:, side // 2 :])
+        colours = found[:, : side // 2].flatten(1).unique(dim=1).T
+        assert len(colours) == 2 and not {tuple(c.tolist()) for c in colours} & palette
+        light = (found[0, : side // 2].unfold(0, 4, 4).unfold(1, 4, 4) == 240).flatten(2)
+        assert light.any(-1).all()  # no patch of 4 x 4 is one dark colour
+
+
+def key(tmp_path, ids, folder="."):
+    """What a sheet of one label map says beside the colours."""
+    args = argparse.Namespace(data=str(tmp_path / folder) if folder != "shapes" else folder)
+    return figures.legend(args, [colorize(torch.tensor(ids, dtype=torch.uint8))])
+
+
+def test_legend__names(tmp_path):
+    ids = [[0, 7, 7], [255, 12, 0]]
+    found = key(tmp_path, ids, "shapes")
+    assert list(found) == ["semantic maps:", "sky", "square", "crescent", "unlabelled"]
+    assert found["square"] == tuple(colorize(torch.tensor([[7]]))[:, 0, 0].tolist())
+    assert list(key(tmp_path, ids)) == ["semantic maps:", "class 0", "class 7", "class 12",
+                                        "unlabelled"]  # fmt: skip
+    names = [f"thing {i}" for i in range(8)]
+    (tmp_path / "categories.json").write_text(json.dumps([{"name": n} for n in names]))
+    assert list(key(tmp_path, ids))[1:4] == ["thing 0", "thing 7", "class 12"]
+    (tmp_path / "classes.txt").write_text("wall\nfloor\n")
+    assert list(key(tmp_path, ids))[1:3] == ["wall", "class 7"]
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "categories.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="categories.json: wanted a list"):
+        key(tmp_path, ids, "coco")
+    assert figures.legend(argparse.Namespace(data="nowhere"), []) == {}
+
+
+def test_legend__the_largest_of_many(tmp_path):
+    ids = torch.arange(1, 41).repeat_interleave(torch.arange(1, 41)).view(1, -1)
+    found = list(key(tmp_path, ids.tolist()))
+    assert found == ["semantic maps:", *(f"class {i}" for i in range(11, 41)), "and 10 more"]
+
+
+def test_colorize__semantic_ids_are_told_apart():
+    """`legend` finds ids by their colours: all 133 of COCO have one of their own."""
+    colours = colorize(torch.arange(133)[:, None])[..., 0].T
+    assert len({tuple(c.tolist()) for c in colours}) == 133
+
+
+def test_numbers__ranges():
+    assert figures.numbers("3,17-20", 21, "x") == [3, 17, 18, 19, 20]
+
+
+def test_columns__what_is_hidden_is_hatched():
+    """Visible patches are the truth's, hidden ones hatched, or predicted; label maps in colour."""
+    rgb = torch.randint(0, 255, (2, 3, 16, 24), dtype=torch.uint8)
+    ids = torch.randint(0, 9, (2, 8, 12), dtype=torch.uint8)
+    hidden = torch.rand(2, 4, 6) < 0.5
+    entries = {"rgb": (rgb, hidden, 255 - rgb), "semantic": (ids, hidden, ids + 1)}
+    found = columns({**entries, "whole": (rgb, None, 255 - rgb), "alone": (rgb, hidden, None)})
+    kinds = ("", ": visible", ": prediction")
+    assert list(found) == [
+        *(f"{name}{kind}" for name in ("rgb", "semantic") for kind in kinds),
+        "whole", "whole: prediction", "alone", "alone: visible",
+    ]  # fmt: skip
+    for name, truth, pred in (
+        ("rgb", rgb, 255 - rgb),
+        ("semantic", colorize(ids), colorize(ids + 1)),
+    ):
+        for b in range(2):
+            for y in range(truth.shape[2]):
+                for x in range(truth.shape[3]):
+                    at, k = (b, slice(None), y, x), 16 // 4 if name == "rgb" else 2
+                    gone = hidden[b, y // k, x // k]
+                    assert torch.equal(found[name][at], truth[at])
+                    wanted = pred[at] if gone else truth[at]
+                    assert torch.equal(found[f"{name}: prediction"][at], wanted)
+                    seen = found[f"{name}: visible"][at]
+                    grey = seen[0] in (160, 240) and (seen == seen[0]).all()
+                    assert grey if gone else torch.equal(seen, truth[at])
+    assert torch.equal(found["whole: prediction"], 255 - rgb)
