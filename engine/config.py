@@ -129,7 +129,8 @@ def parse(
         group = groups[inherited(cls, f.name, "group") or "model"]
         shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
-    further = f"further flags: {' '.join(map(flag, cls.FURTHER))}\n\n" if cls.FURTHER else ""
+    rare = [flag(name) for name in cls.FURTHER if name not in cls.SET]
+    further = f"further flags: {' '.join(rare)}\n\n" if rare else ""
     parser.epilog = (
         further
         + "presets (--model), which change these defaults:\n"
