@@ -151,7 +151,7 @@ def read_result(path: Path) -> dict:
     except OSError as e:
         raise UserError(f"cannot read the result {path}: {e.strerror}") from None
     except (ValueError, AttributeError):
-        raise UserError(f"{path} is no result.json of classify or segment") from None
+        raise UserError(f"{path} is no result.json of finetune, probe or segment") from None
     source = next((x for x in found if x), None)
     if source is None or not Path(source).is_file():
         raise UserError(
