@@ -15,7 +15,7 @@ import math
 import os
 from pathlib import Path
 
-import engine  # noqa: F401  before torch: it sets how threads wait
+import engine  # before torch: it sets how threads wait
 
 import numpy as np
 import torch
@@ -108,6 +108,19 @@ def columns(
     return chosen, at
 
 
+def reserve(path: Path, shape: tuple[int, ...], kind: np.dtype) -> None:
+    """Make a file for features, all of it: a disk that fills under a map would kill the process.
+
+    Errors: UserError where there is no room.
+    """
+    with engine.writing(path):
+        np.lib.format.open_memmap(path, "w+", kind, shape).flush()
+        with open(path, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+
+
 def extract(
     encoder: nn.Module,
     dataset: data.Dataset,
@@ -128,7 +141,7 @@ def extract(
     names[path.with_suffix(".labels.npy")] = ((len(dataset),), np.dtype(np.int64))
     if world.rank == 0:
         for name, (shape, kind) in names.items():
-            np.lib.format.open_memmap(name, "w+", kind, shape).flush()
+            reserve(name, shape, kind)
     world.maximum(0)
     rows, labels = (np.load(name, mmap_mode="r+") for name in names)
     first, last = (len(dataset) * (world.rank + i) // world.size for i in (0, 1))

@@ -1,6 +1,7 @@
 """Frozen features: knn against brute force, LARS and the heads against formulas, cached passes."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import shapes
 import engine
 from common import ViT, init_weights
 from downstream import encoders, features, probe, scores
+from engine import UserError
 
 CPU = torch.device("cpu")
 
@@ -344,3 +346,17 @@ def test_bad_input__one_line(tmp_path):
     with pytest.raises(engine.UserError, match="--rates"):
         run("--method", "cfmae", "--encoder", "tiny", "--protocol", "linear", "--rates", "fast",
             "--output", tmp_path / "a")  # fmt: skip
+
+
+def test_reserve__a_full_disk_is_one_line_before_the_features_are_made(tmp_path, monkeypatch):
+    path = tmp_path / "train-0.npy"
+    features.reserve(path, (1000, 8), np.dtype(np.float32))
+    assert np.load(path, mmap_mode="r+").shape == (1000, 8)
+    assert os.stat(path).st_blocks * 512 >= 32_000  # not a hole
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=f"cannot write {path}: No space left"):
+        features.reserve(path, (1000, 8), np.dtype(np.float32))
