@@ -74,6 +74,9 @@ class Config(engine.Config):
     decoder_depth: int = arg(8, "Fig. 5, Decoder Depth", within="(0, inf)")
     decoder_embed_dim: int = arg(512, "not given; MAE's")
     decoder_num_heads: int = arg(16, "not given; MAE's")
+    init: str | None = arg(None, "weights to start from: ours, or an exported encoder", group="run")
+
+    FREE = engine.Config.FREE + ("init",)
     norm_pix_loss: bool = arg(False, "Eq. 3 has plain pixels")
 
     def resolve(self) -> None:
@@ -405,6 +408,16 @@ def reconstruct(model: CoMA, batch: dict[str, Tensor]) -> dict[str, tuple]:
     return found
 
 
+def load_init(model: CoMA, path: str | Path) -> str:
+    """Start from our weights; a report, or UserError and nothing is loaded."""
+    state, report = engine.read_state(path, "--init")
+    fresh = ("fusion.", "decoder_", "mask_token", "evaluation.")  # an encoder alone is whole, too
+    loaded = engine.load_weights(
+        model, state, path, lambda k: k.startswith(fresh), lambda k: not k.startswith("stages.")
+    )
+    return "; ".join(filter(None, [f"init        {loaded}", report]))
+
+
 def load_encoder(path: str | Path, **kwargs) -> DyViT:
     """The encoder of a checkpoint; kwargs: image_size (H, W) and drop_path."""
     cfg, state = engine.load_encoder(path, "coma_dyvit", Config)
@@ -433,6 +446,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, PRESETS, __doc__, argv)
     with engine.Run("coma_dyvit", cfg) as run:
         coma = CoMA(cfg)
+        if cfg.init and run.checkpoint is None:
+            run.say(load_init(coma, cfg.init))
+            coma.follow()
         model = run.place(coma)
         optimizer = torch.optim.AdamW(
             decay_groups(coma, cfg.weight_decay), lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True

@@ -308,3 +308,23 @@ def test_main__resumes_and_logs_the_frozen_branch(tmp_path):
     for x in logged:  # of two steps; the second branch's terms are the second step's
         assert x["loss"] == pytest.approx(10 / 16 * x["loss_adaptive"], rel=1e-5)
         assert x["loss_assembled"] > x["loss"] and x["loss_evaluation"] > 0
+
+
+def test_load_init__an_exported_encoder_starts_a_run_and_a_resumed_run_does_not_need_it(tmp_path):
+    flags = "--data shapes --model tiny --device cpu --precision fp32 --workers 0 --batch-size 4"
+    flags = [*flags.split(), "--val-samples", "2", "--output"]
+    cd.main([*flags, str(tmp_path / "a"), "--steps", "1"])
+    source = engine.load(tmp_path / "a/last.pt", "coma_dyvit")["model"]
+    alone = {k: v for k, v in source.items() if k.startswith("encoder.")}
+    torch.save({"model": alone}, tmp_path / "encoder.pth")
+    model = cd.CoMA(engine.parse(cd.Config, cd.PRESETS, "", ["--model", "tiny"]))
+    report = cd.load_init(model, tmp_path / "encoder.pth")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in alone.items())
+    assert "left out: nothing; missing, so fresh: " in report and "fusion" in report
+    run = [*flags, str(tmp_path / "b"), "--init", str(tmp_path / "encoder.pth")]
+    cd.main([*run, "--steps", "1"])
+    (tmp_path / "encoder.pth").unlink()
+    cd.main([*run, "--steps", "2", "--resume"])
+    torch.save({k: v for k, v in alone.items() if "stem" not in k}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match="missing stem.weight"):
+        cd.load_init(model, tmp_path / "less.pth")
