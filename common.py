@@ -174,7 +174,7 @@ def sincos_2d(dim: int, h: int, w: int, trained: Sequence[int] | None = None) ->
         h, w: the grid.
         trained: the grid (h0, w0) that the encoder was trained on. Another one is laid over it,
             patch i of n at (i + 1/2) * n0/n - 1/2, so that no patch has a coordinate that training
-            never had: what a bicubic resize of the embedding does, within 1.4 % at 768. None: the same.
+            never had: what a bicubic resize of the embedding does, within 1.4 % at 768.
     """
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     h0, w0 = trained or (h, w)
