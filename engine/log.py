@@ -84,7 +84,7 @@ class Meter:
 
     def window(self) -> dict:
         """Sums since the last line, mean over ranks: a resumed run completes that line."""
-        values = self.world.mean(self.sum.clone()).tolist()
+        values = self.world.mean(self.sum.clone()).tolist() if self.count else []
         return dict(zip((*FIELDS, "counts"), (self.names, values, self.count, self.counts)))
 
     def check(self, sampler: BatchSampler) -> None:
