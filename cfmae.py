@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize
-from common import PatchEmbed, ViT, fill, gather, init_weights, patchify, pixel_picture
-from common import pixel_target, sincos_2d, split, uniform, unpatchify
+from common import Block, CrossAttention, Mlp, Normalize, PatchEmbed, ViT, fill, gather
+from common import init_weights, patchify, pixel_picture, pixel_target, sincos_2d, split, unpatchify
 from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED
 from engine import arg, cosine, decay_groups, divides, parse, require
+from noise import DIRICHLET, INSTANCES, MASK, MIX, uniform
 from shapes import ShapeScenes
 
 NAMES = {g[0].upper(): g for g in GRANULARITIES}  # letters in --granularities, --order, --lambda-*

@@ -1,10 +1,9 @@
-"""Vision-transformer parts that the four method scripts share and that no paper here contributes.
+"""Vision-transformer parts that the method scripts share and that no paper here contributes.
 
-    noise      uniform, STREAMS       a sample's randomness, a pure function of its seed
-    masks      random_mask, split     mask (B, L) bool, True = masked; and its index tensors
-    patches    patchify, unpatchify, Normalize, patch_statistics
+    masks      random_mask, split, fill      mask (B, L) bool, True = masked; its index tensors
+    patches    patchify, unpatchify, Normalize, pixel_target, sincos_2d
     blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
-    encoder    ViT                    what survives pre-training: features, pyramid, attention
+    encoder    Encoder, ViT                  what survives: features, pyramid, attention
 
 Axes: B batch, L tokens, P prefix tokens, D width, C H W image, h w grid, p patch.
 """
@@ -16,44 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise import DROP_PATH, uniform
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-# ------------------------------------------------------------------------------------------ noise
-
-# A stream is a purpose. Draws of two purposes must not share numbers, and without streams a short
-# draw would be a prefix of a longer one.
-STREAMS = (
-    "MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW", "DROPOUT",
-)  # fmt: skip
-MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(len(STREAMS))
-
-
-def _mix(h: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64 (two-round xor-shift-multiply, full avalanche).
-
-    Both multipliers are below 2**31, so products stay below 2**63 and nothing overflows.
-    """
-    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return h ^ (h >> 15)
-
-
-def uniform(seed: Tensor, n: int, stream: int) -> Tensor:
-    """Draw `n` numbers a sample that depend on nothing but (seed, stream, position).
-
-    Args:
-        seed: (B,) int64, one a sample, non-negative.
-        n: how many.
-        stream: one of the named integers above.
-    Returns: (B, n) float32 in the open interval (0, 1), on the seed's device.
-    """
-    position = torch.arange(n, device=seed.device)
-    h = _mix((seed & 0xFFFFFFFF) ^ _mix(torch.full_like(seed, stream + 1)))
-    h = _mix(h ^ (seed >> 32))  # (B,)
-    h = _mix(_mix(h[:, None] ^ _mix(position + 0x9E3779B9)[None]) + position & 0xFFFFFFFF)
-    # 23 bits and a half: the largest value, 1 - 2**-24, is exact in fp32, so 1 is never reached.
-    return ((h >> 9).float() + 0.5) * 2.0**-23
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -135,10 +99,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss` has them.
-
-    The variance is the unbiased one and 1e-6 is added to it before the root.
-    """
+    """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss`."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -349,44 +310,36 @@ def init_weights(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------- encoder
 
 
-class ViT(nn.Module):
-    """Plain vision transformer with timm's parameter names and fixed position embedding.
+class Encoder(nn.Module):
+    """What plain and hierarchical encoders share: the grid of patches, and drop path.
 
     Args:
         image_size: (H, W) the position embedding is kept for; any other size works and costs
             computing it anew.
         trained_size: (H, W) that pre-training saw, which positions of any size refer to (see
             `sincos_2d`); None: `image_size`.
+        depth: number of blocks, of all stages.
         drop_path: the last block's rate, used when `seed` is given (fine-tuning, BEiT).
-        class_token, reg_tokens: timm's prefix tokens, before the patches and without position.
     """
 
+    num_prefix = 0  # tokens before the patches
     trained_norm = True  # pre-training's final norm sees what features are taken from
     probe_layer: float | None = None  # where a linear probe reads, of the depth; None: after it
 
     def __init__(
-        self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
-        depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,
-        reg_tokens: int = 0, init_values: float | None = None, drop_path: float = 0.0,
-        trained_size: Sequence[int] | None = None,
+        self, image_size: Sequence[int], patch_size: int, embed_dim: int, depth: int,
+        trained_size: Sequence[int] | None = None, drop_path: float = 0.0,
     ):  # fmt: skip
         super().__init__()
-        self.patch_size, self.embed_dim, self.drop_path = patch_size, embed_dim, drop_path
-        self.strides, self.depth = (patch_size,) * 4, depth
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_size, self.embed_dim = patch_size, embed_dim
+        self.depth, self.drop_path = depth, drop_path
+        self.grid = tuple(n // patch_size for n in image_size)
         self.trained_grid = tuple(n // patch_size for n in trained_size or image_size)
-        self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
-        if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if reg_tokens:
-            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
-        self.num_prefix = int(class_token) + reg_tokens
-        position = sincos_2d(embed_dim, *self.grid, self.trained_grid)
-        self.register_buffer("pos_embed", position, persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, init_values) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    @property
+    def num_layers(self) -> int:
+        """How many outputs `forward_features` can choose from."""
+        return self.depth
 
     def grid_of(self, imgs: Tensor) -> tuple[int, int]:
         """Patch grid (h, w) of images; ValueError where the patch size does not divide them."""
@@ -394,6 +347,48 @@ class ViT(nn.Module):
         if H % p or W % p:
             raise ValueError(f"image size {H}x{W} is not divisible by the patch size {p}")
         return H // p, W // p
+
+    def drops(self, seed: Tensor | None) -> Sequence:
+        """Scales of each block's branches (see `drop_path`), of all `depth` blocks; or None."""
+        if seed is None or self.drop_path == 0:
+            return [None] * self.depth
+        return drop_path(seed, self.depth, self.drop_path)
+
+
+class ViT(Encoder):
+    """Plain vision transformer with timm's parameter names and fixed position embedding.
+
+    kwargs as `Encoder`'s; class_token, reg_tokens: timm's prefix tokens, which have no position.
+    """
+
+    def __init__(
+        self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
+        depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,
+        reg_tokens: int = 0, init_values: float | None = None, **kwargs,
+    ):  # fmt: skip
+        super().__init__(image_size, patch_size, embed_dim, depth, **kwargs)
+        self.strides = (patch_size,) * 4
+        self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if reg_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
+        self.num_prefix = int(class_token) + reg_tokens
+        self.add_position()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, init_values) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def add_position(self) -> None:
+        position = sincos_2d(self.embed_dim, *self.grid, self.trained_grid)
+        self.register_buffer("pos_embed", position, persistent=False)  # (L, D)
+
+    def learn_position(self) -> None:
+        """Make the position embedding a parameter, (1, L, D) as timm's, which starts as it is."""
+        position = self.pos_embed
+        del self.pos_embed
+        self.pos_embed = nn.Parameter(position[None].clone())
 
     def position(self, h: int, w: int) -> Tensor:
         """Position embedding of a grid, (h*w, D); a learned one, (1, L, D), is resized."""
@@ -416,12 +411,6 @@ class ViT(nn.Module):
     def tokens(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
         """What enters the blocks, (B, P + L, D); `seed` is for blocks that come before."""
         return self.add_prefix(self.embed(imgs))
-
-    def drops(self, seed: Tensor | None) -> Sequence:
-        """Scales of each block's branches (see `drop_path`), of all `depth` blocks; or None."""
-        if seed is None or self.drop_path == 0:
-            return [None] * self.depth
-        return drop_path(seed, self.depth, self.drop_path)
 
     def run(
         self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None

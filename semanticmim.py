@@ -44,10 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import AUGMENT, MASK, Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, attend
-from common import drop_path, gather, init_weights, patchify, random_mask, resize_position, split
-from common import uniform
+from common import Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, attend, drop_path
+from common import gather, init_weights, patchify, random_mask, resize_position, split
 from engine import arg, cosine, decay_groups, divides, parse, require
+from noise import AUGMENT, MASK, uniform
 from targets import DALLE, HOG, draw_hog, load_tokenizer
 
 # Table 2, by target; base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. Drop path and layer
@@ -175,9 +175,7 @@ class Encoder(ViT):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        pos_embed = self.pos_embed[None].clone()
-        del self.pos_embed  # the fixed one
-        self.pos_embed = nn.Parameter(pos_embed)  # learned; `init` says how it starts
+        self.learn_position()  # `SemanticMIM.init` says how it starts
 
 
 def make_encoder(cfg: Config, **kwargs) -> Encoder:

@@ -182,7 +182,7 @@ class Classifier(nn.Module):
     def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
         super().__init__()
         self.cfg, self.encoder, self.classes = cfg, encoder, classes
-        self.normalize, self.layer = Normalize(*cfg.statistics), encoders.num_layers(encoder)
+        self.normalize, self.layer = Normalize(*cfg.statistics), encoder.num_layers
         dim = encoder.norm.normalized_shape[0]
         encoder.norm.requires_grad_(False)
         self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))

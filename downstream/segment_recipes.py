@@ -234,7 +234,7 @@ class Config(engine.config.Config):
             raise UserError("--iterations and --epochs both say how long; give one")
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described)
-        for name, value in recipe(self, encoders.num_layers(encoder)).items():
+        for name, value in recipe(self, encoder.num_layers).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.crop_width = self.crop_width or self.image_size
@@ -344,7 +344,7 @@ def check_encoder(cfg: Config, encoder: nn.Module) -> None:
         words = f"{side} is not at least two times the encoder's largest stride, {stride}, and "
         ok = side % stride == 0 and side >= 2 * stride
         require((ok, name, words + f"divisible by it; nearest: {near}"))
-    depth = encoders.num_layers(encoder)
+    depth = encoder.num_layers
     if cfg.protocol == "linear":
         ok = 1 <= cfg.layer <= depth
         require((ok, "layer", f"{cfg.layer}: this encoder has layers 1 to {depth}"))

@@ -6,7 +6,8 @@
     checkpoint, reader  save, load, load_weights, read     plain types, atomic, weights_only=True
     folder              open_folder, open_data             a run's folder, its frozen list of files
     log                 Meter                              log.jsonl, a loss that is not finite
-    run, step, validate Run, Step, cosine                  the loop's surroundings
+    run, loop, step     Run, Step, cosine                  the loop's surroundings
+    validate            validate, picture                  the val split's means, four of its images
 
 Arrows go one way: scripts -> engine -> data.
 """

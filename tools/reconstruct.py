@@ -8,9 +8,10 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import MASK, pixel_target, random_mask, uniform, unpatchify
+from common import pixel_target, random_mask, unpatchify
 from downstream.encoders import METHODS
 from engine import UserError
+from noise import MASK, uniform
 from pictures import parts
 from tools.figures import legend, numbers, open_images, sheet
 from tools.models import hiding, load_model, own_mask

@@ -94,7 +94,7 @@ def test_Config__the_probes_rate_grows_with_the_batch_unless_it_is_given():
 def test_Config__the_probe_reads_two_thirds_of_any_depth(model, layer):
     method = "cfmae" if model == "tiny" else "coma_dyvit"
     cfg = parse(f"--method {method} --encoder {model} --protocol linear --data x")
-    depth = encoders.num_layers(encoders.build(cfg.described)) if model == "tiny" else 24
+    depth = encoders.build(cfg.described).num_layers if model == "tiny" else 24
     assert cfg.layer == layer == round(depth * 2 / 3)
 
 
