@@ -154,7 +154,7 @@ class Config(transfer.Config):
 
     def resolve(self) -> None:
         """Read the encoder's description, fill in the recipe, refuse what cannot work."""
-        self.described = transfer.describe(self, self.granularities)
+        self.described = transfer.describe(self, self.granularities, image_size=self.image_size)
         method, maps = self.described["method"], len(self.names) > 1
         recipe = recipes.finetuning(self.described, self.recipe == "table3", maps)
         recipe |= recipes.TINY["finetune"] if self.model == "tiny" else {}

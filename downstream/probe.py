@@ -93,7 +93,7 @@ class Config(transfer.Config):
 
     def resolve(self) -> None:
         """Read the encoder's description, fill in the recipe, refuse what cannot work."""
-        self.described = transfer.describe(self)
+        self.described = transfer.describe(self, image_size=self.image_size)
         semantic = self.described["method"] == "semanticmim"
         self.probe = self.probe or ("adamw" if semantic else "lars")
         linear, tiny = self.protocol == "linear", self.model == "tiny"
