@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import math
 import typing
 from dataclasses import dataclass
@@ -75,14 +76,19 @@ class Config:
         0, "epochs between preview pictures; 0 = at the end alone", within="[0, inf)"
     )
 
+    log: str = _run("jsonl", "tensorboard: its files too, beside log.jsonl", ["jsonl", "tensorboard"])
+
     # What may differ when a run is resumed; everything else is part of its result.
     FREE: typing.ClassVar = tuple(
-        "output steps micro_batch workers device compile resume log_every save_minutes save_epochs "
+        "output steps micro_batch workers device compile resume log log_every save_minutes save_epochs "
         "val_epochs val_samples preview_epochs".split()
+    )
+    USUAL: typing.ClassVar = tuple(  # what --help shows first
+        "data model output epochs steps batch_size micro_batch device compile resume".split()
     )
     SET: typing.ClassVar = ()  # what the program sets, or has no use for: no flags
     FURTHER: typing.ClassVar = tuple(  # flags that --help names in one line
-        "workers deterministic log_every save_minutes save_epochs val_epochs val_samples "
+        "workers deterministic log log_every save_minutes save_epochs val_epochs val_samples "
         "preview_epochs".split()
     )
 
@@ -98,11 +104,19 @@ class Config:
             ):
                 raise UserError(f"{flag(f.name)} {value} {refusal(within)}")
         require((not self.resume or self.output, "resume", "needs --output, the run to continue"))
+        warm = 0 if "warmup_epochs" in self.SET else self.warmup_epochs or 0
+        words = f"{warm:g} leaves nothing of --epochs {self.epochs}; e.g. {(self.epochs or 0) / 10:g}"
+        require((not self.epochs or warm < self.epochs, "warmup_epochs", words))
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists every flag)")
+        known = [*self._option_string_actions]
+        words = [w.split("=")[0] for w in message.split() if w.startswith("--")]
+        near = [difflib.get_close_matches(w, known, 1) for w in words if w not in known]
+        near = ", ".join(x for found in near for x in found)
+        meant = f"; did you mean {near}?" if near else ""
+        raise UserError(f"{message}{meant} (--help lists every flag)")
 
 
 def parse(
@@ -111,7 +125,7 @@ def parse(
     """Build a Config: command line before preset before class default."""
     parser = Parser(
         description=doc,
-        usage="%(prog)s [--flag value ...]",
+        usage=f"%(prog)s {' '.join(flag(name) + ' ...' for name in cls.USUAL)}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
