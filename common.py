@@ -264,16 +264,17 @@ class Block(nn.Module):
         return x + (y if drop is None else drop[1] * y)
 
 
-def drop_path(seed: Tensor, depth: int, rate: float) -> Tensor:
+def drop_path(seed: Tensor, depth: int, rate: float, stream: int = DROP_PATH) -> Tensor:
     """Stochastic depth from the samples' seeds; a block's two branches are drawn apart, as timm's.
 
     Args:
         seed: (B,) int64.
         depth: number of blocks; the drop probability grows linearly from 0 to `rate`.
+        stream: of the noise; another one for a second stack.
     Returns: (depth, 2, B, 1, 1) float32: 0 where dropped, 1 / keep probability elsewhere.
     """
     p = torch.linspace(0, rate, depth, device=seed.device).repeat_interleave(2)
-    keep = uniform(seed, 2 * depth, DROP_PATH) >= p  # (B, 2 * depth)
+    keep = uniform(seed, 2 * depth, stream) >= p  # (B, 2 * depth)
     return (keep / (1 - p)).T.unflatten(0, (depth, 2))[..., None, None]
 
 
