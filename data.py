@@ -289,10 +289,10 @@ class FolderDataset(Dataset):
             rgb = rgb.contiguous(memory_format=torch.channels_last)
             rgb = F.interpolate(rgb, self.size, mode="bicubic", antialias=True)[0]
             sample["rgb"] = (rgb.flip(-1) if flip else rgb).contiguous()
+        rows = nearest(top, h, self.label_size[0])
+        cols = nearest(left, w, self.label_size[1], flip)
         for granularity, ids in maps.items():
-            rows = nearest(top, h, self.label_size[0])[:, None]
-            cols = nearest(left, w, self.label_size[1], flip)
-            ids = GRANULARITIES[granularity].prepare(ids[rows, cols])
+            ids = GRANULARITIES[granularity].prepare(ids[rows][:, cols])
             sample[granularity] = torch.from_numpy(ids)
         return sample
 
