@@ -224,6 +224,12 @@ def note(place: Path, packing: dict, shards: list[dict]) -> None:
         file.write(json.dumps([packing, shards]).encode())
 
 
+def tidy(place: Path) -> None:
+    """Remove what only a packing that is continued needs."""
+    for name in ("members", "packing.json"):
+        (place / name).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Keep other processes from packing into the same folder."""
@@ -243,6 +249,7 @@ def pack(files: FileList, root: str, place: Path, packing: dict, workers: int) -
     shards, members = begun(place, packing, len(folders))
     done = len(members)
     if done == len(files) and packed(str(place)):
+        tidy(place)
         return f"{place}: {done} samples in {len(shards)} shards, packed before"
     dataset = data.FolderDataset(
         root, place.name, files, granularities=tuple(folders), semantic_classes=data.UNLABELLED
@@ -267,8 +274,7 @@ def pack(files: FileList, root: str, place: Path, packing: dict, workers: int) -
     arrays = files.names, files.labels, members
     total = checksum_of(*arrays)
     ShardList(*arrays, folders, files.classes, shards, packing, total).save(place)
-    for name in ("members", "packing.json"):
-        (place / name).unlink()
+    tidy(place)
     size = sum(shard["bytes"] for shard in shards) / 2**30
     return f"{place}: {len(files)} samples in {len(shards)} shards, {size:.2f} GiB"
 
@@ -280,7 +286,10 @@ def run(args: argparse.Namespace) -> None:
         files = scan(args.root, split, tuple(layout(args.root, split)) or ("rgb",))
         place = Path(args.out, split)
         packing = {"short_side": args.short_side, "quality": args.quality if args.short_side else 0}
-        packing |= {"shard_bytes": args.shard_size << 20, "granularities": list(files.folders)}
+        packing |= {
+            "shard_bytes": int(args.shard_size * 2**20),
+            "granularities": list(files.folders),
+        }
         packing |= {"listing": checksum_of(files.names, files.labels)}
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -301,11 +310,12 @@ def run(args: argparse.Namespace) -> None:
 
 def check(out: str) -> None:
     """Compare all shards and indices with their checksums; UserError naming what differs."""
-    found = {split: files for split in ("train", "val") if (files := packed(f"{out}/{split}"))}
-    if not found:
-        raise UserError(f"{out} holds no packed split: neither train/files.json nor val/files.json")
+    splits = [s for s in ("train", "val") if list(Path(out, s).glob("*.tar"))]
+    if not splits:
+        raise UserError(f"{out} holds no packed split, neither train/*.tar nor val/*.tar")
     problems = []
-    for split, files in found.items():
+    for split in splits:
+        files = scan(out, split)
         if files.checksum != checksum_of(files.names, files.labels, files.members):
             problems.append(f"{out}/{split}: the index differs from its checksum")
         with ThreadPoolExecutor() as pool:
@@ -339,12 +349,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--short-side", type=int, default=0, help="pixels; 0: bytes as they are")
     parser.add_argument("--quality", type=int, default=90, help="of reduced JPEG (default 90)")
-    parser.add_argument("--shard-size", type=int, default=256, help="at most, MiB (default 256)")
+    parser.add_argument("--shard-size", type=float, default=256, help="at most, MiB (default 256)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--check", action="store_true", help="compare OUT with its checksums")
     args = parser.parse_args(argv)
-    for name, low, high in (("short_side", 0, 65535), ("quality", 1, 100), ("shard_size", 1, 2**16),
-                            ("workers", 0, 1024)):  # fmt: skip
+    limits = {"short_side": (0, 65535), "quality": (1, 100), "shard_size": (0.001, 65536)}
+    for name, (low, high) in (limits | {"workers": (0, 1024)}).items():
         if not low <= (value := getattr(args, name)) <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: wanted {low} to {high}")
     if args.check != (args.root is None):
