@@ -123,7 +123,7 @@ def test_pack__reduces_image_and_maps_alike(folder, tmp_path):
         wanted = Image.fromarray(rgb.permute(1, 2, 0).numpy()).resize((45, 30), Image.BICUBIC)
         small, wanted = small.permute(1, 2, 0).numpy().astype(int), np.asarray(wanted)
         assert np.abs(small - wanted).mean() < 8 < np.abs(small - wanted[::-1]).mean() / 2  # JPEG
-    with Image.open(io.BytesIO(dict(tar_members(tmp_path / "out"))["000000000.jpg"])) as image:
+    with Image.open(io.BytesIO(dict(tar_members(tmp_path / "out"))["000000008.jpg"])) as image:
         table = image.quantization[0]
     wanted = io.BytesIO()
     Image.new("RGB", (8, 8)).save(wanted, "JPEG", quality=70)
