@@ -5,7 +5,7 @@
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
     python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
-    python -m tools.benchmark loader --data data/imagenet --feed 1500
+    python -m tools.benchmark loader --data data/imagenet --feed 1500   # a folder, and its shards
     python -m tools.benchmark memory --rows mae,cfmae
 
 `step` times a script's own loop around a batch that is there already: forward, backward, clipping
@@ -222,6 +222,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.set_defaults(run=loader)
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
+    p.add_argument("--short-side", type=int, default=256, help="of what is packed reduced")
     p.add_argument("--feed", type=float, help="images/s of a step, to count the cores for it")
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
