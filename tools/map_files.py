@@ -35,12 +35,19 @@ PALETTE = _palette()
 
 def encode(ids: np.ndarray) -> bytes:
     """A map (H, W) as PNG: uint8 with a palette, wider ids as 16-bit grey."""
-    image = Image.fromarray(ids if ids.dtype == np.uint8 else ids.astype(np.uint16))
-    if ids.dtype == np.uint8:
-        image = Image.fromarray(ids)
+    small = ids.dtype == np.uint8
+    image = Image.fromarray(ids if small else ids.astype(np.uint16))
+    if small:
         image.putpalette(PALETTE)
     with io.BytesIO() as file:
         image.save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+
+def array(x: np.ndarray) -> bytes:
+    """An array as an .npy file."""
+    with io.BytesIO() as file:
+        np.save(file, x)
         return file.getvalue()
 
 
@@ -73,7 +80,7 @@ def pngs(folder: str) -> Iterator[str]:
 
 
 def rewrite(path: str) -> tuple[int, int, str]:
-    """Rewrite a map with a palette, the same ids for the loader: (old size, new size, what came)."""
+    """Rewrite a map with a palette, the same ids to the loader: (old size, new size, outcome)."""
     data = files.read_bytes(path)
     try:
         ids = files.decode_map(data)
@@ -92,7 +99,7 @@ def rewrite(path: str) -> tuple[int, int, str]:
     return len(data), len(new), "rewritten"
 
 
-def convert(root: str) -> None:
+def convert(root: str) -> int:
     """Rewrite all maps of a folder in place, and say what came of it."""
     layouts = [(s, g, f) for s in ("train", "val") for g, f in files.layout(root, s).items()]
     folders = [(split, f"{root}/{f}") for split, g, f in layouts if g != "rgb"]
@@ -107,3 +114,4 @@ def convert(root: str) -> None:
                 bar.update()
         shown = ", ".join(f"{n} {what}" for what, n in sorted(came.items())) or "no maps"
         print(f"{folder}: {shown}; {old / 1e6:.1f} MB -> {new / 1e6:.1f} MB")
+    return 0

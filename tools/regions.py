@@ -26,6 +26,14 @@ ORIENTATIONS = 8
 # NOTE all five were chosen on coco_panoptic's train images, see docs/data.md.
 
 
+def require() -> None:
+    """UserError where scikit-image, which brings SciPy, is absent."""
+    try:
+        import skimage  # noqa: F401
+    except ImportError:
+        raise UserError("--recipe regions: pip install scikit-image") from None
+
+
 def shrink(rgb: Tensor) -> np.ndarray:
     """Reduce (3, H, W) uint8 to a longest side of at most SIDE: (h, w, 3) uint8."""
     H, W = rgb.shape[1:]
