@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
+import engine  # before torch: it sets how threads wait
 
-import torch
 from PIL import Image
 
 from downstream.encoders import open_encoder
@@ -137,7 +136,7 @@ def log(args: argparse.Namespace) -> None:
 def peek(path: str) -> dict:
     """What a checkpoint says of itself, tensors not yet read: {} where it is none of ours."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = engine.read(path, mapped=True)
         return {k: found[k] for k in ("method", "step", "config")}
     except Exception:  # whoever reads the file whole says what is wrong with it
         return {}

@@ -15,7 +15,8 @@
     python -m tools.visualize reconstruct --checkpoint runs/x/last.pt --output reconstruct.png
     python -m tools.visualize attention --checkpoint runs/x/last.pt --query 3,4 --output maps.png
 
-Images: `--data shapes`, ROOT/{train,val}/... as data.py has it, or a folder of bare images. `masks`
+Images: `--data shapes`, ROOT/{train,val}/... as data.py has it, a folder of bare images, or one of
+them; with `--only rgb` reconstruct needs no maps where there are none. `masks`
 and `schedule` take the flags of the method's script, too: `--model base --epochs 1600`. schedule,
 log, results and --distance are charts, for which `pip install matplotlib`.
 """
@@ -107,7 +108,7 @@ FIGURE = {
     "--palette": dict(YES, help="256 colours: a small file"),
 }
 IMAGES = {
-    "--data": dict(default="shapes", help="a folder, or shapes"),
+    "--data": dict(default="shapes", help="a folder, an image, or shapes"),
     "--split": dict(default="val"),
     "--images": dict(help="which ones, e.g. 0-3,17"),
     "--seed": dict(NUMBER, default=0, help="of masks"),
