@@ -240,9 +240,7 @@ class ClipDataset(FolderDataset):
         boxes, views = self.boxes(height, width, draw), []
         flip = self.train and self.flip and draw() < 0.5
         for top, left, h, w in boxes:
-            small = {
-                at: x[None, :, top : top + h, left : left + w] for at, x in decoded.items()
-            }
+            small = {at: x[None, :, top : top + h, left : left + w] for at, x in decoded.items()}
             x = torch.cat(list(small.values())).contiguous(memory_format=torch.channels_last)
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
             x = dict(zip(small, x.flip(-1) if flip else x))

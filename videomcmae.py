@@ -14,7 +14,7 @@ VideoMAE's here, which it builds on. Idea:
 Paper -> code; what it leaves open is a `NOTE paper unclear`, with a row in docs/decisions.md
   Sec. 2.4       cube embedding, three stages   Stem, Encoder.stages
   Sec. 3.4       tube mask                      make_mask
-  Sec. 2.4       masked 3-D convolution         all_tubes; visible_tubes
+  Sec. 2.4       masked 3-D convolution         tubes.all_tubes, visible_tubes
   Eq. 1          multi-scale decoder            VideoMCMAE.predict
   Sec. 2.4       pixels of hidden cubes         VideoMCMAE.loss
 
@@ -22,7 +22,6 @@ Paper -> code; what it leaves open is a `NOTE paper unclear`, with a row in docs
   GPU:  torchrun --nproc_per_node=8 videomcmae.py --data data/k400 --epochs 800
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clips
-from common import MASK, Block, Mlp, Normalize, ViT, fill, gather, init_weights, random_mask
-from common import split, uniform
+from common import MASK, Block, Mlp, Normalize, ViT, fill, init_weights, random_mask, split, uniform
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
+from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
 
 
 @dataclass
@@ -131,93 +130,8 @@ def make_mask(cfg: Config, batch: dict[str, Tensor], progress: Tensor) -> Tensor
 
 
 # ------------------------------------------------------------------------------------------ model
-# Tokens lie tube by tube, (B, V, t, k*k, C): V tubes of the grid (h, w), t steps in time, at each
-# k x k positions in raster order, k = 4, 2, 1 in stages 1, 2, 3. Only convolutions look beyond one.
-
-
-def cut(imgs: Tensor, p: int, c: int) -> Tensor:
-    """Cut clips (B, T, 3, H, W) into tubes of cubes of pixels: (B, h*w, t, p*p, c*3)."""
-    B, T, _, H, W = imgs.shape
-    x = imgs.reshape(B, T // c, c, 3, H // p, p, W // p, p).permute(0, 4, 6, 1, 5, 7, 2, 3)
-    return x.reshape(B, H * W // p**2, T // c, p * p, c * 3)
-
-
-def paste(x: Tensor, p: int, c: int, grid: Sequence[int]) -> Tensor:
-    """Undo `cut`, on a grid (t, h, w) of cubes."""
-    t, h, w = grid
-    x = x.reshape(-1, h, w, t, p, p, c, 3).permute(0, 3, 6, 7, 1, 4, 2, 5)
-    return x.reshape(-1, t * c, 3, h * p, w * p)
-
-
-def merge(x: Tensor, k: int) -> Tensor:
-    """Join k x k neighbours inside each patch: (..., n, C) to (..., n/k², k*k*C)."""
-    side = math.isqrt(x.shape[-2]) // k
-    x = x.unflatten(-2, (side, k, side, k)).transpose(-4, -3)
-    return x.flatten(-3).flatten(-3, -2)
-
-
-def pick(x: Tensor, ids: Tensor) -> Tensor:
-    """Pick tubes: (B, L, ...) and ids (B, V) give (B, V, ...)."""
-    return gather(x.flatten(2), ids).unflatten(2, x.shape[2:])
-
-
-def all_tubes(grid: Sequence[int], k: int, visible: Tensor | None) -> Callable:
-    """Depthwise 3-D convolution (Sec. 2.4) of all tokens (B, L, t, k*k, C), as it is defined.
-
-    Those that are not `visible` (B, L, 1, 1, 1) bool are zero to it; None: all are seen. It runs as
-    a sum over shifts in time of 2-D convolutions, whose kernels are much faster.
-    """
-    t, h, w = grid
-
-    def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-        (B, *_, C), K, x = x.shape, conv.kernel_size[0], x if visible is None else x * visible
-        maps = x.view(B, h, w, t, k, k, C).permute(0, 3, 6, 1, 4, 2, 5)
-        maps = F.pad(maps.reshape(B, t, C, h * k, w * k), (0,) * 6 + (K // 2,) * 2)
-        y = 0
-        for shift in range(K):
-            frames = maps[:, shift : shift + t].flatten(0, 1)
-            frames = frames.contiguous(memory_format=torch.channels_last)
-            y = y + F.conv2d(frames, conv.weight[:, :, shift], padding=K // 2, groups=C)
-        y = y.view(B, t, C, h, k, w, k).permute(0, 3, 5, 1, 4, 6, 2)
-        return y.reshape(B, h * w, t, k * k, C) + conv.bias
-
-    return convolve
-
-
-def visible_tubes(grid: Sequence[int], k: int, K: int, ids: Tensor) -> Callable:
-    """The same of the tubes `ids` (B, V) alone, (B, V, t, k*k, C), all others being zero.
-
-    Each tube fetches the s x s positions around it, s = k + K - 1, from the visible ones: a tenth
-    of the outputs, and no map of zeros. Of these small windows a channel's kernel is a matrix
-    (s*s, K * k*k), K shifts in time of k*k outputs, so that one matrix product convolves them all.
-    """
-    (B, V), (_, h, w), s, W = ids.shape, grid, k + K - 1, grid[2] * k + K - 1
-    device, n = ids.device, V * k * k
-    corner = ids // w * (k * W) + ids % w * k  # of each window in the map with its border
-    places = [
-        (torch.arange(m, device=device)[:, None] * W + torch.arange(m, device=device)).flatten()
-        for m in (k, s)
-    ]
-    own, around = (corner[..., None] + at for at in places)  # (B, V, k*k), (B, V, s*s)
-    own = own.flatten(1) + (W + 1) * (K // 2)
-    token = torch.full((B, (h * k + K - 1) * W), n, device=device)  # n: nothing there
-    token.scatter_(1, own, torch.arange(n, device=device).expand(B, -1))
-    rows = token.gather(1, around.flatten(1)) + (n + 1) * torch.arange(B, device=device)[:, None]
-    tap = torch.arange(s, device=device)[:, None] - torch.arange(k, device=device)  # (s, k)
-    tap = (tap == torch.arange(K, device=device)[:, None, None]).float()  # (K, s, k)
-    join = torch.einsum("air,bjc->abijrc", tap, tap).reshape(K * K, s * s, k * k)
-
-    def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-        t, C = x.shape[2], x.shape[-1]
-        x = F.pad(x.transpose(2, 3).reshape(B, n, t * C), (0, 0, 0, 1))  # and a row of zeros
-        x = x.flatten(0, 1).index_select(0, rows.flatten()).view(B * V, s * s, t, C)
-        kernel = torch.einsum("cda,aio->cido", conv.weight.view(C, K, K * K), join.to(x.dtype)).flatten(2)
-        y = x.permute(3, 0, 2, 1).reshape(C, B * V * t, s * s) @ kernel  # (C, B*V*t, K * k*k)
-        y = F.pad(y.view(C, B * V, t, K, k * k), (0, 0, 0, 0, K // 2, K // 2))
-        y = sum(y[:, :, shift : shift + t, shift] for shift in range(K))
-        return y.permute(1, 2, 3, 0).reshape(B, V, t, k * k, C) + conv.bias
-
-    return convolve
+# Tokens lie tube by tube, (B, V, t, k*k, C), see tubes.py: V of the L tubes, t steps in time, at
+# each k x k positions, k = 4, 2, 1 in stages 1, 2, 3. Only convolutions look beyond one.
 
 
 class Stem(nn.Module):
@@ -250,10 +164,7 @@ class ConvBlock(nn.Module):
 
 
 def sincos_1d(dim: int, at: Tensor) -> Tensor:
-    """Sine-cosine embedding of positions (...) by one number, (..., dim), sines and cosines in turn.
-
-    NOTE VideoMAE's table: frame, row and column enter as one index, ((t * h) + y) * w + x.
-    """
+    """Sines and cosines in turn of positions (...) that are one number each, (..., dim)."""
     angle = at.double()[..., None] / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2).float()
 
@@ -288,7 +199,7 @@ class Encoder(ViT):
 
     def table(self, dim: int, grid: Sequence[int]) -> Tensor:
         """Positions of a grid (t, h, w), laid over the trained one: (h*w, t, dim)."""
-        # NOTE paper unclear: spatial-temporal embedding. VideoMAE's.
+        # NOTE paper unclear: spatial-temporal embedding. VideoMAE's: fixed, of the one index.
         t, y, x = (
             ((torch.arange(n) + 0.5) * (n0 / n) - 0.5) for n, n0 in zip(grid, self.trained_grid)
         )
@@ -399,17 +310,11 @@ class VideoMCMAE(nn.Module):
         x = self.decoder_pred(self.decoder_norm(x))
         return x.view(len(x), -1, t, cfg.patch_size**2, 3 * cfg.cube_frames)
 
-    def statistics(self, cubes: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel of each cube, as VideoMAE has them: (B, L, t, c*3)."""
-        x = cubes.unflatten(-1, (-1, 3)).flatten(3, 4)  # (B, L, t, p*p*c, 3)
-        mean, std = x.mean(3, keepdim=True), x.var(3, keepdim=True).sqrt() + 1e-6
-        return tuple(s.repeat(1, 1, 1, 1, self.cfg.cube_frames) for s in (mean, std))
-
     def loss(self, pred: Tensor, imgs: Tensor, mask: Tensor) -> Tensor:
         """Squared error over the pixels of hidden tubes, in fp32 (Sec. 2.2)."""
         target = cut(imgs, self.cfg.patch_size, self.cfg.cube_frames)
         if self.cfg.norm_pix_loss:
-            mean, std = self.statistics(target)
+            mean, std = cube_statistics(target)
             target = (target - mean) / std
         error = (pred.float() - target).square().mean((2, 3, 4))  # (B, L)
         return ((error * mask).sum(1) / mask.sum(1)).mean()
@@ -427,7 +332,7 @@ def evaluate(model: VideoMCMAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
     cubes = cut(imgs, model.cfg.patch_size, model.cfg.cube_frames)
-    flat = 0 * cubes + (0 if model.cfg.norm_pix_loss else model.statistics(cubes)[0])
+    flat = 0 * cubes + (0 if model.cfg.norm_pix_loss else cube_statistics(cubes)[0])
     other = model.predict(imgs.roll(1, 0), mask)
     return {
         "loss": model(batch, None)[0],
@@ -445,7 +350,7 @@ def reconstruct(
     (p, c), mask = (cfg.patch_size, cfg.cube_frames), make_mask(cfg, batch, None)
     pred = model.predict(imgs, mask).float()
     if cfg.norm_pix_loss:  # a cube's mean and deviation are the true ones
-        mean, std = model.statistics(cut(imgs, p, c))
+        mean, std = cube_statistics(cut(imgs, p, c))
         pred = pred * std + mean
     pred, n = model.normalize.undo(paste(pred, p, c, cfg.grid)), min(4, cfg.frames)
     shown = [i * cfg.frames // n for i in range(n)]
@@ -499,11 +404,11 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
 # ---------------------------------------------------------------------------------- presets, loop
 
 PRESETS = {
-    # Ours, for a laptop: 8 frames of 64 x 64 scenes in motion, three minutes on two cores.
+    # Ours, for a laptop: 8 frames of 48 x 48 scenes in motion, three minutes on two cores.
     "tiny": dict(
-        data="shapes", frames=8, stride=1, image_size=64, patch_size=8, embed_dims="32,64,128",
-        depths="1,1,3", num_heads=4, mask_ratio=0.75, decoder_embed_dim=64, decoder_depth=2,
-        decoder_num_heads=4, epochs=1, warmup_epochs=0.1, batch_size=32, base_lr=8e-3,
+        data="shapes", frames=8, stride=1, image_size=48, patch_size=8, embed_dims="16,48,96",
+        depths="1,1,3", num_heads=4, decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4,
+        epochs=1, warmup_epochs=0.1, batch_size=32, base_lr=8e-3,
         val_samples=256,
     ),
     # Table 7: MCMAE-B, the paper's; S and L with VideoMAE's decoders.
