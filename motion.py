@@ -32,7 +32,8 @@ class MovingScenes(ShapeScenes):
     every single frame place, angle and size are distributed alike in all classes. (split, index)
     fixes objects and paths; with `train` a sample's seed zooms, mirrors and moves the view.
 
-    Args: as ShapeScenes'; `frames` of a clip; `stride`: 0 shows one frame all the time.
+    Args: as ShapeScenes'; `frames` of a clip; `stride`: 0 shows one frame all the time; `length`
+    None is 10,000 for "train" and 1,000 otherwise.
     A sample: `rgb` (T, 3, H, W) uint8, and `label`, `seed`, `bad`, as in data.py.
     """
 
@@ -42,6 +43,7 @@ class MovingScenes(ShapeScenes):
     ):  # fmt: skip
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.margin = min(size) // 8  # the view moves so far
+        length = length or (10_000 if split == "train" else 1_000)
         larger = tuple(n + self.margin for n in size)
         super().__init__(split, larger, 1, ("rgb",), train, seed, length)
         self.shown, self.frames, self.moves = size, frames, stride > 0
@@ -66,7 +68,8 @@ class MovingScenes(ShapeScenes):
         epoch, index = key
         seed = sample_seed(self.seed, epoch, index)
         draw = random.Random(sample_seed(self.split, 1, index)).random  # the scene
-        view = random.Random(seed).random if self.train else draw
+        fixed = sample_seed(self.split, 2, index)
+        view = random.Random(seed if self.train else fixed).random  # how it is seen
         zoom, flip = (1 + 0.3 * view(), view() < 0.5) if self.train else (1, False)
         start, end = ([self.margin * view() for _ in self.shown] for _ in range(2))
         y, x = (
@@ -86,7 +89,7 @@ class MovingScenes(ShapeScenes):
                 pose = self._pose(at, phases, speed, size)
                 self._paint(random.Random(looks).random, y, x, canvas, light, spread, pose)
             canvas *= lit
-            canvas += 24 * self._cut(draw, 6) - 12  # another grain in each frame
+            canvas += 12 * self._cut(draw, 6) - 6  # another grain in each frame
             top, left = (round(a + (b - a) * at) for a, b in zip(start, end))
             clip[number] = np.clip(
                 canvas[:, top : top + self.shown[0], left : left + self.shown[1]], 0, 255
