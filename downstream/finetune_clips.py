@@ -296,7 +296,7 @@ PRESETS = {
     "ssv2": dict(epochs=50, base_lr=5e-4, sampling="segments", views="2x3", flip=False),
     # Ours: moving ShapeScenes, minutes on two cores.
     "tiny": dict(
-        data="shapes", stride=1, epochs=1, warmup_epochs=0.1, batch_size=32, base_lr=8e-3,
+        data="shapes", stride=1, epochs=1, warmup_epochs=0.1, batch_size=16, base_lr=2e-2,
         drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, reprob=0.0, views="1x1",
     ),
 }  # fmt: skip

@@ -70,8 +70,7 @@ def at_rate(frames: Iterable[tuple[float, object]], fps: float | None) -> Iterat
                 taken += 1
         before, held = time, frame
     if first is not None:
-        yield held
-        for _ in range(taken + 1, math.ceil((before + step - first) * fps - 1e-6)):
+        for _ in range(taken, max(1, math.ceil((before + step - first) * fps - 1e-6))):
             yield held
 
 

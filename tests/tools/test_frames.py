@@ -20,7 +20,7 @@ def write_video(path, count=12, rate=10, size=(64, 48), codec="mpeg4"):
         stream = container.add_stream(codec, rate=Fraction(rate))
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for n in range(count):
-            array = np.full((size[1], size[0], 3), 20 * n, np.uint8)
+            array = np.full((size[1], size[0], 3), 20 * min(n, 12), np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
