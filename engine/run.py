@@ -48,7 +48,8 @@ class Run:
         iterations: length of the schedule in steps; None: `cfg.epochs`.
         wrap: (data set, whether it is train's) -> data set; a method's own augmentation.
         facts: plain values that checkpoints keep beside the settings, e.g. what an encoder is.
-        options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one.
+        options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one;
+            `source`: clips, for clips.
     Errors: UserError.
     """
 
