@@ -55,6 +55,7 @@ class Run:
     """
 
     picture = picture
+    collate = staticmethod(data.collate)  # samples to a batch; a task's own run may have another
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,
@@ -145,7 +146,7 @@ class Run:
         DDP regroups its buckets after the first backward pass. The gradients of two passes are
         thrown away, and what they did to buffers (BatchNorm's) is undone.
         """
-        batch = data.collate(
+        batch = self.collate(
             [self.train_set[pair] for pair in self.sampler.indices(0)[: self.micro]]
         )
         batch = self.world.to_device(self.world.raise_error(batch))
@@ -189,7 +190,7 @@ class Run:
                 path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
             checkpoint.warn_of_space(self.model, self.out)
         loader = torch.utils.data.DataLoader(
-            self.train_set, batch_sampler=self.sampler, collate_fn=data.collate,
+            self.train_set, batch_sampler=self.sampler, collate_fn=self.collate,
             num_workers=self.world.workers(cfg.workers), worker_init_fn=data.worker_init,
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
