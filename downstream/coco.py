@@ -170,4 +170,4 @@ class Objects:
         first, last = self.arrays["first"][index : index + 2].tolist()
         ends = self.arrays["starts"][first : last + 1].tolist()
         texts = [bytes(self.arrays["texts"][a:b]) for a, b in zip(ends, ends[1:])]
-        return self.arrays["labels"][first:last], [json.loads(t) for t in texts]
+        return np.array(self.arrays["labels"][first:last]), [json.loads(t) for t in texts]

@@ -61,7 +61,7 @@ TINY = dict(  # --model tiny, ours: 64 x 64 scenes, minutes on two cores
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(data="shapes", micro_batch=16, dim=64, proposals=100, boxes=32),
+    "tiny": dict(data="shapes", micro_batch=16, dim=48, proposals=100, boxes=16),
 }
 
 

@@ -44,7 +44,10 @@ def naive(block, x, grid, window, shift, table=None):
             weights = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
             if table is not None:
                 weights = weights + torch.stack(
-                    [torch.stack([bias_by_hand(table, window, a, b) for b in places]) for a in places]
+                    [
+                        torch.stack([bias_by_hand(table, window, a, b) for b in places])
+                        for a in places
+                    ]
                 ).permute(2, 0, 1)
             mixed = softmax(weights, -1) @ v
             out[:, at] = attn.proj(mixed.transpose(1, 2).flatten(2))
@@ -61,9 +64,7 @@ def test_partition__join_undoes_it_and_cuts_where_a_loop_does(grid, shift):
     (top, bottom), (left, right) = (edges(n, 3, shift) for n in grid)
     assert all((n + sum(edges(n, 3, shift))) % 3 == 0 for n in grid)
     first = windows[0].reshape(3, 3, 3)[top:, left:]
-    torch.testing.assert_close(
-        first, x[0].reshape(*grid, 3)[: 3 - top, : 3 - left], rtol=0, atol=0
-    )
+    torch.testing.assert_close(first, x[0].reshape(*grid, 3)[: 3 - top, : 3 - left], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -146,7 +147,7 @@ def test_beit__its_own_bias_without_the_class_token():
 def test_run__equals_a_plain_vit_without_prefix_tokens():
     encoder = ViT((32, 32), 8, 16, 3, 2, class_token=False)
     imgs = torch.randn(2, 3, 32, 32)
-    (want, _), = encoder.forward_features(imgs, [3])
+    ((want, _),) = encoder.forward_features(imgs, [3])
     windows = Windows(encoder.blocks, encoder.grid)
     (found,) = windows.run(encoder.blocks, encoder.embed(imgs), encoder.grid, [None] * 3)
     torch.testing.assert_close(found, want)
