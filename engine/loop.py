@@ -50,7 +50,7 @@ def steps(
         checkpoint.warn_of_space(run.model, run.out)
         warn_of_size(run)
     loader = torch.utils.data.DataLoader(
-        run.train_set, batch_sampler=run.sampler, collate_fn=data.collate,
+        run.train_set, batch_sampler=run.sampler, collate_fn=run.collate,
         num_workers=run.world.workers(cfg.workers), worker_init_fn=data.worker_init,
         pin_memory=run.device.type == "cuda",
     )  # fmt: skip
@@ -95,7 +95,7 @@ def settle(run: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     DDP regroups its buckets after the first backward pass. The gradients of two passes are
     thrown away, and what they did to buffers (BatchNorm's) is undone.
     """
-    batch = data.collate([run.train_set[pair] for pair in run.sampler.indices(0)[: run.micro]])
+    batch = run.collate([run.train_set[pair] for pair in run.sampler.indices(0)[: run.micro]])
     batch = run.world.to_device(run.world.raise_error(batch))
     buffers = [b.clone() for b in run.model.buffers()]
     for _ in range(2):

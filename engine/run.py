@@ -54,6 +54,7 @@ class Run:
     """
 
     picture, steps = picture, steps
+    collate = staticmethod(data.collate)  # samples to a batch; a task's own run may have another
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,

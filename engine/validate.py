@@ -25,7 +25,7 @@ def validate(run: object, evaluate: Callable | None, preview: Callable | None = 
     batches = [pairs[i : i + run.micro] for i in range(0, share, run.micro)]
     loader = torch.utils.data.DataLoader(
         run.val_set, batch_sampler=batches,
-        collate_fn=data.collate, worker_init_fn=data.worker_init,
+        collate_fn=run.collate, worker_init_fn=data.worker_init,
         num_workers=min(run.world.workers(cfg.workers), share // 256),
     )  # fmt: skip
     total = 0.0
@@ -51,7 +51,7 @@ def validate(run: object, evaluate: Callable | None, preview: Callable | None = 
 
 def picture(run: object, preview: Callable) -> None:
     path, length = run.out / f"preview-{run.number:07d}.png", len(run.val_set)
-    batch = data.collate([run.val_set[0, i] for i in evenly(length, min(4, length))])
+    batch = run.collate([run.val_set[0, i] for i in evenly(length, min(4, length))])
     if "error" in batch:
         raise data.UserError(batch["error"])
     caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} val"

@@ -1,0 +1,274 @@
+"""Settings of detection: the papers' recipes by method, and the command line.
+
+    VITDET, RECIPES, TINY    what a field becomes that the command line leaves out
+    Config
+    learning_rate            of a step
+
+CFMAE and MCMAE give their own; CoMA follows ViTDet, and so does what no paper describes. Where a
+paper is silent we do what public code does: ConvMAE's for MCMAE, detectron2's for ViTDet, and for
+CFMAE that of CAE, whose every other number its Table 9 has.
+"""
+
+import math
+import typing
+from dataclasses import dataclass
+from fractions import Fraction
+
+import engine  # before torch: it sets how threads wait
+import engine.config
+
+import torch
+from torch import nn
+
+from common import IMAGENET_MEAN, IMAGENET_STD
+from downstream import encoders, transfer
+from downstream.objects import CANVAS
+from engine import UserError, arg, require
+
+# detectron2's mask_rcnn_vitdet_b_100ep: 100 epochs at 64, drops at 163,889 and 177,546.
+VITDET = dict(
+    image_size=1024, augmentation="lsj", batch_size=64, lr=1e-4, weight_decay=0.1, layer_decay=0.7,
+    drop_path=0.1, iterations=184_375, schedule="steps", drops="8/9,26/27", warmup_steps=250,
+    neck="simple", window=14, everywhere="1/4,1/2,3/4,1", shifted=False, relative_bias=False,
+)  # fmt: skip
+VITDET_L = VITDET | dict(layer_decay=0.8, drop_path=0.4)  # its ViT-L, of 24 blocks
+VITDET_H = VITDET | dict(layer_decay=0.9, drop_path=0.5)  # its ViT-H, of 32
+RECIPES = {
+    # Table 9. NOTE paper unclear: learning rate of detection. 3e-3 is ten times CAE's public 3e-4,
+    # which Table 9 otherwise repeats.
+    "cfmae": dict(
+        image_size=CANVAS, augmentation="short", batch_size=16, lr=3e-4, weight_decay=0.05,
+        layer_decay=0.75, drop_path=0.2, epochs=12, schedule="steps", drops="9/12,11/12",
+        warmup_steps=500, neck="levels", window=0, everywhere="", shifted=False,
+        relative_bias=False,
+    ),
+    # Sec. 2.3 (windows, bias), Sec. 3.2 (25 epochs, cosine, 8e-5, decay 0.1); its public code.
+    "mcmae": VITDET | dict(
+        batch_size=32, lr=8e-5, layer_decay=1.0, iterations=92_187, schedule="cosine", drops="",
+        warmup_steps=461, window=7, everywhere="1,4,7,11", shifted=True, relative_bias=True,
+    ),
+    # "ViT-Det training methods", 768 x 768 (Table 3). 24 blocks: the decay of ViTDet's ViT-L, as
+    # 0.7 would leave the stem 1e-4 of the rate; drop path as ViT-B's, whose width it has.
+    "coma_dyvit": VITDET | dict(image_size=768, layer_decay=0.8, window=0, everywhere=""),
+}  # fmt: skip
+RECIPES |= {k: VITDET for k in ("mae", "semanticmim", "vit", "beit")}
+RECIPES |= {f"{k} 24": VITDET_L for k in ("mae", "vit", "semanticmim")}
+RECIPES |= {f"{k} 32": VITDET_H for k in ("mae", "vit")}
+TINY = dict(  # --model tiny, ours: 64 x 64 scenes, minutes on two cores
+    image_size=64, batch_size=16, iterations=400, warmup_steps=40, lr=1e-3, weight_decay=0.05,
+    layer_decay=0.9, drop_path=0.0, schedule="cosine", drops="",
+)  # fmt: skip
+
+PRESETS = {
+    "paper": dict(),
+    "tiny": dict(data="shapes", micro_batch=16, dim=48, proposals=100, boxes=16),
+}
+
+
+def _data(*args, **kwargs):
+    return arg(*args, group="data", **kwargs)
+
+
+def _optim(*args, **kwargs):
+    return arg(*args, group="optimisation", **kwargs)
+
+
+@dataclass
+class Config(transfer.Config):
+    """Settings of a run. None: what RECIPES has for the encoder's method.
+
+    `resolve` reads the encoder's description into the attribute `described`, which is no field.
+    """
+
+    data: str = _data(
+        "data/coco", "folder with {train,val}2017 and annotations/instances_*.json, or shapes"
+    )
+    train_images: str | None = _data(None, "folder of images, in place of DATA/train2017 ...")
+    train_json: str | None = _data(None, "... and their objects, in COCO's format")
+    val_images: str | None = _data(None, "folder of images, in place of DATA/val2017 ...")
+    val_json: str | None = _data(None, "... and theirs")
+    image_size: int | None = _data(
+        None, "side of the crop. 1024: public code of MCMAE; 768: CoMA Table 3; CFMAE: around 1333"
+    )
+    augmentation: str | None = _data(
+        None,
+        "lsj: scaled by 0.1 to 2, crop, flip (public code of MCMAE, ViTDet); short: short side 480 "
+        "to 800, long one at most 1333, flip (CFMAE Sec. E.3)",
+        ["lsj", "short"],
+    )
+    scale_min: float = _data(0.1, "lsj: smallest scale; public code of MCMAE", within="(0, inf)")
+    scale_max: float = _data(2.0, "lsj: largest scale; the same code", within="(0, inf)")
+
+    neck: str | None = arg(
+        None,
+        "of a plain encoder. simple: a pyramid of its last map (ViTDet); levels: an FPN on four "
+        "depths (CAE, for CFMAE)",
+        ["simple", "levels"],
+    )
+    window: int | None = arg(
+        None, "side of attention windows, in patches; 0: global. 7: MCMAE Sec. 2.3; 14: ViTDet",
+        within="[0, inf)",
+    )  # fmt: skip
+    everywhere: str | None = arg(
+        None, "blocks that attend globally all the same: numbers from 1, or shares of the depth"
+    )
+    shifted: bool | None = arg(None, "every other windowed block is shifted by half (MCMAE 2.3)")
+    relative_bias: bool | None = arg(
+        None, "a bias of each offset, shared by windowed and by global blocks (MCMAE Sec. 2.3)"
+    )
+    dim: int = arg(256, "channels of neck and heads; public code of MCMAE", within="(0, inf)")
+    proposals: int = arg(1000, "boxes the RPN keeps of an image; the same code", within="(0, inf)")
+    boxes: int = arg(512, "boxes of an image to train on; the same code", within="(0, inf)")
+    train_position: bool = arg(False, "train fixed positions; learned ones are, anyway")
+    drop_path: float | None = arg(
+        None, "0.2: CFMAE Table 9; 0.1: public code of MCMAE, ViTDet", within="[0, 0.99]"
+    )
+
+    iterations: int | None = _optim(
+        None, "length. 92,187: 25 epochs, MCMAE Sec. 3.2; 184,375: ViTDet's 100", within="(0, inf)"
+    )
+    epochs: int | None = _optim(
+        None, "length in another unit. 12: CFMAE Table 9", within="(0, inf)"
+    )
+    schedule: str | None = _optim(
+        None, "cosine: MCMAE Sec. 3.2; steps: CFMAE Table 9, ViTDet", ["cosine", "steps"]
+    )
+    drops: str | None = _optim(
+        None, "steps: where the rate falls to a tenth, shares of the length: 9/12,11/12"
+    )
+    warmup_steps: int | None = _optim(
+        None, "from 0.001 of the rate; public code of MCMAE, ViTDet, CAE", within="[0, inf)"
+    )
+    batch_size: int | None = _optim(
+        None, "16: CFMAE Table 9; 32: public code of MCMAE; 64: ViTDet", within="(0, inf)"
+    )
+    micro_batch: int = arg(2, "most samples that one device takes at a time")
+    lr: float | None = _optim(
+        None,
+        "peak rate, not scaled by the batch. 8e-5: MCMAE Sec. 3.2; 1e-4: ViTDet; CFMAE Table 9: "
+        "3e-3, here 3e-4",
+        within="(0, inf)",
+    )
+    layer_decay: float | None = _optim(
+        None, "rate of a layer / of the next. 0.75: CFMAE Table 9; 0.7: ViTDet", within="[0, 1]"
+    )
+    weight_decay: float | None = _optim(
+        None, "0.05: CFMAE Table 9; 0.1: MCMAE Sec. 3.2, ViTDet", within="[0, inf)"
+    )
+    beta2: float = _optim(0.999, "CFMAE Table 9; public code of MCMAE", within="[0, 1)")
+
+    # No flags: the rate is --lr, its warm-up --warmup-steps, patches are the encoder's.
+    SET: typing.ClassVar = tuple(
+        "patch_size base_lr min_lr warmup_epochs crop_scale_min crop_pct compile".split()
+    )
+    FURTHER: typing.ClassVar = engine.config.Config.FURTHER + tuple(
+        "dim proposals boxes beta1 beta2 clip_grad scale_min scale_max num_heads init_key mean std "
+        "train_position seed precision".split()
+    )
+    FREE = engine.config.Config.FREE + SET
+
+    def resolve(self) -> None:
+        """Read the encoder's architecture, fill in the recipe, refuse what cannot work.
+
+        Errors: UserError naming the field and values that work.
+        """
+        self.described = transfer.describe(self)
+        if self.iterations and self.epochs:
+            raise UserError("--iterations and --epochs both say how long; give one")
+        with torch.device("meta"):  # no memory, no time
+            encoder = encoders.build(self.described, self.described["config"]["patch_size"])
+        depth = encoders.num_layers(encoder)
+        transfer.fill(self, recipe(self, depth))
+        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        kept = {k: self.described.get(k, v) for k, v in pixels.items()}
+        transfer.fill(self, {k: ",".join(f"{x:g}" for x in v) for k, v in kept.items()})
+        self.patch_size, self.base_lr = encoder.patch_size, self.lr * 256 / self.batch_size
+        self.check_encoder(encoder)
+        super().resolve()
+        asked = (self.train_images, self.train_json, self.val_images, self.val_json)
+        require(
+            (self.scale_min <= self.scale_max, "scale_min", "is above --scale-max"),
+            (bool(asked[0]) == bool(asked[1]), "train_images", "and --train-json go together"),
+            (bool(asked[2]) == bool(asked[3]), "val_images", "and --val-json go together"),
+            (self.data != "shapes" or not any(asked), "data", "shapes has its own images"),
+        )
+
+    def check_encoder(self, encoder: nn.Module) -> None:
+        """UserError where crop or windows do not fit the encoder, or shares are none."""
+        hierarchical = len(set(encoder.strides)) > 1
+        stride = max(encoder.strides) if hierarchical else 2 * encoder.patch_size
+        n = max(self.image_size // stride, 1)
+        near = f"{n * stride} or {(n + 1) * stride}"
+        ok = self.image_size % stride == 0 and self.image_size > 0
+        words = (
+            f"{self.image_size} is not divisible by the coarsest stride, {stride}; nearest: {near}"
+        )
+        self.blocks = getattr(encoder, "blocks", ())  # DyViT has stages, and windows of its own
+        plain = self.blocks and not hierarchical
+        require(
+            (ok, "image_size", words),
+            (self.blocks or not self.window, "window", "DyViT has windows of its own: 0"),
+            (self.blocks or not self.relative_bias, "relative_bias", "is for blocks of a ViT"),
+            (plain or self.neck == "simple", "neck", "is a plain encoder's; others have an FPN"),
+        )
+        shares(self.drops, "drops", 1)
+        self.globals = [
+            max(1, round(x * len(self.blocks))) if "/" in word or x < 1 else int(x)
+            for word, x in shares(self.everywhere, "everywhere", len(self.blocks)).items()
+        ]
+
+    @property
+    def windows(self) -> dict:
+        """What the encoder's blocks are run with, see windows.Windows."""
+        return {
+            "window": self.window,
+            "everywhere": self.globals,
+            "shifted": self.shifted,
+            "bias": self.relative_bias,
+        }
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """What images are padded with: 0 after normalisation."""
+        return tuple(round(255 * x) for x in self.statistics[0])
+
+
+def shares(text: str, name: str, most: int) -> dict[str, Fraction]:
+    """Numbers such as "9/12,11/12" or "1,4,7"; UserError where one is none, or above `most`."""
+    words = [w.strip() for w in text.split(",") if w.strip()]
+    try:
+        found = {w: Fraction(w) for w in words}
+    except (ValueError, ZeroDivisionError):
+        found = {text: Fraction(-1)}
+    ok = all(0 < x <= most for x in found.values())
+    require((ok, name, f"{text}: want numbers above 0 and up to {most}, e.g. 1/2,3/4"))
+    return found
+
+
+def recipe(cfg: Config, depth: int) -> dict:
+    """What fields that are None become, for an encoder of so many layers."""
+    method = cfg.described["method"]
+    found = dict(RECIPES.get(f"{method} {depth}", RECIPES[method]))
+    if cfg.model == "tiny":
+        found |= TINY | {"epochs": None, "window": min(found["window"], 4), "augmentation": "lsj"}
+    if cfg.epochs or cfg.iterations:
+        found |= {"epochs": None, "iterations": None}
+    return found
+
+
+def learning_rate(cfg: Config, step: int, total: int) -> float:
+    """Rate of a step (from 0) of `total`: warm-up along a line from 0.001 of the rate to where the
+    schedule will be; a cosine to 0, or a tenth after each of `drops`.
+    """
+    places = list(shares(cfg.drops, "drops", 1).values())
+
+    def schedule(done: float) -> float:
+        if cfg.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.1 ** sum(done >= float(x) for x in places)
+
+    warmup = min(cfg.warmup_steps, total // 10)
+    if step >= warmup:
+        return cfg.lr * schedule(step / total)
+    start, end = 0.001 * schedule(0), schedule(warmup / total)
+    return cfg.lr * (start + (end - start) * step / warmup)

@@ -1,0 +1,292 @@
+"""The detector: samples, losses, RoIAlign, masks, pyramids of all encoders, sizes."""
+
+import engine  # noqa: F401 - first: it sets how threads wait
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
+
+from downstream import encoders, mask_rcnn
+from downstream.detector import Detector, Neck
+from downstream.mask_rcnn import RPN, RoI, choose, crops, paste, pool, shares
+from downstream.objects import Scenes, collate
+from mcmae import Encoder
+
+METHODS = ["mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"]
+
+
+def detector(method="mae", size=64, classes=10, neck="simple", **windows):
+    torch.manual_seed(0)
+    changes = {"granularities": "R"} if method == "cfmae" else {}
+    described = encoders.describe(method=method, model="tiny", **changes)
+    encoder = encoders.build(described, size, 0.1)
+    return Detector(encoder, classes, neck, windows, dim=16, proposals=50, boxes=16)
+
+
+def batch(count=4, size=64):
+    scenes = Scenes("train", size, True)
+    return collate([scenes[0, i] for i in range(count)])
+
+
+# ----------------------------------------------------------------------------------------- samples
+
+
+def test_choose__takes_the_smallest_noise_of_each_kind():
+    labels = torch.tensor([[1, 0, -1, 1, 0, 1, 0, -1, 0, 0]] * 2)
+    noise = torch.rand(2, 10)
+    found = choose(labels, noise, 6, 0.34)  # two positive, four negative
+    for row, n in zip(found, noise):
+        positive = sorted([0, 3, 5], key=lambda i: n[i])[:2]
+        negative = sorted([1, 4, 6, 8, 9], key=lambda i: n[i])[:4]
+        assert sorted(positive + negative) == row.nonzero()[:, 0].tolist()
+
+
+def test_choose__fills_up_with_negatives_and_takes_what_there_is():
+    few = torch.tensor([1, 0, 0, 0, 0, 0, -1])
+    assert choose(few, torch.rand(7), 4, 0.5).sum() == 4
+    assert choose(few, torch.rand(7), 100, 0.5).tolist() == [True] * 6 + [False]
+    assert not choose(torch.full((5,), -1), torch.rand(5), 4, 0.5).any()
+
+
+def test_shares__are_a_mean_over_rows_then_over_samples():
+    rows = [torch.zeros(3), torch.zeros(0), torch.zeros(5)]
+    x = torch.rand(8)
+    want = (x[:3].mean() + 0 + x[3:].mean()) / 3
+    torch.testing.assert_close((shares(rows) * x).sum(), want)
+
+
+# ------------------------------------------------------------------------------------------- heads
+
+
+def test_pool__levels_are_torchvision_s_but_aligned():
+    maps = [torch.randn(2, 3, 256 // s, 256 // s) for s in (4, 8, 16, 32)]
+    sides = torch.tensor([5.0, 60, 111, 113, 200, 250])
+    boxes = torch.stack([sides * 0, sides * 0, sides, sides], 1)
+    boxes = [boxes, boxes + torch.tensor([1.0, 2, 3, 4])]
+    found = pool(maps, (4, 8, 16, 32), boxes, 7)
+    theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, -1)
+    theirs({str(i): x for i, x in enumerate(maps)}, boxes, [(256, 256)] * 2)
+    level = theirs.map_levels(boxes)
+    assert level.unique().tolist() == [0, 1, 2]
+    for i, (k, box) in enumerate(zip(level.tolist(), torch.cat(boxes))):
+        want = roi_align(maps[k][i // 6 : i // 6 + 1], [box[None]], 7, 0.25 / 2**k, aligned=True)
+        torch.testing.assert_close(found[i : i + 1], want)
+
+
+def test_crops__of_a_whole_mask_and_beside_torchvision_s():
+    masks = torch.zeros(2, 56, 56)
+    masks[0, 10:38, 5:33], masks[1, :, :28] = 1, 1
+    boxes = torch.tensor([[5.0, 10, 33, 38], [0, 0, 56, 56], [-1, -1, 57, 57]])
+    found = crops(masks, boxes, torch.tensor([0, 1, 1]))
+    assert (found[0] == 1).all() and (found[1, :, :14] == 1).all() and not found[1, :, 14:].any()
+    theirs = project_masks_on_boxes(masks, boxes, torch.tensor([0, 1, 1]), 28)
+    assert ((theirs >= 0.5) != found.bool()).float().mean() < 0.05  # half a pixel further
+    assert crops(masks[:0], boxes[:0], torch.zeros(0, dtype=torch.int64)).shape == (0, 28, 28)
+
+
+def test_paste__is_a_bilinear_look_up_at_the_middle_of_pixels():
+    torch.manual_seed(0)
+    masks, boxes = torch.rand(20, 28, 28), torch.tensor([[3.3, -4.0, 17.9, 21.5]] * 20)
+    found = paste(masks, boxes, (24, 20))
+    assert found.shape == (20, 24, 20) and found.dtype == torch.bool
+    x0, y0, x1, y1 = boxes[0].tolist()
+    for i, y, x in [(0, 0, 4), (1, 10, 10), (2, 20, 17), (19, 5, 8), (7, 23, 19), (8, 0, 0)]:
+        u, v = ((x + 0.5 - x0) / (x1 - x0) * 28 - 0.5, (y + 0.5 - y0) / (y1 - y0) * 28 - 0.5)
+        value = 0.0
+        for j in (int(v // 1), int(v // 1) + 1):
+            for k in (int(u // 1), int(u // 1) + 1):
+                if 0 <= j < 28 and 0 <= k < 28:
+                    value += (1 - abs(v - j)) * (1 - abs(u - k)) * masks[i, j, k].item()
+        assert found[i, y, x] == (value >= 0.5), (i, y, x, value)
+
+
+def test_paste__gives_back_what_crops_took():
+    mask = (torch.hypot(*torch.meshgrid(torch.arange(64.0) - 30, torch.arange(64.0) - 36,
+                                        indexing="ij")) < 17)  # fmt: skip
+    boxes = torch.tensor([[19.0, 13, 54, 48]])
+    found = paste(crops(mask[None].float(), boxes, torch.tensor([0])), boxes, (64, 64))[0]
+    assert (found & mask).sum() / (found | mask).sum() > 0.95
+
+
+def naive_rpn_losses(rpn, maps, boxes, seed, size):
+    """The RPN's losses with a loop over samples and anchors."""
+    scores, deltas = rpn.head(maps)
+    scores = torch.cat([s.permute(0, 2, 3, 1).flatten(1) for s in scores], 1)
+    deltas = [d.unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for d in deltas]
+    deltas, anchors = torch.cat(deltas, 1), rpn.anchors(maps)
+    objectness, moved = [], []
+    for b, true in enumerate(boxes):
+        overlap = box_iou(true, anchors) if len(true) else torch.zeros(1, len(anchors))
+        label = torch.where(overlap.amax(0) >= 0.7, 1.0, -1.0)
+        label[overlap.amax(0) < 0.3] = 0
+        for row in overlap if len(true) else ():
+            label[row == row.max()] = 1
+        noise = mask_rcnn.uniform(seed[b : b + 1], len(anchors), mask_rcnn.ANCHORS)[0]
+        at = choose(label, noise, 256, 0.5).nonzero()[:, 0]
+        objectness.append(F.binary_cross_entropy_with_logits(scores[b, at], label[at]))
+        total = torch.zeros(())
+        for i in at[label[at] == 1].tolist():
+            t, a = true[overlap[:, i].argmax()], anchors[i]
+            size_a, size_t = a[2:] - a[:2], t[2:] - t[:2]
+            want = [((t[:2] + t[2:]) / 2 - (a[:2] + a[2:]) / 2) / size_a, (size_t / size_a).log()]
+            total = total + (deltas[b, i] - torch.cat(want)).abs().sum()
+        moved.append(total / len(at))
+    return sum(objectness) / len(boxes), sum(moved) / len(boxes)
+
+
+def test_rpn__losses_are_a_loop_s():
+    torch.manual_seed(0)
+    rpn, strides = RPN(8, (4, 8, 16, 32, 64), 20), (4, 8, 16, 32, 64)
+    for p in rpn.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    maps = [torch.randn(3, 8, 128 // s, 128 // s) for s in strides]
+    boxes = [
+        torch.tensor([[10.0, 10, 42, 44], [60, 5, 127, 70]]), torch.zeros(0, 4),
+        torch.tensor([[3.0, 3, 4, 4]]),
+    ]  # fmt: skip
+    seed = torch.tensor([5, 6, 7])
+    proposals, losses = rpn(maps, (128, 128), boxes, seed)
+    a, b = naive_rpn_losses(rpn, maps, boxes, seed, 128)
+    torch.testing.assert_close(losses["loss_objectness"], a)
+    torch.testing.assert_close(losses["loss_proposals"], b)
+    assert all(len(p) <= 20 and (p >= 0).all() and (p <= 128).all() for p in proposals)
+
+
+def test_rpn__anchors_are_eight_strides_wide_around_every_place():
+    rpn = RPN(8, (4, 8, 16, 32, 64))
+    maps = [torch.zeros(1, 8, 1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
+    anchors = rpn.anchors(maps)
+    assert len(anchors) == 3 * sum((1024 // s) ** 2 for s in (4, 8, 16, 32, 64)) == 261_888
+    first = anchors[:3]
+    sides = (first[:, 2] - first[:, 0]), (first[:, 3] - first[:, 1])
+    assert (sides[1] / sides[0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.05)
+    assert (sides[0] * sides[1]).sqrt().tolist() == pytest.approx([32] * 3, rel=0.03)
+    assert anchors[-2].tolist() == [960 - 256, 960 - 256, 960 + 256, 960 + 256]
+
+
+def test_roi__settings_are_the_papers():
+    roi, rpn = RoI(16, (4, 8, 16, 32), 80), RPN(16, (4, 8, 16, 32, 64))
+    assert roi.trained == 512 and roi.fg_bg_sampler.positive_fraction == 0.25
+    assert (roi.score_thresh, roi.nms_thresh, roi.detections_per_img) == (0.05, 0.5, 100)
+    assert roi.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
+    assert roi.proposal_matcher.high_threshold == roi.proposal_matcher.low_threshold == 0.5
+    assert rpn.proposal_matcher.high_threshold == 0.7 and rpn.proposal_matcher.low_threshold == 0.3
+    assert rpn.proposal_matcher.allow_low_quality_matches and rpn.nms_thresh == 0.7
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (
+        256,
+        0.5,
+    )
+    assert rpn.pre_nms_top_n() == 2000 and rpn.post_nms_top_n() == 1000
+    assert rpn.eval().pre_nms_top_n() == 1000 and rpn.post_nms_top_n() == 1000
+    convs = [m for m in rpn.head.conv.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 2
+
+
+# ---------------------------------------------------------------------------------------- detector
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_detector__all_methods_train_every_parameter_and_predict(method):
+    model = detector(method)
+    found = batch()
+    loss, parts = model(found, None)
+    assert set(parts) == {f"loss_{k}" for k in "objectness proposals class box mask".split()}
+    torch.testing.assert_close(loss.detach(), sum(parts.values()))
+    loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    frozen = {n.split(".")[1] for n, p in model.named_parameters() if not p.requires_grad}
+    assert not without and frozen <= {"norm", "cls_token", "reg_token"}, (without, frozen)
+    with torch.no_grad():
+        for x in model.eval().predict(found["rgb"][:2]):
+            n = len(x["boxes"])
+            assert x["masks"].shape == (n, 28, 28) and x["labels"].shape == x["scores"].shape == (
+                n,
+            )
+            assert ((x["masks"] >= 0) & (x["masks"] <= 1)).all() and (x["labels"] >= 1).all()
+
+
+@pytest.mark.parametrize(
+    "method, neck", [("mae", "simple"), ("mae", "levels"), ("mcmae", "simple")]
+)
+def test_maps__have_the_strides_that_heads_take(method, neck):
+    model = detector(method, 96, neck=neck, window=4, everywhere=[1], shifted=True, bias=True)
+    maps = model.pyramid(torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    assert [96 // m.shape[2] for m in maps] == [*model.roi.strides, 2 * model.roi.strides[-1]]
+    assert model.rpn.strides == (*model.roi.strides, 2 * model.roi.strides[-1])
+    assert all(m.shape[1] == 16 for m in maps)
+
+
+def test_maps__mcmae_without_windows_are_its_own_pyramid():
+    model = detector("mcmae")
+    imgs, seed = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
+    for s in (None, seed):
+        for a, b in zip(model.maps(imgs, s), model.encoder.forward_pyramid(imgs, seed=s)):
+            torch.testing.assert_close(a, b)
+    assert isinstance(model.encoder, Encoder)
+
+
+def test_maps__levels_are_those_depths_of_a_plain_encoder():
+    model = detector("semanticmim", neck="levels")  # four blocks
+    with torch.no_grad():
+        model.encoder.reg_token.zero_()
+    maps = model.maps(torch.randn(2, 3, 64, 64))
+    assert model.layers == [1, 2, 3] and [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    assert [round(12 * f) for f in (1 / 3, 1 / 2, 2 / 3)] == [4, 6, 8]
+
+
+def test_neck__simple_reads_the_last_map_alone():
+    neck = Neck([8] * 1, "simple", 4)
+    maps = neck([torch.randn(1, 8, 6, 6)])
+    assert [m.shape[2] for m in maps] == [24, 12, 6, 3, 2]
+
+
+def test_losses__do_not_depend_on_how_samples_are_batched():
+    model, found = detector(window=4, everywhere=[4]), batch(6)
+    whole, _ = model(found, None)
+    parts = [model({k: v[i : i + 2] for k, v in found.items()}, None)[0] for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_losses__an_image_without_objects_and_one_full_of_them():
+    model, found = detector(), batch(2)
+    found["labels"][0], found["boxes"][0], found["masks"][0] = 0, 0, 0
+    loss, parts = model(found, None)
+    loss.backward()
+    assert loss.isfinite() and all(
+        p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+    )
+    found["labels"][1] = 0
+    loss, parts = model(found, None)
+    assert loss.isfinite() and parts["loss_mask"] == 0 == parts["loss_box"]
+    loss.backward()
+
+
+def test_losses__weights_that_are_not_finite_give_a_loss_that_is_not():
+    model = detector()
+    with torch.no_grad():
+        model.neck.output[0][0].weight.fill_(torch.nan)
+    assert not model(batch(2), None)[0].isfinite()
+
+
+def parameters(**kwargs):
+    with torch.device("meta"):
+        model = Detector(encoders.build(encoders.describe(**kwargs["source"]), 1024), 80,
+                         windows=kwargs["windows"])  # fmt: skip
+    return model
+
+
+def test_parameters__mcmae_b_s_count():
+    source = dict(method="mcmae", model="base")
+    windows = dict(window=7, everywhere=[1, 4, 7, 11], shifted=True, bias=True)
+    model = parameters(source=source, windows=windows)
+    bias = sum(p.numel() for p in model.windows.parameters())
+    assert bias == 12 * (13**2 + 127**2) == 195_576  # 0.2 M
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    position = 64 * 64 * 768  # 3.1 M, which the public code keeps as a parameter
+    assert (total - bias) / 1e6 == pytest.approx(106.8, abs=0.1), total
+    assert position == 3_145_728
+    # Table 2 prints 104 M, which none of these sums is.
+    assert min(abs(n / 1e6 - 104) for n in (total, total - bias, total + position)) > 2
