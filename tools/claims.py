@@ -56,9 +56,9 @@ class Trial:
         self.content = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.known = self.content.get("budget") or {
             "epochs": budget["epochs"] or claim.epochs, "tuned": budget["tuned"] or claim.tuned,
-            "seeds": budget["seeds"] or 3, "epochs_of": {}, "tries": {},
+            "seeds": budget["seeds"] or 3, "most": budget["most"], "epochs_of": {}, "tries": {},
         }  # fmt: skip
-        for key in ("epochs", "tuned"):
+        for key in ("epochs", "tuned", "most"):
             if budget[key] not in (None, self.known[key]):
                 raise UserError(f"{self.path} has {key} {self.known[key]}; move it, or take that")
         self.known["seeds"] = budget["seeds"] or self.known["seeds"]
@@ -155,7 +155,8 @@ class Trial:
     def tries(self, label: str, seed: int) -> list[str]:
         """Flags of fine-tuning: all on the first seed, the best of these on the others."""
         chosen = self.known["tries"].get(label)
-        return [*self.claim.arms[label].tries] if seed == 0 or chosen is None else [chosen]
+        tries = [*self.claim.arms[label].tries][: self.known["most"]]
+        return tries if seed == 0 or chosen is None else [chosen]
 
     def transfer_flags(self, label: str, kind: str, out: Path, words: str) -> str:
         epochs = self.tuned(label)
@@ -233,6 +234,7 @@ def options() -> argparse.ArgumentParser:
     parser.set_defaults(shapes="shapes")
     parser.add_argument("--measures", help="some of a claim's, with commas; default: all")
     budget = {"epochs": "of pre-training", "tuned": "epochs of fine-tuning", "seeds": "at least 3"}
+    budget |= {"most": "rates of fine-tuning that are tried"}
     for name, what in budget.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what}; default: the claim's")
     parser.add_argument("--runs", default="runs/claims", help="where runs go (%(default)s)")
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         return report.plot(report.read_results(results), args.plot)
     if not args.write:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run below, too
-        lab, budget = Lab(args), {k: getattr(args, k) for k in ("epochs", "tuned", "seeds")}
+        lab, budget = Lab(args), {k: getattr(args, k) for k in ("epochs", "tuned", "seeds", "most")}
         names = args.names or CLAIMS
         wanted = args.measures and args.measures.split(",")
         if unknown := [m for m in wanted or () if m not in report.MEASURES]:

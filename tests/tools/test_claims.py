@@ -64,7 +64,7 @@ def bench(tmp_path, monkeypatch):
     lab = FakeLab(args)
 
     def make(claim=CLAIM, wanted=None, **budget):
-        budget = {"epochs": 2, "tuned": 1, "seeds": 3} | budget
+        budget = {"epochs": 2, "tuned": 1, "seeds": 3, "most": None} | budget
         return claims.Trial("x", claim, lab, budget, tmp_path / "results", wanted)
 
     return make, lab
@@ -228,6 +228,13 @@ def test_tries__all_on_the_first_seed_the_best_on_the_others(bench, tmp_path):
     assert content["runs"][0]["values"]["finetuned"] == pytest.approx(50)
 
 
+def test_tries__no_more_than_asked_for(bench):
+    make, lab = bench
+    make(SCRATCH, epochs=6, tuned=5, most=1).finish()
+    tuned = [c for c in lab.commands if "downstream.finetune" in c and "--random" not in c]
+    assert {c[c.index("--base-lr") + 1] for c in tuned} == {"8e-3"}
+
+
 def test_rate__is_of_forty_steps_less_ten(bench):
     make, lab = bench
     trial = make()
@@ -322,8 +329,8 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path):
         "import sys; sys.path.insert(0, '.'); from tools import claims, claims_lab\n"
         "args = claims.options().parse_args(['--runs', sys.argv[1]])\n"
         "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "flags = '--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 --steps 60 '\n"
-        "flags += '--epochs 1 --num-heads 2 --log-every 5 --val-samples 8 --device cpu'\n"
+        "flags = '--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 '\n"
+        "flags += '--steps 60 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8'\n"
         "print(claims_lab.Lab(args).run('mae', flags)[1]['continued_from'])\n"
     )
     command, root = [sys.executable, "-c", code, str(tmp_path)], Path(claims.__file__).parents[1]
