@@ -277,7 +277,9 @@ def main(argv: list[str] | None = None) -> None:
             return show(trials)
         for trial in trials:
             trial.finish()
-    report.write_page(Path(args.page), report.read_results(results))
+            report.write_page(Path(args.page), report.read_results(results))
+    else:
+        report.write_page(Path(args.page), report.read_results(results))
 
 
 if __name__ == "__main__":

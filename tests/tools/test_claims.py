@@ -218,6 +218,16 @@ def test_epochs__from_scratch_costs_as_much_as_its_partner_in_all(bench, tmp_pat
     assert all(c[c.index("--epochs") + 1] == "8" for c in last) and len(last) == 3
 
 
+def test_epochs__a_share_of_the_claim_s_or_what_costs_as_much(bench):
+    make, _ = bench
+    curve = make(claims_table.CLAIMS["mcmae-mae"], epochs=40)
+    assert [curve.epochs(k) for k in curve.claim.arms if k.startswith("mae")] == [5, 10, 20, 40]
+    longer = {"a": Arm("mae --mask-ratio 0.6"), "b": Arm("mae", as_long_as="a")}
+    trial = make(CLAIM._replace(arms=longer), epochs=4)
+    assert trial.epochs("b") == 12  # 4 epochs at 6 s, in epochs of 2 s
+    assert trial.order() == ["a", "b"] and trial.known["epochs_of"] == {"b": 12}
+
+
 def test_tries__all_on_the_first_seed_the_best_on_the_others(bench, tmp_path):
     make, lab = bench
     make(SCRATCH, epochs=6, tuned=5).finish()
@@ -319,7 +329,24 @@ def test_page__of_the_project_is_what_its_json_says():
     assert inner.strip() == claims_report.tables(claims_report.read_results(docs / "results"))
 
 
-# ----------------------------------------------------------------------------------------- a kill
+# ------------------------------------------------------------------------------ real processes
+
+
+def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
+    lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
+    work = "import time\nwhile time.process_time() < 0.3: pass"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    cpu, wall = lab.spawn([sys.executable, "-c", nested], tmp_path / "log")
+    assert cpu >= 0.3 and wall >= 0.3
+    cpu, wall = lab.spawn([sys.executable, "-c", "import time; time.sleep(0.5)"], tmp_path / "log")
+    assert cpu < 0.4 and wall >= 0.5
+
+
+def test_spawn__a_failed_command_is_told_by_its_last_line(tmp_path):
+    lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
+    command = [sys.executable, "-c", "print('much'); print('no such folder'); exit(2)"]
+    with pytest.raises(UserError, match="ended with status 2: no such folder"):
+        lab.spawn(command, tmp_path / "log")
 
 
 @pytest.mark.slow
