@@ -74,7 +74,13 @@ class Trial:
         epochs = self.known["epochs"] if arm.random else self.epochs(label)
         place = DATA[self.claim.data][0]
         flags += f" --model tiny --data {place} --epochs {epochs} --warmup-epochs {epochs / 10:g}"
-        return program, f"{flags} --seed {seed}".strip()
+        flags += f" --seed {seed}" + " --steps 1" * arm.random
+        return program, flags.strip()
+
+    def stamp(self, label: str, seed: int) -> str:
+        """What an arm's row depends on: its settings, and those of `--model tiny` downstream."""
+        place = self.lab.folder(*self.train_flags(label, seed))
+        return self.lab.folder("downstream.finetune", place.name).name
 
     def epochs(self, label: str) -> int:
         """An arm's epochs: a share of the claim's, or what costs as much as another arm."""
@@ -106,7 +112,7 @@ class Trial:
             costs.append(self.lab.cost(record))
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         per_epoch = last["step"] / last["epoch"]
-        self.lab.learn(key, max(costs[1] - costs[0], 0.01) / 30 * per_epoch)
+        self.lab.learn(**{key: max(costs[1] - costs[0], 0.01) / 30 * per_epoch})
         return self.lab.rates[key]
 
     def measures(self, label: str) -> list[str]:
@@ -118,34 +124,30 @@ class Trial:
     def run_arm(self, label: str, seed: int) -> dict:
         """All runs of an arm at a seed; its row of the JSON."""
         arm, lab, records, values = self.claim.arms[label], self.lab, {}, {}
-        program, flags = self.train_flags(label, seed)
-        if arm.random:
-            flags += " --steps 1"
-        out, records["pretrain"] = lab.run(program, flags)
+        out, records["pretrain"] = lab.run(*self.train_flags(label, seed))
         if not arm.random:
             cost = lab.cost(records["pretrain"]) / self.epochs(label)
-            lab.learn(self.key(arm, "pretrain"), cost)
+            lab.learn(**{self.key(arm, "pretrain"): cost})
             values |= report.logged(out)
         for kind in self.measures(label):
             for words in self.tries(label, seed) if kind == "finetuned" else [""]:
                 transfer = self.transfer_flags(label, kind, out, words)
                 place, record = lab.run(*f"{transfer} --seed {seed}".split(" ", 1))
                 found = report.found(kind, json.loads((place / "result.json").read_text()))
+                cost = lab.cost(record)
                 if kind == "finetuned":
-                    cost = lab.cost(record) / self.tuned(label)
-                    lab.learn(self.key(arm, kind), cost)
+                    cost /= self.tuned(label)
                     values.setdefault("tries", {})[words] = found["finetuned"]
-                else:
-                    lab.learn(self.key(arm, kind), lab.cost(record))
+                lab.learn(**{self.key(arm, kind): cost})
                 records[f"{kind} {words}".strip()] = record
                 values |= found
         if "tries" in values:
             best = max(values["tries"], key=values["tries"].get)
             self.known["tries"].setdefault(label, best)
             values["finetuned"] = values["tries"][self.known["tries"][label]]
-        row = {"arm": label, "seed": seed, "key": out.name}
+        row = {"arm": label, "seed": seed, "key": self.stamp(label, seed)}
         old = self.runs.get((label, seed), {})
-        if old.get("key") == out.name:  # measured before, otherwise
+        if old.get("key") == row["key"]:  # other measures, made before
             values, records = old["values"] | values, old["commands"] | records
         return row | {"values": values, "commands": records}
 
@@ -170,9 +172,7 @@ class Trial:
         row = self.runs.get((label, seed))
         if row is None:
             return False
-        program, flags = self.train_flags(label, seed)
-        flags += " --steps 1" * self.claim.arms[label].random
-        same = row["key"] == self.lab.folder(program, flags).name
+        same = row["key"] == self.stamp(label, seed)
         lacking = [m for m in self.wanted if m not in row["values"]]
         return same and not {report.MEASURES[m].program for m in lacking} & {*self.measures(label)}
 

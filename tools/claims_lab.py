@@ -7,6 +7,7 @@ is another run. done.json in it says that it ended, and at what cost.
 import argparse
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import importlib
 import json
@@ -60,14 +61,16 @@ class Lab:
     def __init__(self, args: argparse.Namespace):
         self.runs, self.args = Path(args.runs), args
         self.places = {default: getattr(args, name) for name, (default, _) in DATA.items()}
-        path = self.runs / "rates.json"
-        self.rates = json.loads(path.read_text()) if path.exists() else {}
+        self.rates = {}
+        self.learn()
 
-    def learn(self, key: str, seconds: float) -> None:
-        """Keep a rate: CPU seconds an epoch, or of the whole program for a probe."""
-        self.rates[key] = round(seconds, 2)
-        self.runs.mkdir(parents=True, exist_ok=True)
-        (self.runs / "rates.json").write_text(json.dumps(self.rates, indent=1, sort_keys=True))
+    def learn(self, **rates: float) -> None:
+        """Keep rates, CPU seconds an epoch, or of the whole program for a probe; read others'."""
+        path = self.runs / "rates.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.rates |= known | {k: round(v, 2) for k, v in rates.items()}
+        if rates:
+            path.write_text(json.dumps(self.rates, indent=1, sort_keys=True))
 
     def folder(self, program: str, flags: str) -> Path:
         """Where a command's files go: another place once a preset has changed."""
@@ -84,11 +87,22 @@ class Lab:
     def run(self, program: str, flags: str) -> tuple[Path, dict]:
         """Run a command, unless it was; its folder, and {command, cpu_seconds, ...}.
 
+        Another process that runs it just now is waited for.
         Errors: UserError with the command's own last line.
         """
         out = self.folder(program, flags)
-        if (out / "done.json").exists():
-            return out, json.loads((out / "done.json").read_text())
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
+            done = out / "done.json"
+            record = json.loads(done.read_text()) if done.exists() else None
+            if record is None:
+                record = self.execute(program, flags, out)
+                done.write_text(json.dumps(record, indent=1))
+        return out, record
+
+    def execute(self, program: str, flags: str, out: Path) -> dict:
+        """Run a command from where its folder left it; what it was, and its cost."""
         words = [*(["-m"] if "." in program else []), program + ".py" * ("." not in program)]
         shown = shlex.join(["python", *words, *shlex.split(flags), "--output", str(out)])
         given = [self.places.get(x, x) for x in shlex.split(flags)] + ["--output", str(out)]
@@ -100,15 +114,13 @@ class Lab:
             done = progress(out)
         given += ["--workers", str(self.args.workers)]
         print(f"run         {shown}" + (f", from {done:.0%} on" if done else ""), flush=True)
-        out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(exist_ok=True)
         cpu, wall = self.spawn([sys.executable, *words, *given], out / "output.txt")
         share, args = 1 - done, self.args
         record = {"command": shown, "cpu_seconds": round(cpu / share, 1)}
         record |= {"wall_seconds": round(wall / share, 1), "continued_from": round(done, 3)}
         record |= {"threads": args.threads, "hardware": hardware(), "revision": revision()}
-        record |= {"torch": torch.__version__, "date": datetime.date.today().isoformat()}
-        (out / "done.json").write_text(json.dumps(record, indent=1))
-        return out, record
+        return record | {"torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
     def spawn(self, command: list[str], log: Path) -> tuple[float, float]:
         """CPU and wall seconds of a process that ended well; it is stopped when this one is."""
@@ -140,9 +152,9 @@ def progress(out: Path) -> float:
     if not (out / "last.pt").exists():
         return 0.0
     content = read(out / "last.pt", mapped=True)
-    per_epoch = next(
-        (x["step"] / x["epoch"] for x in map(json.loads, open(out / "log.jsonl")) if x["epoch"]), 0
-    )
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    lines = [json.loads(x) for x in lines if x.endswith("}\n")]  # the last may be torn
+    per_epoch = next((x["step"] / x["epoch"] for x in lines if x["epoch"]), 0)
     cfg = content["config"]
     total = cfg.get("iterations") or cfg["epochs"] * per_epoch
     total = min(cfg["steps"] or total, total)

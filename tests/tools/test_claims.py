@@ -1,10 +1,12 @@
 """The claims' runner and judge; only the last test trains."""
 
+import fcntl
 import json
 import math
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import engine  # noqa: F401  first: it sets how threads wait
 import pytest
 import torch
 
+import mae
+from downstream import recipes
 from engine import UserError
 from tools import claims, claims_lab, claims_report, claims_table
 from tools.claims_table import Arm, Claim
@@ -174,12 +178,15 @@ def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     make, lab = bench
     make().finish()
     lab.commands = []
-    import mae
-
     monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
     make().finish()
     assert sum(c[1] == "mae.py" for c in lab.commands) == 6
     assert len(rows(tmp_path)["runs"]) == 6
+    lab.commands = []
+    tiny = recipes.TINY | {"linear": {}}
+    monkeypatch.setattr(recipes, "TINY", tiny)  # the one of fine-tuning and probes
+    make().finish()
+    assert {c[2] for c in lab.commands} == {"downstream.probe", "downstream.finetune"}
 
 
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
@@ -254,6 +261,29 @@ def test_rate__is_of_forty_steps_less_ten(bench):
     trial.rate(CLAIM.arms["b"], "pretrain")
     assert len(lab.commands) == count  # kept
     assert json.loads((lab.runs / "rates.json").read_text()) == lab.rates
+
+
+def test_run__a_second_process_waits_for_the_first(bench, tmp_path):
+    _, lab = bench
+    lab.run("mae", "--model tiny --data shapes")
+    (out,) = (p for p in (tmp_path / "runs").glob("mae-*") if p.is_dir())
+    (out / "done.json").unlink()
+    begun = threading.Event()
+
+    def other():
+        begun.set()
+        lab.run("mae", "--model tiny --data shapes")
+
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait()
+        thread.join(0.3)
+        assert thread.is_alive() and len(lab.commands) == 1
+        (out / "done.json").write_text("{}")  # the first one ends
+    thread.join(30)
+    assert len(lab.commands) == 1
 
 
 def test_hours__are_of_what_is_left(bench):
