@@ -33,9 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clips
-from common import MASK, Block, Mlp, Normalize, ViT, fill, init_weights, random_mask, split, uniform
+from common import Block, Mlp, Normalize, fill, init_weights, random_mask, split
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
+from noise import MASK, uniform
 from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
+from vit import ViT
 
 
 @dataclass
@@ -179,12 +181,11 @@ class Encoder(ViT):
     trained_norm = False  # the norm is trained on E1 + E2 + E3
 
     def __init__(self, cfg: Config, size: Sequence[int] | None = None, drop_path: float = 0.0):
-        nn.Module.__init__(self)
         (C1, C2, C3), (L1, L2, L3), (P1, P2, P3) = cfg.sizes
-        p, c, self.kernel = cfg.patch_size, cfg.cube_frames, cfg.kernel_size
-        self.patch_size, self.cube_frames, self.embed_dim, self.drop_path = p, c, C3, drop_path
-        self.num_prefix, self.depth, self.strides = 0, L1 + L2 + L3, (p // 4, p // 2, p)
         T, H, W = size or (cfg.frames, cfg.image_size, cfg.image_size)
+        p, c = cfg.patch_size, cfg.cube_frames
+        super(ViT, self).__init__((H, W), p, C3, L1 + L2 + L3, drop_path=drop_path)
+        self.kernel, self.cube_frames, self.strides = cfg.kernel_size, c, (p // 4, p // 2, p)
         self.trained_grid, self.grid = cfg.grid, (T // c, H // p, W // p)
         self.patch_embed1 = Stem(p // 4, 3 * c, C1)
         self.patch_embed2, self.patch_embed3 = Stem(2, C1, C2), Stem(2, C2, C3)
@@ -196,6 +197,7 @@ class Encoder(ViT):
         self.norm = nn.LayerNorm(C3, eps=1e-6)
 
     blocks = property(lambda self: self.blocks3)  # a ViT's: what `layers` counts
+    num_layers = property(lambda self: len(self.blocks3))
 
     def table(self, dim: int, grid: Sequence[int]) -> Tensor:
         """Positions of a grid (t, h, w), laid over the trained one: (h*w, t, dim)."""
@@ -387,14 +389,14 @@ def load_init(model: VideoMCMAE, path: str | Path) -> str:
         raise UserError(f"--init {path}: wanted a checkpoint of videomcmae.py or mcmae.py")
     state = checkpoint["model"]
     if method == "videomcmae":
-        return f"init        {engine.load_weights(model, state, path)}"
+        return engine.load_weights(model, state, path)
     parts = ("encoder.", "stage1_output", "stage2_output")  # the decoder is another
     state = inflate({k: v for k, v in state.items() if k.startswith(parts)}, model.cfg)
     fresh = ("decoder_", "mask_token", "stage")
     words = engine.load_weights(
         model, state, path, lambda k: k.startswith(fresh), lambda k: k.startswith("stage")
     )
-    return f"init        {words}; inflated in time"
+    return f"{words}; inflated in time"
 
 
 def load_encoder(path: str | Path, **kwargs) -> Encoder:
@@ -431,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
     with engine.Run("videomcmae", cfg, **loading) as run:
         videomcmae = VideoMCMAE(cfg)
         if cfg.init and run.checkpoint is None:
-            run.say(load_init(videomcmae, cfg.init))
+            run.say(f"init        {load_init(videomcmae, cfg.init)}")
         model = run.place(videomcmae)
         optimizer = torch.optim.AdamW(
             decay_groups(videomcmae, cfg.weight_decay), lr=0.0,

@@ -177,7 +177,7 @@ class Config(transfer.Config):
             raise UserError("--iterations and --epochs both say how long; give one")
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described, self.described["config"]["patch_size"])
-        depth = encoders.num_layers(encoder)
+        depth = encoder.num_layers
         transfer.fill(self, recipe(self, depth))
         pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         kept = {k: self.described.get(k, v) for k, v in pixels.items()}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import videomcmae
-from common import ViT, init_weights, split
+from common import init_weights, split
 from tubes import cut, pick
 from videomcmae import Config, VideoMCMAE, sincos_1d
+from vit import ViT
 
 
 class VideoViT(ViT):
