@@ -196,28 +196,32 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=cfg.head_std)
         nn.init.zeros_(self.head.bias)
 
-    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.normalize(batch["rgb"])
-
-    def classify(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of clips (B, T, 3, H, W); of views of them, (B, n, T, 3, H, W), the
-        logarithm of their mean probability. `seed` (B,) turns drop path on.
-        """
-        if imgs.ndim == 6:
-            logits = self.classify(imgs.flatten(0, 1)).float().unflatten(0, imgs.shape[:2])
-            return logits.softmax(-1).mean(1).log()
+    def logits(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Logits (B, classes) of normalised clips (B, T, 3, H, W); `seed` (B,): drop path."""
         last = len(self.encoder.blocks)
         ((tokens, _),) = self.encoder.forward_features(imgs, [last], seed)
         return self.head(self.fc_norm(tokens.mean(1)))
 
+    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["rgb"]
+
+    def classify(self, rgb: Tensor) -> Tensor:
+        """Logits (B, classes) of clips (B, T, 3, H, W) uint8; of views of them, (B, n, T, 3, H, W),
+        one view at a time, the logarithm of their mean probability.
+        """
+        if rgb.ndim == 6:
+            views = [self.classify(view).float().softmax(-1) for view in rgb.unbind(1)]
+            return torch.stack(views).mean(0).log()
+        return self.logits(self.normalize(rgb))
+
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
         """Cross-entropy with smoothed, mixed targets of a batch (see clips.py for its keys)."""
-        cfg, imgs, lam = self.cfg, self.inputs(batch), None
+        cfg, imgs, lam = self.cfg, self.normalize(batch["rgb"]), None
         if cfg.mixup or cfg.cutmix:
             size = imgs.shape[-2:]
             lam, blend, box = draw_mix(batch["seed"], size, cfg.mixup, cfg.cutmix, cfg.switch_prob)
             imgs = mix(imgs.flatten(1, 2), blend, box).view_as(imgs)
-        logits = self.classify(imgs, batch["seed"]).float()
+        logits = self.logits(imgs, batch["seed"]).float()
         target = soft_targets(batch["label"], lam, logits.shape[1], cfg.smoothing)
         return -(target * logits.log_softmax(-1)).sum(-1).mean(), {}
 

@@ -86,12 +86,11 @@ def test_build__takes_the_encoder_or_fresh_weights(source):
 
 def test_classifier__norm_after_the_mean_and_mean_of_probabilities(source):
     model, batch = build(parse("--checkpoint", source)).eval(), batch_of(6)
-    imgs = model.inputs(batch)
-    x = model.encoder.run(model.encoder.tokens(imgs))[0].mean(1)
+    x = model.encoder.run(model.encoder.tokens(model.normalize(batch["rgb"])))[0].mean(1)
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    logits = model.classify(imgs)
+    logits = model.classify(model.inputs(batch))
     assert_close(logits, model.head(x), atol=1e-4, rtol=1e-4)
-    views = model.classify(imgs.unflatten(0, (2, 3)))
+    views = model.classify(batch["rgb"].unflatten(0, (2, 3)))
     assert_close(views.exp(), logits.softmax(-1).unflatten(0, (2, 3)).mean(1))
 
 
@@ -99,10 +98,10 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
     model, batch = build(parse("--checkpoint", source, "--mixup", 0, "--cutmix", 1)), batch_of()
     seen = []
     with mock.patch.object(
-        model, "classify", lambda imgs, seed: seen.append(imgs) or imgs.new_ones(4, 7)
+        model, "logits", lambda imgs, seed: seen.append(imgs) or imgs.new_ones(4, 7)
     ):
         model(batch, None)
-    imgs = model.inputs(batch)
+    imgs = model.normalize(batch["rgb"])
     pasted = (seen[0] != imgs).any(2)  # (B, T, H, W)
     inside = (seen[0] == imgs.flip(0)).all(2)
     assert (pasted <= inside).all() and pasted.any()
@@ -113,9 +112,9 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
             whole = inside[b, :, rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
             assert whole.all()  # one box for all frames
     dropping = build(parse("--checkpoint", source, "--drop-path", 0.9))
-    x, seed = dropping.inputs(batch), batch["seed"]
-    assert torch.equal(dropping.classify(x, seed), dropping.classify(x, seed))
-    assert not torch.equal(dropping.classify(x, seed), dropping.classify(x))
+    x, seed = dropping.normalize(batch["rgb"]), batch["seed"]
+    assert torch.equal(dropping.logits(x, seed), dropping.logits(x, seed))
+    assert not torch.equal(dropping.logits(x, seed), dropping.logits(x))
 
 
 def test_augmented__frames_alike_and_from_the_seed(source):
@@ -203,7 +202,7 @@ def test_test__averages_what_the_views_say(source, root, tmp_path):
         sample = views[0, i]
         if sample["bad"] < 0:
             rgb = model.normalize(sample["rgb"])
-            probability = sum(model.classify(view[None]).softmax(-1) for view in rgb)
+            probability = sum(model.logits(view[None]).softmax(-1) for view in rgb)
             hits.append(int(probability.argmax()) == int(sample["label"]))
     assert len(hits) == 5 and result["top1"] == pytest.approx(100 * sum(hits) / 5)
 

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from test_clips import write_clip
 from test_compile import BACKEND
 from tiny_run import checkpoint, lines, same_result
 from torch import nn
@@ -438,18 +439,31 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path):
+    for name in "abcdefgh":
+        write_clip(f"{tmp_path}/data/train/{name}", 9, 40, 40)
+    open(f"{tmp_path}/data/train/c/000009.png", "w").close()
+    line = [*FLAGS, "--data", f"{tmp_path}/data", "--output", f"{tmp_path}/run", "--stride", "2"]
+    torch.set_num_threads(1)
+    videomcmae.main(line)
+    bad = (tmp_path / "run/bad_files.txt").read_text().split()
+    assert 1 <= len(bad) <= 3 and set(bad) == {"c"}  # of three epochs, where its end is drawn
+    assert checkpoint(tmp_path / "run")["step"] == 6
+    log = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert max(r.get("unreadable_files", 0) for r in log) == 1
+
+
+@pytest.mark.slow
 def test_training__tiny_preset_learns():
-    """Invariant 6: in 60 steps of 32 clips the loss falls from 1.2 to near that of each hidden cube
-    in its own mean colour, and the rest of the run goes below it (docs/video.md).
-    """
+    """Invariant 6: in 25 steps of 16 clips the loss falls below half of where it began."""
     cfg, scenes = parse("--model tiny"), MovingScenes("train", 48, 8)
     torch.manual_seed(0)
     model, losses = videomcmae.VideoMCMAE(cfg), []
     optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
-    for step in range(20):
+    for step in range(25):
         batch = collate([scenes[0, 16 * step + i] for i in range(16)])
         loss, _ = model(batch, torch.tensor(0.0))
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-3:]) / 3 < 0.9 * losses[0]
+    assert sum(losses[-3:]) / 3 < 0.5 * losses[0], losses

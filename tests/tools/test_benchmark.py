@@ -81,9 +81,12 @@ def test_parts__books_forward_and_backward_on_the_module():
     assert operators.count("encoder") > 2 and operators.count("decoder") > 2
 
 
-@pytest.mark.parametrize("row", [r for r in benchmark.ROWS if not r.startswith("beit")])
+ROWS = benchmark.ROWS | benchmark.VIDEO
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.startswith("beit")])
 def test_one__every_row_runs(row):
-    result = stopwatch.one(options(rows=row), benchmark.ROWS)
+    result = stopwatch.one(options(rows=row), ROWS)
     assert result["row"] == row and len(result["times"]) == 1
     assert result["flops_step"] > 1.5 * result["flops"] > 0
     assert sum(result["parts"].values()) == pytest.approx(1)
