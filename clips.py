@@ -203,7 +203,7 @@ class ClipDataset(FolderDataset):
         self.cropping, self.flip, self.views = crop, flip, views
 
     def load(self, index: int) -> tuple[Frames, dict]:
-        return Frames(f"{self.folders['rgb']}/{self.files.name(index)}"), {}
+        return Frames(self.files.where(self.root, "rgb", index)), {}
 
     def times(self, length: int, draw) -> list[list[int]]:
         """Frames of each view in time."""
