@@ -13,10 +13,12 @@ from engine.field import GROUPS, flag, inherited
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         known = [*self._option_string_actions]
-        words = [w.split("=")[0] for w in message.split() if w.startswith("--")]
-        near = [difflib.get_close_matches(w, known, 1) for w in words if w not in known]
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        words = [w.split("=")[0] for w in unknown.split() if w.startswith("--")]
+        near = [difflib.get_close_matches(w, known, 1) for w in words]
         near = ", ".join(x for found in near for x in found)
         meant = f"; did you mean {near}?" if near else ""
+        meant += ": images are square here, one number" if "--image-size:" in message else ""
         raise UserError(f"{message}{meant} (--help lists every flag)")
 
 
@@ -24,7 +26,8 @@ def parse(
     cls: type[Config], presets: dict[str, dict], doc: str, argv: list[str] | None = None
 ) -> Config:
     """Build a Config: command line before preset before class default."""
-    usual = [f"{flag(name)} ..." for name in cls.USUAL if name not in cls.SET]
+    hints = typing.get_type_hints(cls)
+    usual = [flag(n) + " ..." * (hints[n] is not bool) for n in cls.USUAL if n not in cls.SET]
     parser = Parser(
         description=doc,
         usage=f"%(prog)s {' '.join(usual)}",
@@ -32,7 +35,6 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    hints = typing.get_type_hints(cls)
     for f in (f for f in dataclasses.fields(cls) if f.name not in cls.SET):
         kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
         choices = list(presets) if f.name == "model" else f.metadata["choices"]

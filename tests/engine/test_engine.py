@@ -82,6 +82,8 @@ def test_parse__help_has_defaults_and_sources(capsys):
         ("--batch_size 3", "unrecognized arguments: --batch_size 3; did you mean --batch-size?"),
         ("--micro-bach=3 --see 1", "mean --micro-batch, --seed\\?"),
         ("--qqqq 3", r"unrecognized arguments: --qqqq 3 \(--help"),
+        ("--device mps", r"choice: 'mps' \(choose from .*\) \(--help"),
+        ("--image-size 224x320", "invalid int value: '224x320': images are square here"),
     ],
 )
 def test_parse__refuses_and_names_the_field(argv, message):
