@@ -40,7 +40,9 @@ from files import FileList, layout, packed, replacing, scan
 from shards import MEMBER, ShardList, checksum_of, sample_key
 
 BLOCK = 512  # of a tar file: a header, and what a member is filled up to
-OURS = re.compile(r"(\d{6}\.tar|(names|labels|members)\.npy|(files|packing)\.json|members)(\.tmp)?")
+OURS = re.compile(
+    r"(\d{6}\.tar|(names|labels|members)\.npy|(files|packing)\.json|members|lock)(\.tmp)?"
+)
 PALETTE = pictures.colorize(torch.arange(256)[None])[:, 0].T.flatten().tolist()
 
 
@@ -233,14 +235,15 @@ def tidy(place: Path) -> None:
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Keep other processes from packing into the same folder."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is packing into {place}") from None
-    finally:
-        os.close(handle)
+    with open(place / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit
+        except OSError:
+            raise UserError(f"another process is packing into {place}") from None
+        try:
+            yield
+        finally:
+            (place / "lock").unlink()
 
 
 def pack(files: FileList, root: str, place: Path, packing: dict, workers: int) -> str:
@@ -299,10 +302,9 @@ def run(args: argparse.Namespace) -> None:
                 with replacing(f"{args.out}/classes.txt") as file:
                     file.write(names.read_bytes())
         except OSError as error:
-            raise UserError(
-                f"{error.filename or place}: {error.strerror}; the shards that are whole stay, and "
-                "the same command continues"
-            ) from None
+            where, why = error.filename or place, error.strerror or error
+            stay = "the shards that are whole stay, and the same command continues"
+            raise UserError(f"{where}: {why}; {stay}") from None
 
 
 # ------------------------------------------------------------------------------------------- check
