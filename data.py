@@ -6,7 +6,7 @@ label stride; `label`, `seed`, `bad` (B,) int64. What a method does not ask for 
 Map: `GRANULARITIES`                            what lies in which folder and becomes what
      `sample_seed`, `BatchSampler`, `collate`   which samples, in which order, with which seeds
      `random_crop`, `centre_crop`, `relabel`    geometry and labels, in numpy
-     `FolderDataset`, `check`                   a folder of images, with or without maps
+     `FolderDataset`, `check`                   images with or without maps, in folders or shards
 
 All randomness comes from a sample's seed, so nothing depends on the number of workers or ranks, or
 on where a run was interrupted. docs/data.md has the layout of a folder.

@@ -19,6 +19,7 @@ import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
 from tools import pack
+from tools.members import encode_map
 
 SIZE = 224
 
@@ -79,7 +80,7 @@ def with_palette(root: Path, place: Path) -> None:
                 os.symlink(path.resolve(), target)
             else:
                 ids = files.decode_map(files.read_bytes(str(path)))
-                target.write_bytes(pack.encode_map(ids, folder.name))
+                target.write_bytes(encode_map(ids, folder.name))
 
 
 def variants(args: argparse.Namespace, place: Path) -> list[tuple[str, Path, tuple[str, ...]]]:

@@ -26,119 +26,19 @@ from pathlib import Path
 import engine  # before torch: it sets how threads wait
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import pictures
 from engine import UserError
 from files import FileList, layout, packed, replacing, scan
 from shards import MEMBER, ShardList, checksum_of, sample_key
+from tools.members import Members
 
 BLOCK = 512  # of a tar file: a header, and what a member is filled up to
-OURS = re.compile(r"(\d{6}\.tar|(names|labels|members)\.npy|(files|packing)\.json|members)(\.tmp)?")
-PALETTE = pictures.colorize(torch.arange(256)[None])[:, 0].T.flatten().tolist()
-
-
-# ------------------------------------------------------------------------------ samples to members
-
-
-def encode_map(ids: np.ndarray, granularity: str) -> bytes:
-    """A map as palette PNG without row filters, which decodes fastest; its ids stay.
-
-    Instances of a wide map are renumbered in their order, which `data.relabel` cannot tell, if 8
-    bits suffice.
-    """
-    if ids.dtype != np.uint8 and granularity == "instance":
-        found = np.unique(ids[(ids != 0) & (ids != 65535)])
-        if len(found) > 254:
-            return png(Image.fromarray(ids.astype(np.uint16)))
-        known = (np.searchsorted(found, ids) + 1).astype(np.uint8)
-        ids = np.where(ids == 65535, 255, np.where(ids == 0, 0, known))
-    image = Image.fromarray(ids.astype(np.uint8))
-    image.putpalette(PALETTE)
-    return png(image)
-
-
-def png(image: Image.Image) -> bytes:
-    image.save(file := io.BytesIO(), "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def reduce(rgb: Tensor, maps: dict, short_side: int) -> tuple[Tensor, dict[str, np.ndarray]]:
-    """Scale an image (3, H, W) uint8 and its maps (H, W) to this shorter side."""
-    height, width = rgb.shape[1:]
-    share = short_side / min(height, width)
-    h, w = round(height * share), round(width * share)
-    rgb = rgb[None].contiguous(memory_format=torch.channels_last)
-    rgb = F.interpolate(rgb, (h, w), mode="bicubic", antialias=True)[0]
-    rows, cols = data.nearest(0, height, h), data.nearest(0, width, w)
-    return rgb, {g: ids[rows[:, None], cols] for g, ids in maps.items()}
-
-
-def suffix_of(name: str, content: bytes) -> str:
-    """What an image is called by: its first bytes, then its name."""
-    heads = {b"\xff\xd8": "jpg", b"\x89PNG": "png"}
-    found = (suffix for head, suffix in heads.items() if content.startswith(head))
-    return next(found, name.rpartition(".")[2].lower())
-
-
-class Members(Dataset):
-    """Each sample's members of a shard: [(what follows its key, bytes), ...], or {"error": words}.
-
-    An image that cannot be read or needs no reduction stays as it is, with its maps, so that
-    samples keep their numbers; one that cannot even be opened becomes an empty member.
-    """
-
-    def __init__(self, dataset: data.FolderDataset, short_side: int, quality: int):
-        self.dataset, self.short_side, self.quality = dataset, short_side, quality
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> list[tuple[str, bytes]] | dict:
-        try:
-            members, label = self.images(index), int(self.dataset.files.labels[index])
-        except UserError as error:
-            return {"error": str(error)}
-        return members + ([("cls", b"%d" % label)] if label >= 0 else [])
-
-    def images(self, index: int) -> list[tuple[str, bytes]]:
-        if self.short_side:
-            try:
-                rgb, maps = self.dataset.load(index)
-                if min(rgb.shape[1:]) > self.short_side:
-                    return self.encode(*reduce(rgb, maps, self.short_side))
-            except data.Unreadable:
-                pass
-        return [self.as_it_is(g, index) for g in self.dataset.files.folders]
-
-    def encode(self, rgb: Tensor, maps: dict[str, np.ndarray]) -> list[tuple[str, bytes]]:
-        image = Image.fromarray(rgb.permute(1, 2, 0).numpy())
-        image.save(file := io.BytesIO(), "JPEG", quality=self.quality)
-        return [("jpg", file.getvalue())] + [
-            (f"{g}.png", encode_map(ids, g)) for g, ids in maps.items()
-        ]
-
-    def as_it_is(self, granularity: str, index: int) -> tuple[str, bytes]:
-        files, root = self.dataset.files, self.dataset.root
-        try:
-            content = files.read(root, granularity, index).tobytes()
-        except OSError as error:
-            if granularity != "rgb":
-                where = files.where(root, granularity, index)
-                raise UserError(f"{where}: {error.strerror}") from None
-            content = b""
-        if granularity != "rgb":
-            return f"{granularity}.png", content
-        return suffix_of(files.name(index), content), content
-
-
-# --------------------------------------------------------------------------------------- to shards
+OURS = re.compile(
+    r"(\d{6}\.tar|(names|labels|members)\.npy|(files|packing)\.json|members|lock)(\.tmp)?"
+)
 
 
 def room(members: list[tuple[str, bytes]]) -> int:
@@ -159,6 +59,8 @@ def begun(place: Path, packing: dict, columns: int) -> tuple[list[dict], np.ndar
         before, shards = json.loads((place / "packing.json").read_text())
         members = np.fromfile(place / "members", MEMBER)
         members = members[: len(members) // columns * columns].reshape(-1, columns)
+    elif any(place.glob("*.tar")):
+        raise UserError(f"{place} holds shards of which nothing is known: choose another OUT")
     for k in packing if shards else ():
         if before.get(k) != packing[k]:
             was = f"{k} was {before.get(k)}, is {packing[k]}"
@@ -215,7 +117,7 @@ class Samples:
         if isinstance(self.next, dict):
             raise UserError(self.next["error"])
         self.bar.n = self.number
-        self.bar.update(0)
+        self.bar.close() if self.next is None else self.bar.update(0)
 
 
 def note(place: Path, packing: dict, shards: list[dict]) -> None:
@@ -233,14 +135,15 @@ def tidy(place: Path) -> None:
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Keep other processes from packing into the same folder."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is packing into {place}") from None
-    finally:
-        os.close(handle)
+    with open(place / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit
+        except OSError:
+            raise UserError(f"another process is packing into {place}") from None
+        try:
+            yield
+        finally:
+            (place / "lock").unlink()
 
 
 def pack(files: FileList, root: str, place: Path, packing: dict, workers: int) -> str:
@@ -285,12 +188,13 @@ def run(args: argparse.Namespace) -> None:
     for split in splits:
         files = scan(args.root, split, tuple(layout(args.root, split)) or ("rgb",))
         place = Path(args.out, split)
-        packing = {"short_side": args.short_side, "quality": args.quality if args.short_side else 0}
-        packing |= {
+        packing = {
+            "short_side": args.short_side,
+            "quality": args.quality if args.short_side else 0,
             "shard_bytes": int(args.shard_size * 2**20),
             "granularities": list(files.folders),
+            "listing": checksum_of(files.names, files.labels),
         }
-        packing |= {"listing": checksum_of(files.names, files.labels)}
         try:
             place.mkdir(parents=True, exist_ok=True)
             with alone(place):
@@ -299,10 +203,9 @@ def run(args: argparse.Namespace) -> None:
                 with replacing(f"{args.out}/classes.txt") as file:
                     file.write(names.read_bytes())
         except OSError as error:
-            raise UserError(
-                f"{error.filename or place}: {error.strerror}; the shards that are whole stay, and "
-                "the same command continues"
-            ) from None
+            where, why = error.filename or place, error.strerror or error
+            stay = "the shards that are whole stay, and the same command continues"
+            raise UserError(f"{where}: {why}; {stay}") from None
 
 
 # ------------------------------------------------------------------------------------------- check
@@ -325,8 +228,8 @@ def check(out: str) -> None:
     if problems:
         more = f"; {len(problems) - 5} more" if problems[5:] else ""
         raise UserError(
-            f"{'; '.join(problems[:5])}{more}. Delete what is damaged, and files.json with an "
-            "index; the command that packed it makes it again"
+            f"{'; '.join(problems[:5])}{more}. Delete damaged shards, or the whole folder of a "
+            "damaged index; the command that packed them makes them again"
         )
 
 

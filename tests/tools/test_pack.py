@@ -22,7 +22,7 @@ from test_data import ALL, smooth, write, write_triplet
 import data
 import files
 from data import FolderDataset, UserError
-from tools import pack
+from tools import members, pack
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--workers", "0", "--shard-size", "0.02")
@@ -141,11 +141,11 @@ def test_encode_map__keeps_ids_and_decodes_without_pillow():
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 256, (31, 17), np.uint8)
     for g in ("instance", "semantic"):
-        content = np.frombuffer(pack.encode_map(ids, g), np.uint8)
+        content = np.frombuffer(members.encode_map(ids, g), np.uint8)
         assert np.array_equal(files.unfiltered(content.tobytes()), ids)
         assert np.array_equal(files.decode_map(content), ids)
         assert Image.open(io.BytesIO(content)).mode == "P"
-    narrow = pack.encode_map(ids.astype(np.uint16) % 200, "semantic")
+    narrow = members.encode_map(ids.astype(np.uint16) % 200, "semantic")
     assert np.array_equal(files.decode_map(np.frombuffer(narrow, np.uint8)), ids % 200)
 
 
@@ -156,15 +156,18 @@ def test_encode_map__renumbers_wide_instances_as_relabel_cannot_tell():
         values[5] = 255  # of a wide map: an id like others
         ids = np.r_[values, rng.choice(values, 38 * 20 - len(values))].astype(np.uint16)
         ids = ids.reshape(38, 20)
-        kept = files.decode_map(np.frombuffer(pack.encode_map(ids, "instance"), np.uint8))
+        kept = files.decode_map(np.frombuffer(members.encode_map(ids, "instance"), np.uint8))
         assert (kept.dtype == np.uint8) == (count == 254)
         assert np.array_equal(data.renumber(kept), data.renumber(ids))
 
 
 def test_suffix_of__believes_the_first_bytes():
-    assert pack.suffix_of("a.PNG", b"\xff\xd8\xff\xe0") == "jpg"
-    assert pack.suffix_of("a/b.JPEG", b"\x89PNG\r\n") == "png"
-    assert pack.suffix_of("a/b.WebP", b"RIFF") == "webp" and pack.suffix_of("c.jpe", b"") == "jpe"
+    assert members.suffix_of("a.PNG", b"\xff\xd8\xff\xe0") == "jpg"
+    assert members.suffix_of("a/b.JPEG", b"\x89PNG\r\n") == "png"
+    assert (
+        members.suffix_of("a/b.WebP", b"RIFF") == "webp"
+        and members.suffix_of("c.jpe", b"") == "jpe"
+    )
 
 
 def test_pack__shards_open_in_webdataset(folder, tmp_path):
@@ -201,6 +204,7 @@ def forked(work):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tmp_path):
     torch.set_num_threads(1)
     folder = tmp_path / "in"
@@ -229,8 +233,10 @@ def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tm
             assert path.read_bytes() == whole[f"train/{path.name}"]  # whole, or absent
         if Path(out, "train/files.json").exists():
             assert data.scan(str(out), "train").verify(str(out)) is None
+        times = {p: p.stat().st_mtime_ns for p in out.rglob("*.tar")}
         run(folder, out)
         assert contents(out) == whole
+        assert sum(p.stat().st_mtime_ns != t for p, t in times.items()) <= 1  # the last, at most
         kills += status == 9
         if status == 0:
             break
@@ -290,16 +296,21 @@ def test_pack__refuses_another_packing_in_the_same_place(folder, tmp_path):
     (out / "train/members").touch()
     with pytest.raises(UserError, match="short_side was 7, is 0"):
         run(folder, out)
+    (out / "train/packing.json").unlink()
+    with pytest.raises(UserError, match="out/train holds shards of which nothing is known"):
+        run(folder, out)
+    assert {k: v for k, v in contents(out).items() if k.endswith("tar")} == {
+        k: v for k, v in before.items() if k.endswith("tar")
+    }
 
 
-def test_pack__is_alone_in_a_folder(folder, tmp_path):
+def test_pack__is_alone_in_a_folder(folder, tmp_path, capfd):
     (tmp_path / "out/train").mkdir(parents=True)
-    handle = os.open(tmp_path / "out/train", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another process is packing into .*out/train"):
-        run(folder, tmp_path / "out")
-    os.close(handle)
-    run(folder, tmp_path / "out")
+    with open(tmp_path / "out/train/lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert forked(lambda: run(folder, tmp_path / "out")) == 2
+    assert "another process is packing into" in capfd.readouterr().err
+    run(folder, tmp_path / "out")  # it left the lock behind, as one that was killed
 
 
 def test_pack__says_that_the_disk_is_full(folder, tmp_path, capfd):
@@ -325,6 +336,10 @@ def test_pack__stops_at_maps_that_do_not_fit(folder, tmp_path):
     write(f"{folder}/train/semantic/b/5.png", np.zeros((40, 61), np.uint8))
     with pytest.raises(UserError, match="semantic/b/5.png: 61 x 40, but its image .* 60 x 40"):
         run(folder, tmp_path / "out", "--short-side", "30")
+    os.remove(folder / "train/semantic/b/5.png")
+    os.symlink("nowhere", folder / "train/semantic/b/5.png")
+    with pytest.raises(UserError, match="semantic/b/5.png: No such file"):
+        run(folder, tmp_path / "other")
     os.remove(folder / "train/semantic/b/5.png")
     with pytest.raises(UserError, match="1 of 9 images have no map"):
         run(folder, tmp_path / "out", "--short-side", "30")
