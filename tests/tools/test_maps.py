@@ -169,6 +169,17 @@ def test_scores__worked_by_hand():
     assert got["AR"] == pytest.approx(100 * 7 / 20)  # IoU 0.8 passes 0.5 .. 0.8, of two
 
 
+def test_scores__void_takes_no_part():
+    """What covers mostly void is no mistake; an instance's class is that of its labelled pixels."""
+    instance = np.array([[1] * 10, [0] * 10], np.uint8)
+    semantic = np.array([[4] * 4 + [255] * 6, [255] * 6 + [3] * 4], np.uint8)
+    found = np.array([[1] * 10, [2] * 9 + [0]], np.uint8)
+    scores = Scores()
+    scores.add((instance, semantic), (found, np.array([[4] * 10, [6] * 9 + [3]], np.uint8)))
+    assert scores.tp[4] == 1 and scores.iou[4] == 1
+    assert scores.fp[6] == 0 and scores.fn[3] == 1  # 6 of its 9 pixels are void
+
+
 def test_scores__16_bit_ids_and_empty_maps():
     wide = np.array([[300, 300, 255, 65535]], np.uint16)
     semantic = np.zeros((1, 4), np.uint8)

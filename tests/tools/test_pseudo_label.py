@@ -124,6 +124,7 @@ def test_run__skips_what_is_there_and_does_the_rest(tmp_path):
     assert run(tmp_path).seen == []
     (tmp_path / "train/instance/c/2.png").unlink()
     (tmp_path / "train/semantic/c/4.png").unlink()
+    (tmp_path / "train/semantic/c/.4.png.tmp").write_bytes(b"what a killed run left")
     assert sorted(run(tmp_path).seen) == ["c/2.png", "c/4.png"] and tree(tmp_path) == whole
 
 
