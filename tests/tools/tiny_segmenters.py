@@ -25,7 +25,7 @@ def panoptic(folder, classes=133, size=64):
     return folder
 
 
-def detector(folder, size=64):
+def detector(folder, size=128):
     """A Grounding DINO with a tokenizer of the words in the tests."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
