@@ -157,6 +157,11 @@ SCHEDULE = {
 LOG = {
     "runs": dict(SOME, help="folders of runs, or log.jsonl files"),
     "--keys": dict(help="panels, e.g. loss,lr; default: all"),
+    "--apart": dict(YES, help="panels of their own for each run"),
+    "--healthy": dict(
+        choices=list(METHODS),
+        help="beside it a good run of this script's --data shapes --model tiny",
+    ),
 }
 RESULTS = {
     "files": dict(SOME, help="result.json, or the folders that hold them"),
