@@ -45,10 +45,11 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import Block, Encoder, Mlp, Normalize, PatchEmbed, attend, fill, gather, init_weights
+from common import Block, Mlp, Normalize, PatchEmbed, attend, fill, gather, init_weights
 from common import patchify, pixel_picture, pixel_target, random_mask, sincos_2d, split, unpatchify
 from engine import arg, cosine, decay_groups, divides, nearest, parse, require
 from noise import MASK, uniform
+from vit import Encoder
 
 SIDES = (8, 4, 2, 1)  # p_i of Eq. (5): tokens along a patch's side in the four stages
 Ints, Seed = Sequence[int], Tensor | None
@@ -167,7 +168,7 @@ class WindowAttention(nn.Module):
 
 
 class DyViT(Encoder):
-    """Hierarchical encoder that survives pre-training (Table 1, Fig. 4a); used as `common.ViT`."""
+    """Hierarchical encoder that survives pre-training (Table 1, Fig. 4a); used as `vit.ViT`."""
 
     trained_norm = False  # the norm is trained on the fused stages
 
@@ -235,8 +236,9 @@ class DyViT(Encoder):
         return maps
 
     def forward_features(self, imgs: Tensor, layers: Ints | None = None, seed: Seed = None) -> list:
-        """Features as `common.ViT`'s: tokens in raster order of their stage's map, no prefix."""
+        """Features as `vit.ViT`'s: tokens in raster order of their stage's map, no prefix."""
         chosen = [self.depth] if layers is None else layers
+        self.check_layers(chosen)
         tokens = [x.flatten(2).transpose(1, 2) for x in self.forward_pyramid(imgs, seed, chosen)]
         tokens = [self.norm(tokens[0])] if layers is None else tokens
         return [(x, x[:, :0]) for x in tokens]
@@ -302,9 +304,7 @@ class CoMA(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4): in
-        step t it holds those of step t - 1, in all micro-batches and on all ranks.
-        """
+        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4)."""
         if self.evaluation is not None:
             theirs, ours = list(self.evaluation.parameters()), list(self.parameters())
             torch._foreach_copy_(theirs, ours[: len(theirs)])  # Eq. (4); ours come first

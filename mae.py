@@ -25,10 +25,11 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import Block, Normalize, ViT, fill, gather, init_weights, is_sincos, patchify
+from common import Block, Normalize, fill, gather, init_weights, is_sincos, patchify
 from common import pixel_picture, pixel_target, random_mask, sincos_2d, split
 from engine import UserError, arg, cosine, decay_groups, divides, parse, require
 from noise import MASK, uniform
+from vit import ViT
 
 
 @dataclass
@@ -90,7 +91,7 @@ def make_mask(cfg: Config, batch: dict[str, Tensor], progress: Tensor) -> Tensor
 
 
 def make_encoder(cfg: Config, **kwargs) -> ViT:
-    """The network that survives; kwargs as `common.ViT`'s: image_size (H, W), drop_path, ..."""
+    """The network that survives; kwargs as `vit.ViT`'s: image_size (H, W), drop_path, ..."""
     sizes = {k: getattr(cfg, k) for k in ("patch_size", "embed_dim", "depth", "num_heads")}
     return ViT(**{"image_size": (cfg.image_size,) * 2, **sizes, **kwargs})
 

@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Block, Normalize, ViT, fill, gather, init_weights, is_sincos, patchify
+from common import Block, Normalize, fill, gather, init_weights, is_sincos, patchify
 from common import pixel_picture, pixel_target, random_mask, resize_position, sincos_2d, split
 from common import unpatchify
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
 from noise import MASK, uniform
+from vit import ViT
 
 
 @dataclass
@@ -262,7 +263,7 @@ class Encoder(ViT):
 
 
 def make_encoder(cfg: Config, **kwargs) -> Encoder:
-    """The network that survives; kwargs as `common.ViT`'s: image_size (H, W), drop_path, ..."""
+    """The network that survives; kwargs as `vit.ViT`'s: image_size (H, W), drop_path, ..."""
     return Encoder(cfg, **kwargs)
 
 

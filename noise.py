@@ -11,8 +11,10 @@ from torch import Tensor
 # draw would be a prefix of a longer one.
 STREAMS = (
     "MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW", "DROPOUT",
+    "DROP_PATH_2",
 )  # fmt: skip
-MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(len(STREAMS))
+MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(8)
+DROP_PATH_2 = 8  # of a second stack of blocks
 
 
 def _mix(h: Tensor) -> Tensor:

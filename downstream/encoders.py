@@ -15,7 +15,7 @@ It has, beside the encoder's config:
     mean, std, input  of the pixels that the encoder expects, and who says so
     options           of `make_encoder`, beyond the config; {} unless a transfer sets some
 
-Every encoder keeps the contract of `common.ViT`. `source.py` reads the files.
+Every encoder keeps the contract of `vit.ViT`. `source.py` reads the files.
 """
 
 from collections.abc import Sequence

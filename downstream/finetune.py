@@ -139,7 +139,7 @@ class Config(transfer.Config):
     SET = (*transfer.Config.SET, "preview_epochs")
     FURTHER: typing.ClassVar = tuple(
         "crop_scale_min min_lr beta1 beta2 clip_grad switch_prob rand_augment_std color_jitter "
-        "head_std log_every save_minutes save_epochs deterministic".split()
+        "head_std log log_every save_minutes save_epochs deterministic".split()
     )
     # Those after FREE's own: what runs from before had in their config.
     FREE = engine.config.Config.FREE + tuple(

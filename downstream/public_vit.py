@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Attention, ViT
+from common import Attention
+from vit import ViT
 
 TABLE = "relative_position_bias_table"
 

@@ -196,7 +196,7 @@ class Config(transfer.SourceConfig):
     SET: typing.ClassVar = ("base_lr", "min_lr", "warmup_epochs", "patch_size")
     FURTHER: typing.ClassVar = tuple(
         "beta1 beta2 clip_grad momentum loss_size aux_weight dim aux_dim dropout scale_min "
-        "scale_max crop_scale_min deterministic log_every save_minutes save_epochs val_epochs "
+        "scale_max crop_scale_min deterministic log log_every save_minutes save_epochs val_epochs "
         "val_samples preview_epochs".split()
     )
     GONE: typing.ClassVar = ("description", "norm_batch")  # of older runs; facts by now

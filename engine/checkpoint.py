@@ -65,7 +65,10 @@ def load(path: str | Path, method: str) -> dict:
         raise UserError(f"{path} is not a checkpoint of this project")
     found = (checkpoint["method"], checkpoint["format"])
     if found != (method, FORMAT):
-        raise UserError(f"{path} is of method and format {found}; wanted {(method, FORMAT)}")
+        raise UserError(
+            f"{path} is of method and format {found}; wanted {(method, FORMAT)}. From Python, "
+            f"downstream.encoders.open_encoder({str(path)!r}) reads the encoder of any"
+        )
     return checkpoint
 
 

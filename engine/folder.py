@@ -41,6 +41,11 @@ def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
         raise UserError(f"{path} is a run with other settings: {shown}")
 
 
+def most_unreadable(length: int) -> int:
+    """How many unreadable images an epoch may have: 0.1 % of it, and always 10."""
+    return max(10, length // 1000)
+
+
 def open_data(
     cfg: Config, world: World, out: Path, split: str, **options
 ) -> torch.utils.data.Dataset | None:
@@ -61,7 +66,11 @@ def open_data(
             return False
         if not ((out / "last.pt").exists() and (folder / "files.json").exists()):
             files = data.scan(cfg.data, split, keys["granularities"])
-            data.check(data.open_dataset(cfg.data, split, files=files, **keys))
+            said = data.check(data.open_dataset(cfg.data, split, files=files, **keys))
+            if "\n" in said:  # names follow
+                most = most_unreadable(len(files))
+                print(f"warning     {split}: {said}\n  Unreadable images are replaced by the next "
+                      f"one; more than {most} in an epoch end the run", flush=True)  # fmt: skip
             with writing(folder):
                 files.save(folder)
         return True

@@ -15,7 +15,7 @@ from engine import checkpoint
 from engine.folder import screen
 from engine.log import Meter
 from engine.step import Step
-from engine.validate import validate
+from engine.validate import learned, validate
 
 
 def steps(
@@ -40,7 +40,7 @@ def steps(
     if run.number >= run.stop:  # what a cluster that restarts its jobs comes to in the end
         run.say(f"finished already: {run.out} is at step {run.number} of {run.total}")
         return
-    run.meter = Meter(run.out, run.world, run.train_set, run.checkpoint)
+    run.meter = Meter(run.out, run.world, run.train_set, run.checkpoint, cfg.log)
     if run.lead:
         print(screen(run, run.model), flush=True)
         if run.checkpoint:
@@ -48,6 +48,7 @@ def steps(
         with checkpoint.writing(path := run.out / "config.json"):
             path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
         checkpoint.warn_of_space(run.model, run.out)
+        warn_of_size(run)
     loader = torch.utils.data.DataLoader(
         run.train_set, batch_sampler=run.sampler, collate_fn=data.collate,
         num_workers=run.world.workers(cfg.workers), worker_init_fn=data.worker_init,
@@ -71,7 +72,21 @@ def steps(
     bar.close()
     run.save("last.pt")
     validate(run, evaluate, preview)
-    run.say(f"finished: {run.where()}")
+    run.say(f"finished: {run.where()}{learned(run.out)}")
+    if not run.facts:  # of pre-training; a transfer keeps facts of its encoder
+        run.say(
+            f"next        python -m tools.visualize reconstruct --checkpoint {run.last}\n"
+            f"            python -m downstream.probe --data {cfg.data} --checkpoint {run.last}"
+        )
+
+
+def warn_of_size(run: object) -> None:
+    """Say what a large model will need of a CPU."""
+    million = sum(p.numel() for p in run.model.parameters()) / 1e6
+    if run.device.type == "cpu" and million > 20:
+        print(f"warning     {million:.0f} M parameters on a CPU: weights, gradients and AdamW take "
+              f"{16 * million / 1024:.1f} GiB, activations come on top; the bar says how long it "
+              "takes. --model tiny is made for a CPU", flush=True)  # fmt: skip
 
 
 def settle(run: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

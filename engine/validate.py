@@ -1,6 +1,8 @@
 """What a run looks at while it trains: the val split's means, and a picture."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -58,6 +60,22 @@ def picture(run: object, preview: Callable) -> None:
         side = max(192, *(x.shape[-2] for x in columns.values()))
         pictures.contact_sheet(columns, path, caption, side)
     run.say(f"preview     {path}")
+
+
+# How `evaluate` of the scripts calls what scores without having learned anything of an image.
+GUESSES = ("_flat", "_mean_colour", "_position", "_nearest", "_frequent")
+
+
+def learned(out: Path) -> str:
+    """What the val split says of a run, in words, from its log's first and last look at it."""
+    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    looks = [record["val"] for line in lines if "val" in (record := json.loads(line))]
+    if len(looks) < 2:
+        return ""
+    first, last = looks[0], looks[-1]
+    guesses = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.endswith(GUESSES))
+    words = f"\nlearned     loss on held-out images {first['loss']:.4g} -> {last['loss']:.4g}"
+    return words + (f"; guesses that learn nothing: {guesses}" if guesses else "")
 
 
 def evenly(length: int, count: int) -> list[int]:

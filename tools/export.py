@@ -26,10 +26,10 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import ViT
 from downstream import encoders
 from downstream.source import open_source
 from engine import UserError
+from vit import ViT
 from engine.reader import write_safetensors
 
 # timm's names of the usual sizes, for 224 pixels, by (width, depth, heads, patch size).

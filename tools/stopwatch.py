@@ -11,7 +11,6 @@ clipping where the recipe has it, what a method adds (CoMA's Eq. 4), AdamW. Of t
 import argparse
 import contextlib
 import itertools
-import resource
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ import data
 import shapes
 import targets
 from downstream.encoders import METHODS
-from engine.ranks import World
+from engine.ranks import World, peak_memory
 from tools import peers
 
 PER_EPOCH = 1000  # steps, which only the rate depends on
@@ -187,10 +186,7 @@ class Stopwatch(engine.Run):
             yield (step := Step(self))
             times.append(self.clock() - began)
             updates.append(step.seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        self.result |= {"times": times[args.warmup :], "peak": peak}
+        self.result |= {"times": times[args.warmup :], "peak": peak_memory(self.device)}
         if args.details:
             yield from self.details(statistics.median(updates[args.warmup :]))
 

@@ -13,9 +13,10 @@ from tiny_run import short_epochs
 
 import shapes
 import engine
-from common import ViT, init_weights
+from common import init_weights
 from downstream import encoders, features, probe, scores
 from engine import UserError
+from vit import ViT
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,20 @@ from torch.testing import assert_close
 import common
 import noise
 from common import (
-    Attention, Block, CrossAttention, PatchEmbed, ViT, drop_path, gather, init_weights, patchify,
-    random_mask, split, unpatchify,
-)  # fmt: skip
+    Attention,
+    Block,
+    CrossAttention,
+    PatchEmbed,
+    drop_path,
+    gather,
+    init_weights,
+    patchify,
+    random_mask,
+    split,
+    unpatchify,
+)
 from noise import AUGMENT, DROP_PATH, MASK, STREAMS, uniform
+from vit import ViT
 
 
 @pytest.fixture(autouse=True)

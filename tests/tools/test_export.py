@@ -19,6 +19,7 @@ from engine import reader
 from test_encoders import KINDS, TIMM, our_checkpoint, pretraining_model
 from tools import charts
 from tools.export import export, timm_constructor, timm_state
+import vit
 
 PLAIN = [kind for kind in KINDS if kind[0] != "mcmae" and kind != ("coma_dyvit", {})]
 IMGS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -78,9 +79,9 @@ def test_timm__the_line_it_prints_gives_the_same_features(method, changes, tmp_p
 
 def test_timm_constructor__names_the_usual_sizes():
     with torch.device("meta"):
-        base = common.ViT()
-        wide = common.ViT((384, 256), class_token=False, reg_tokens=8, init_values=0.1)
-        odd = common.ViT((64, 64), 8, 32, 2, 2, mlp_ratio=2)
+        base = vit.ViT()
+        wide = vit.ViT((384, 256), class_token=False, reg_tokens=8, init_values=0.1)
+        odd = vit.ViT((64, 64), 8, 32, 2, 2, mlp_ratio=2)
     assert timm_constructor(base) == (
         'timm.create_model("vit_base_patch16_224", global_pool="", num_classes=0)')  # fmt: skip
     assert timm_constructor(wide) == (
