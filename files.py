@@ -37,7 +37,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 LAYOUT = """
 Expected: ROOT/{train,val}/rgb/[CLASS/]NAME.jpg and, where maps are asked for,
 ROOT/{train,val}/{instance,semantic}/[CLASS/]NAME.png; or, for RGB alone,
-ROOT/{train,val}/[CLASS/]NAME.jpg. To start without any files: --data shapes"""
+ROOT/{train,val}/[CLASS/]NAME.jpg, or a folder of photographs.
+To start without any files: --data shapes"""
 
 
 class Unreadable(Exception):
@@ -235,9 +236,7 @@ def class_folders(path: str) -> list[str]:
     def holds(folder: str, above: tuple = ()) -> bool:
         place = os.path.realpath(folder)
         return place not in above and any(  # a link to a folder above
-            holds(e.path, (*above, place))
-            if e.is_dir()
-            else e.name.rpartition(".")[2].lower() in SUFFIXES
+            holds(e.path, (*above, place)) if e.is_dir() else is_image(e.name)
             for e in os.scandir(folder)
             if e.name[0] != "."
         )
@@ -249,13 +248,23 @@ def class_folders(path: str) -> list[str]:
 
 
 def layout(root: str, split: str) -> dict[str, str]:
-    """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them."""
+    """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them.
+
+    A folder with photographs in it and no splits is a train split itself: {"rgb": "."}.
+    """
     if files := packed(f"{root}/{split}"):
         return dict.fromkeys(files.folders, split)
     inside = subfolders(f"{root}/{split}")
     names = [(g, name) for g, folders in FOLDERS.items() for name in reversed(folders)]
     found = {g: f"{split}/{name}" for g, name in names if name in inside}
+    if not found and split == "train" and not {"train", "val"} & set(subfolders(root)):
+        names = os.listdir(root) if os.path.isdir(root) else ()
+        return {"rgb": "."} if any(n[0] != "." and is_image(n) for n in names) else {}
     return found or ({"rgb": split} if os.path.isdir(f"{root}/{split}") else {})
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in SUFFIXES
 
 
 def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> Iterator[tuple]:
@@ -296,6 +305,8 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     lacking = [g for g in ("rgb", *granularities) if g not in folders]
     if lacking:
         found = f"only {', '.join(folders)} found in {base}, no {', '.join(lacking)}"
+        if "instance" in lacking:
+            found += ". CFMAE learns from images alone, too: --granularities R"
         raise UserError(found + LAYOUT)
     folders = {g: folders[g] for g in FOLDERS if g == "rgb" or g in granularities}
     if files := packed(base):

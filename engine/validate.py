@@ -14,9 +14,14 @@ from engine import checkpoint
 @torch.no_grad()
 def validate(run: object, evaluate: Callable | None, preview: Callable | None = None) -> None:
     """Means over `val_samples` of the val split, evenly spaced and shared out over the ranks;
-    and a picture of four of its images.
+    and a picture of four of its images, without val of images that it was trained on.
     """
     if run.val_set is None:
+        if preview and run.lead:
+            run.model.eval()
+            run.picture(preview)
+            run.model.train()
+        run.world.maximum(0)
         return
     run.model.eval()
     length, size, cfg = len(run.val_set), run.world.size, run.cfg
@@ -50,11 +55,14 @@ def validate(run: object, evaluate: Callable | None, preview: Callable | None = 
 
 
 def picture(run: object, preview: Callable) -> None:
-    path, length = run.out / f"preview-{run.number:07d}.png", len(run.val_set)
-    batch = run.collate([run.val_set[0, i] for i in evenly(length, min(4, length))])
+    shown, split = run.val_set, "val"
+    if shown is None:
+        shown, split = run.train_set, "train: images that it was trained on"
+    path, length = run.out / f"preview-{run.number:07d}.png", len(shown)
+    batch = run.collate([shown[0, i] for i in evenly(length, min(4, length))])
     if "error" in batch:
         raise data.UserError(batch["error"])
-    caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} val"
+    caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} {split}"
     with checkpoint.writing(path), run.autocast():
         columns = pictures.columns(preview(run.model, run.world.to_device(batch)))
         side = max(192, *(x.shape[-2] for x in columns.values()))

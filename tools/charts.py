@@ -22,6 +22,7 @@ from downstream.encoders import open_encoder
 from engine import UserError
 from tools.figures import save
 
+CURVES = Path(__file__).parents[1] / "docs" / "curves"  # METHOD.jsonl: see docs/curves.md
 # Okabe and Ito's colours, which the colour-blind can tell apart; black last
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -109,24 +110,33 @@ def read_log(path: Path) -> list[dict]:
 
 
 def log(args: argparse.Namespace) -> None:
+    """A panel a term: the runs', and with --healthy a kept one's of the method's README command."""
     panels: dict[str, list[Series]] = {}
-    paths = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
-    for n, path in enumerate(paths):
+    logs = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
+    names = {p: p.parent.name if p.name == "log.jsonl" else p.stem for p in logs}
+    if args.healthy:
+        names[kept := CURVES / f"{args.healthy}.jsonl"] = f"a healthy {args.healthy}"
+        if not kept.is_file():
+            raise UserError(f"--healthy {args.healthy}: there is no {kept}, a checkout has it")
+    for n, (path, name) in enumerate(names.items()):
         points: dict[tuple[str, bool], list] = {}
         for r in read_log(path):
             for term, value in {**r, **r.get("val", {})}.items():
                 if isinstance(value, (int, float)) and term not in ("step", "epoch"):
                     points.setdefault((term, "val" in r), []).append((r["step"], value))
         for (term, val), xy in points.items():
-            named = len(paths) > 1 and (not val or (term, False) not in points)
-            series = Series(path.parent.name if named else "", *zip(*xy), n, dots=val)
-            panels.setdefault(term, []).append(series)
-    chosen = [term for term in panels if not args.keys or term in args.keys.split(",")]
-    if not chosen:
-        raise UserError(f"--keys {args.keys}: the log has {', '.join(panels)}")
-    caption = f"logs of {', '.join(map(str, paths))}; lines: means over training steps, dots: "
+            if args.keys and term not in args.keys.split(","):
+                continue
+            named = len(names) > 1 and not args.apart and (not val or (term, False) not in points)
+            series = Series(name if named else "", *zip(*xy), n, dots=val)
+            panels.setdefault(f"{name}: {term}" if args.apart else term, []).append(series)
+    if not panels:
+        raise UserError(
+            f"--keys {args.keys}: the log has {', '.join(dict.fromkeys(k for k, _ in points))}"
+        )
+    caption = f"logs of {', '.join(map(str, names))}; lines: means over training steps, dots: "
     caption += "the val split"
-    charts = [(term, "step", panels[term]) for term in chosen]
+    charts = [(title, "step", series) for title, series in panels.items()]
     chart(args.output, caption, charts, 3, (360, 220), args.palette)
 
 

@@ -104,7 +104,7 @@ def dataset(args: argparse.Namespace) -> None:
 
 YES, NUMBER, SOME = {"action": "store_true"}, {"type": int}, {"nargs": "+"}
 FIGURE = {
-    "--output": dict(required=True, help="the PNG to write"),
+    "--output": dict(help="the PNG to write; default: COMMAND.png"),
     "--palette": dict(YES, help="256 colours: a small file"),
 }
 IMAGES = {
@@ -157,6 +157,11 @@ SCHEDULE = {
 LOG = {
     "runs": dict(SOME, help="folders of runs, or log.jsonl files"),
     "--keys": dict(help="panels, e.g. loss,lr; default: all"),
+    "--apart": dict(YES, help="panels of their own for each run"),
+    "--healthy": dict(
+        choices=list(METHODS),
+        help="beside it a good run of this script's --data shapes --model tiny",
+    ),
 }
 RESULTS = {
     "files": dict(SOME, help="result.json, or the folders that hold them"),
@@ -206,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         top.error("--over-training takes shares of training, 0 to 1")
     if getattr(args, "frequency", None) is not None and args.frequency < 1:
         top.error("--frequency must be above 0")
+    args.output = args.output or f"{args.command}.png"
     args.run(args)
     print(args.output)
     return 0
