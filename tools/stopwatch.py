@@ -171,9 +171,9 @@ class Stopwatch(engine.Run):
 
     def scenes(self, size: int) -> dict[str, torch.Tensor]:
         """A batch of ShapeScenes, with the granularities that the method asks for."""
-        size, seen = (self.cfg.image_size, self.cfg.patch_size), self.granularities
+        pixels, seen = (self.cfg.image_size, self.cfg.patch_size), self.granularities
         scenes = self.source.open_dataset(
-            "shapes", "train", *size, seen, (1.0, 1.0), True, 0, **self.clip
+            "shapes", "train", *pixels, seen, (1.0, 1.0), True, 0, **self.clip
         )
         batch = data.collate([scenes[0, i] for i in range(size)])
         return {k: v if k == "bad" else v.to(self.device) for k, v in batch.items()}

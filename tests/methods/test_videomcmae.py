@@ -387,7 +387,7 @@ def test_compiled_step__equals_the_step_as_written(batch):
 FLAGS = (
     f"{MINI} --data shapes --batch-size 4 --epochs 3 --warmup-epochs 0.5 --log-every 2 --workers 0"
 )
-FLAGS = f"{FLAGS} --device cpu --precision fp32 --val-samples 4 --base-lr 0.05".split()
+FLAGS = f"{FLAGS} --device cpu --precision fp32 --val-samples 4 --base-lr 0.3".split()
 
 
 def train(out, *flags) -> None:
@@ -423,7 +423,7 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
     assert (tmp_path / "one/preview-0000012.png").exists()
     val = [r["val"] for r in map(json.loads, open(tmp_path / "one/log.jsonl")) if "val" in r]
     assert set(val[0]) == {"loss", "loss_flat", "loss_other"}
-    train(tmp_path / "resumed", "--steps", 5)
+    train(tmp_path / "resumed", "--steps", 6)
     train(tmp_path / "resumed", "--resume", "--workers", 1)
     assert same_result(tmp_path / "one", tmp_path / "resumed")
     assert lines(tmp_path / "one") == lines(tmp_path / "resumed")
@@ -433,7 +433,7 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
     for other in ("micro", "two"):
         found = [r["loss"] for r in lines(tmp_path / other)]
         assert found == pytest.approx(expected, rel=1e-5)
-    assert expected[-1] < expected[0]
+    assert expected[-1] < 0.95 * expected[0]  # a run that stands still is easy to repeat
     with pytest.raises(engine.UserError, match="--frames was 4, is 8"):
         train(tmp_path / "one", "--resume", "--frames", 8)
 
@@ -442,12 +442,12 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
 def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path):
     for name in "abcdefgh":
         write_clip(f"{tmp_path}/data/train/{name}", 9, 40, 40)
-    open(f"{tmp_path}/data/train/c/000009.png", "w").close()
+    open(f"{tmp_path}/data/train/c/000008.png", "w").close()
     line = [*FLAGS, "--data", f"{tmp_path}/data", "--output", f"{tmp_path}/run", "--stride", "2"]
     torch.set_num_threads(1)
     videomcmae.main(line)
     bad = (tmp_path / "run/bad_files.txt").read_text().split()
-    assert 1 <= len(bad) <= 3 and set(bad) == {"c"}  # of three epochs, where its end is drawn
+    assert 1 <= len(bad) <= 3 and set(bad) == {"c"}  # where its end is drawn
     assert checkpoint(tmp_path / "run")["step"] == 6
     log = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
     assert max(r.get("unreadable_files", 0) for r in log) == 1
