@@ -205,7 +205,7 @@ def score(content: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
             evaluation.summarize()
             numbers[name] = dict(zip(NUMBERS, map(known, evaluation.stats)))
             tables[name] = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category
-            order = evaluation.params.catIds
+            order = [int(i) for i in evaluation.params.catIds]
     rows = []
     for i, category in enumerate(order):
         ap = {k: x[:, :, i][x[:, :, i] > -1] for k, x in tables.items()}

@@ -154,7 +154,7 @@ def draw(rgb: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, words: list[
     if not len(masks):
         return rgb
     masks = F.interpolate(masks[None].float(), scale_factor=unit)[0].bool().cpu()
-    colours = [tuple(c) for c in colorize(labels.cpu()).T.tolist()]
+    colours = [tuple(c) for c in colorize(labels.cpu()[:, None])[..., 0].T.tolist()]
     rgb = draw_segmentation_masks(rgb, masks, alpha=0.5, colors=colours)
     return draw_bounding_boxes(rgb, boxes.cpu() * unit, words, colours, width=1)
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 PROGRAMS = "mae cfmae semanticmim mcmae coma_dyvit".split()
-TRANSFERS = [f"downstream.{name}" for name in ("finetune", "probe", "segment")]
+TRANSFERS = [f"downstream.{name}" for name in ("finetune", "probe", "segment", "detect")]
 
 
 @pytest.mark.parametrize("name", PROGRAMS + TRANSFERS)
