@@ -28,6 +28,7 @@ from downstream.mask_rcnn import unpack
 from downstream.objects import Scenes, collate
 from engine import UserError
 from engine.ranks import World
+from shapes import SHAPES
 
 PEER = "torchvision"
 ROWS = ("mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit", PEER)
@@ -36,7 +37,7 @@ ROWS = ("mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit", PEER)
 def ours(method: str, size: int, args: argparse.Namespace, world: World) -> tuple:
     """Model, optimizer and loss of a batch, as `downstream.detect` has them."""
     given = ["--method", method, "--encoder", args.model, "--image-size", str(size)]
-    cfg = engine.parse(Config, PRESETS, "", given)
+    cfg = engine.parse(Config, PRESETS, "", [*given, *args.flags.split()])
     model = detect.build(cfg, args.classes).to(world.device)
     return model, detect.make_optimizer(cfg, model), lambda batch: model(batch, None)[0]
 
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     rows, found = args.rows.split(",") if args.rows else list(ROWS), {}
     if unknown := [r for r in rows if r not in ROWS]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(ROWS)}")
+    if args.classes < len(SHAPES):
+        raise UserError(f"--classes {args.classes}: scenes have {len(SHAPES)}")
     for turn in range(args.rounds):
         for row in rows:
             result = child(args, row)
@@ -136,8 +139,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(run=run)
     p.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}")
     p.add_argument("--model", default="base", help="preset of the encoders")
+    p.add_argument("--flags", default="", help="more flags for downstream.detect, in quotes")
     p.add_argument("--size", type=int, default=1024, help="pixels")
-    p.add_argument("--classes", type=int, default=80)
+    p.add_argument("--classes", type=int, default=80, help="of the heads; scenes have ten")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--batch-size", type=int, default=1)
