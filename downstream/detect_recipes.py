@@ -56,7 +56,7 @@ RECIPES |= {k: VITDET for k in ("mae", "semanticmim", "vit", "beit")}
 RECIPES |= {f"{k} 24": VITDET_L for k in ("mae", "vit", "semanticmim")}
 RECIPES |= {f"{k} 32": VITDET_H for k in ("mae", "vit")}
 TINY = dict(  # --model tiny, ours: 64 x 64 scenes, minutes on two cores
-    image_size=64, batch_size=16, iterations=400, warmup_steps=40, lr=1e-3, weight_decay=0.05,
+    image_size=64, batch_size=16, iterations=1000, warmup_steps=50, lr=2e-3, weight_decay=0.05,
     layer_decay=0.9, drop_path=0.0, schedule="cosine", drops="",
 )  # fmt: skip
 

@@ -2,9 +2,12 @@
 
 import engine  # first: it sets how threads wait
 
+from pathlib import Path
+
 import pytest
+import torch
 from data import UserError
-from downstream import detect
+from downstream import detect, encoders
 from downstream.detect_recipes import PRESETS, RECIPES, VITDET, Config, learning_rate, shares
 
 
@@ -67,7 +70,7 @@ def test_coma__768_and_windows_of_its_own():
 @pytest.mark.parametrize("method", ["mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"])
 def test_tiny__every_method_has_a_laptop_s_run(method):
     cfg = config("--model", "tiny", method=method, encoder="tiny")
-    assert (cfg.data, cfg.image_size, cfg.iterations, cfg.epochs) == ("shapes", 64, 400, None)
+    assert (cfg.data, cfg.image_size, cfg.iterations, cfg.epochs) == ("shapes", 64, 1000, None)
     assert cfg.window <= 4 and method in RECIPES
 
 
@@ -149,3 +152,34 @@ def test_config__shares_and_numbers_of_blocks():
     assert config("--everywhere", "quarters", encoder="large").globals == [6, 12, 18, 24]
     assert config("--everywhere", "").globals == []
     assert config().globals == [3, 6, 9, 12]
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
+PUBLIC = {
+    "mae": torch.load(GOLDEN / "mae_tiny.pt", weights_only=True),
+    "convmae": torch.load(GOLDEN / "convmae_tiny.pt", weights_only=True),
+    "vit": TIMM["vit"],
+    "beit": TIMM["beit_shared"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_build__from_public_weights(name, tmp_path):
+    state, path = PUBLIC[name]["state_dict"], tmp_path / "x.pth"
+    torch.save(state, path)
+    flags = f"--model tiny --init {path} --image-size 64 --window 3 --everywhere 1 --dim 8"
+    flags += f" --proposals 10 --num-heads {2 if name in ('vit', 'beit') else 4}"
+    cfg = engine.parse(Config, PRESETS, "", flags.split())
+    model = detect.build(cfg, 10)
+    report = encoders.load(model.encoder, cfg.described, None, path)
+    block = model.encoder.blocks[0].mlp.fc1.weight
+    assert any(v.shape == block.shape and torch.equal(v, block) for v in state.values()), report
+    assert cfg.described["method"] == {"convmae": "mcmae", "mae": "vit"}.get(name, name)
+    found = model.eval().predict(torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8))
+    assert set(found[0]) == {"boxes", "labels", "scores", "masks"}
+    grads = torch.autograd.grad(
+        sum(m.float().mean() for m in model.maps(torch.randn(1, 3, 64, 64))),
+        [p for p in model.encoder.parameters() if p.requires_grad],
+    )
+    assert len(grads) > 10
