@@ -166,6 +166,77 @@ def test_rpn__anchors_are_eight_strides_wide_around_every_place():
     assert anchors[-2].tolist() == [960 - 256, 960 - 256, 960 + 256, 960 + 256]
 
 
+def naive_roi_losses(roi, maps, proposals, targets, seed):
+    """The heads' losses with a loop over samples and boxes."""
+    classes, moves, cuts = [], [], []
+    for b, t in enumerate(targets):
+        boxes = torch.cat([proposals[b], t["boxes"]])
+        overlap = box_iou(t["boxes"], boxes) if len(t["boxes"]) else torch.zeros(1, len(boxes))
+        whose, positive = overlap.argmax(0), overlap.amax(0) >= 0.5
+        label = torch.where(positive, t["labels"][whose] if len(t["labels"]) else 0, 0)
+        noise = mask_rcnn.uniform(seed[b : b + 1], len(boxes), mask_rcnn.BOXES)[0]
+        at = choose(label, noise, roi.trained, 0.25).nonzero()[:, 0].tolist()
+        one, error, move, cut = [x[b : b + 1] for x in maps], 0.0, 0.0, []
+        for i in at:
+            box = boxes[i : i + 1]
+            logits, deltas = roi.classify(one, [box])
+            error = error + F.cross_entropy(logits, label[i : i + 1])
+            if label[i]:
+                true, k = t["boxes"][whose[i]], int(label[i])
+                size, wanted = box[0, 2:] - box[0, :2], true[2:] - true[:2]
+                shift = ((true[:2] + true[2:]) - (box[0, :2] + box[0, 2:])) / 2 / size * 10
+                want = torch.cat([shift, (wanted / size).log() * 5])
+                move = move + (deltas[0, 4 * k : 4 * k + 4] - want).abs().sum()
+                mask = t["masks"][whose[i]][None, None]
+                target = roi_align(mask, [box], 28, aligned=True)[0, 0] >= 0.5
+                head = roi.mask_predictor(roi.mask_head(pool(one, roi.strides, [box], 14)))
+                cut.append(F.binary_cross_entropy_with_logits(head[0, k], target.float()))
+        classes.append(error / len(at))
+        moves.append(move / len(at))
+        cuts.append(sum(cut) / max(len(cut), 1))
+    return [sum(x) / len(targets) for x in (classes, moves, cuts)]
+
+
+def test_roi__losses_are_a_loop_s():
+    torch.manual_seed(0)
+    roi = RoI(8, (4, 8, 16, 32), 3, 20)
+    for p in roi.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    maps = [torch.randn(3, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    true = torch.tensor([[10.0, 20, 60, 70], [64, 8, 120, 60], [30, 80, 44, 99]])
+    masks = torch.zeros(3, 128, 128)
+    masks[0, 20:70, 10:40], masks[1, 8:40, 64:120], masks[2, 85:99, 30:44] = 1, 1, 1
+    targets = [
+        {"boxes": true, "labels": torch.tensor([2, 3, 1]), "masks": masks},
+        {"boxes": true[:0], "labels": torch.zeros(0, dtype=torch.int64), "masks": masks[:0]},
+        {"boxes": true[1:], "labels": torch.tensor([1, 2]), "masks": masks[1:]},
+    ]
+    near = (true.repeat(10, 1) + 6 * torch.randn(30, 4)).clamp(0, 128)
+    far = torch.rand(30, 2) * 80
+    proposals = [torch.cat([near[i::3], torch.cat([far, far + 40], 1)[i::3]]) for i in range(3)]
+    seed = torch.tensor([5, 6, 7])
+    want = naive_roi_losses(roi, maps, proposals, targets, seed)
+    found = roi.losses(maps, proposals, targets, seed)
+    for name, value in zip(("loss_class", "loss_box", "loss_mask"), want):
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        assert value > 0.1
+
+
+def test_roi__detect_cuts_with_its_own_class():
+    torch.manual_seed(0)
+    roi = RoI(8, (4, 8, 16, 32), 3)
+    for p in roi.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    maps = [torch.randn(2, 8, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
+    proposals = [torch.tensor([[5.0, 5, 40, 30], [20, 20, 60, 62]]), torch.zeros(0, 4)]
+    one, none = roi.eval().detect(maps, proposals, (64, 64))
+    assert len(one["boxes"]) and not len(none["boxes"]) and none["masks"].shape == (0, 28, 28)
+    assert (one["scores"] > 0.05).all() and (one["scores"].diff() <= 0).all()
+    for box, label, mask in zip(one["boxes"], one["labels"].tolist(), one["masks"]):
+        x = roi.mask_head(pool([m[:1] for m in maps], roi.strides, [box[None]], 14))
+        torch.testing.assert_close(mask, roi.mask_predictor(x)[0, label].sigmoid())
+
+
 def test_roi__settings_are_the_papers():
     roi, rpn = RoI(16, (4, 8, 16, 32), 80), RPN(16, (4, 8, 16, 32, 64))
     assert roi.trained == 512 and roi.fg_bg_sampler.positive_fraction == 0.25
