@@ -19,6 +19,7 @@ categories.csv, predictions.json and a picture of val images with true and predi
 import csv
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,10 @@ def open_split(
 
     if not world.from_rank_0(listing):
         return None
+    for _ in range(60):  # a network file system shows a new folder late
+        if (place / "objects.json").exists():
+            break
+        time.sleep(0.5)
     return CocoImages(folder, coco.Objects.open(place), jitter, cfg.seed)
 
 

@@ -166,7 +166,7 @@ class Config(transfer.Config):
     )
     FURTHER: typing.ClassVar = engine.config.Config.FURTHER + tuple(
         "dim proposals boxes beta1 beta2 clip_grad scale_min scale_max num_heads init_key mean std "
-        "train_position seed precision".split()
+        "train_position".split()
     )
     FREE = engine.config.Config.FREE + SET
 

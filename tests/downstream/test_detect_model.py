@@ -361,3 +361,20 @@ def test_parameters__mcmae_b_s_count():
     assert position == 3_145_728
     # Table 2 prints 104 M, which none of these sums is.
     assert min(abs(n / 1e6 - 104) for n in (total, total - bias, total + position)) > 2
+
+
+@pytest.mark.slow
+def test_detector__learns_four_scenes():
+    """Guesses are 0.69 for objectness and masks, and at the start log 11 = 2.40 for classes; 1.14
+    is what the boxes' shares alone give."""
+    torch.set_num_threads(1)
+    model, found = detector("mcmae"), batch(4)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=3e-3)
+    for step in range(60):
+        found["seed"] = torch.arange(4) + 4 * step
+        loss, parts = model(found, None)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert parts["loss_objectness"] < 0.2 and parts["loss_mask"] < 0.6 and parts["loss_class"] < 1.1

@@ -114,6 +114,15 @@ def test_truth__an_object_of_number_0_counts(dataset):
     ]
 
 
+def test_truth__an_object_without_pixels_is_missed_but_breaks_nothing(dataset):
+    given = json.loads(open(dataset[1]).read())
+    box = {"image_id": 496, "category_id": 90, "bbox": [1, 2, 10, 10], "area": 100}
+    given["annotations"] += [{**box, "segmentation": []}, {**box, "segmentation": [[1, 2, 3, 4]]}]
+    open(dataset[1], "w").write(json.dumps(given))
+    numbers, rows = score(truth(*dataset, dataset[0].categories), [])
+    assert rows[2]["objects"] == 5 and numbers["mask"]["AP"] == 0
+
+
 def test_truth__scenes():
     scenes = Scenes("val", 64, False, length=4)
     found = truth(scenes, None, scenes.categories)
