@@ -290,6 +290,19 @@ def test_maps__have_the_strides_that_heads_take(method, neck):
     assert all(m.shape[1] == 16 for m in maps)
 
 
+def test_detector__patches_of_14_have_strides_of_3_5():
+    sizes = dict(patch_size=14, embed_dim=16, depth=2, num_heads=2, image_size=84)
+    encoder = encoders.build({"method": "vit", "config": sizes})
+    model = Detector(encoder, 3, dim=8, proposals=10, boxes=8)
+    assert model.rpn.strides == (3.5, 7, 14, 28, 56)
+    maps = model.pyramid(torch.zeros(1, 3, 84, 84, dtype=torch.uint8))
+    assert [m.shape[2] for m in maps] == [24, 12, 6, 3, 2]
+    anchors = model.rpn.anchors(maps)
+    centres = (anchors[:, 0] + anchors[:, 2])[: 3 * 24 : 3] / 2
+    torch.testing.assert_close(centres, 3.5 * torch.arange(24.0))
+    model.eval().predict(torch.zeros(1, 3, 84, 84, dtype=torch.uint8))
+
+
 def test_maps__mcmae_without_windows_are_its_own_pyramid():
     model = detector("mcmae")
     imgs, seed = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
