@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 import data
 from data import Unreadable, UserError
-from downstream.coco import load_json, mask_tools
+from downstream.coco import load_json, mask_tools, polygons
 from downstream.mask_rcnn import paste
 from engine.ranks import World
 
@@ -145,7 +145,8 @@ def truth(dataset: Dataset, path: str | None, categories: list) -> dict:
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         annotations = [dict(a) for a in content["annotations"]]
         for a in annotations:
-            run = run_lengths(a["segmentation"], sizes[a["image_id"]], tools)
+            run = run_lengths(a.get("segmentation") or [], sizes[a["image_id"]], tools)
+            a["segmentation"] = run
             a.setdefault("iscrowd", 0)
             if "area" not in a:
                 a["area"] = float(tools.area(run))
@@ -173,11 +174,13 @@ def truth(dataset: Dataset, path: str | None, categories: list) -> dict:
 
 
 def run_lengths(segmentation: list | dict, size: tuple[int, int], tools) -> dict:
-    """One object's run lengths, compressed, of whatever form COCO has."""
+    """One object's run lengths, compressed, of whatever form COCO has; without any, no pixel."""
     if isinstance(segmentation, dict):
         whole = isinstance(segmentation["counts"], (str, bytes))
         return segmentation if whole else tools.frPyObjects(segmentation, *segmentation["size"])
-    return tools.merge(tools.frPyObjects(segmentation, *size))
+    if not polygons(segmentation):
+        return tools.encode(np.zeros(size, np.uint8, order="F"))
+    return tools.merge(tools.frPyObjects(polygons(segmentation), *size))
 
 
 def score(content: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
@@ -205,7 +208,7 @@ def score(content: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
             evaluation.summarize()
             numbers[name] = dict(zip(NUMBERS, map(known, evaluation.stats)))
             tables[name] = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category
-            order = evaluation.params.catIds
+            order = [int(i) for i in evaluation.params.catIds]
     rows = []
     for i, category in enumerate(order):
         ap = {k: x[:, :, i][x[:, :, i] > -1] for k, x in tables.items()}

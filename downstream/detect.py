@@ -19,6 +19,7 @@ categories.csv, predictions.json and a picture of val images with true and predi
 import csv
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -106,6 +107,10 @@ def open_split(
 
     if not world.from_rank_0(listing):
         return None
+    for _ in range(60):  # a network file system shows a new folder late
+        if (place / "objects.json").exists():
+            break
+        time.sleep(0.5)
     return CocoImages(folder, coco.Objects.open(place), jitter, cfg.seed)
 
 
@@ -154,7 +159,7 @@ def draw(rgb: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, words: list[
     if not len(masks):
         return rgb
     masks = F.interpolate(masks[None].float(), scale_factor=unit)[0].bool().cpu()
-    colours = [tuple(c) for c in colorize(labels.cpu()).T.tolist()]
+    colours = [tuple(c) for c in colorize(labels.cpu()[:, None])[..., 0].T.tolist()]
     rgb = draw_segmentation_masks(rgb, masks, alpha=0.5, colors=colours)
     return draw_bounding_boxes(rgb, boxes.cpu() * unit, words, colours, width=1)
 

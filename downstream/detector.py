@@ -95,7 +95,7 @@ class Detector(nn.Module):
             self.windows = Windows(encoder.blocks, encoder.grid, **(windows or {}))
         self.layers = [max(1, round(depth * f)) for f in (1 / 3, 1 / 2, 2 / 3)]
         dims = self.freeze()
-        strides = [p // 4, p // 2, p, 2 * p] if plain else list(encoder.strides)
+        strides = [p / 4, p / 2, p, 2 * p] if plain else list(encoder.strides)
         self.neck = Neck(dims, self.kind, dim)
         self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals)
         self.roi = RoI(dim, strides, classes, boxes)

@@ -7,6 +7,7 @@
     python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
     python -m tools.benchmark loader --data data/imagenet --feed 1500   # a folder, and its shards
     python -m tools.benchmark memory --rows mae,cfmae
+    python -m tools.benchmark detect --rows mcmae,torchvision     # at 1024, batch 1
 
 `step` times a script's own loop around a batch that is there already: forward, backward, clipping
 where the recipe has it, AdamW (tools/stopwatch.py). Each row runs in a process of its own, so that
@@ -19,7 +20,7 @@ meets all of them. Median of all steps, with the smallest and the largest. Of th
     parts           of one more step, operator by operator, forward and backward
 
 `memory` finds the largest micro-batch that fits (tools/memory.py), `loader` times what feeds a step
-(tools/loader.py).
+(tools/loader.py), `detect` detection's step (tools/benchmark_detect.py).
 """
 
 import argparse
@@ -37,7 +38,7 @@ import torch
 
 from engine import UserError
 from engine.ranks import World
-from tools import peers, stopwatch
+from tools import benchmark_detect, peers, stopwatch
 from tools.loader import loader
 from tools.memory import file_list, largest_batch
 
@@ -232,6 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--count", type=int, default=200, help="images")
     p.add_argument("--short-side", type=int, default=256, help="of what is packed reduced")
     p.add_argument("--feed", type=float, help="images/s of a step, to count the cores for it")
+    benchmark_detect.add_parser(commands)
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
     args = parser.parse_args(argv)
