@@ -167,31 +167,36 @@ class Trial:
         text += f" --cache {out / 'features'}" if "probe" in text else ""  # read once for both
         return " ".join(filter(None, [text, "--random" * self.claim.arms[label].random, words]))
 
-    def fresh(self, label: str, seed: int) -> bool:
-        """Whether a row is there, whole, of the presets as they are now."""
+    def current(self, label: str, seed: int) -> bool:
+        """Whether a row is there of the presets as they are now."""
         row = self.runs.get((label, seed))
-        if row is None:
+        return row is not None and row["key"] == self.stamp(label, seed)
+
+    def whole(self, label: str, seed: int) -> bool:
+        """Whether that row has every measure that is wanted."""
+        if not self.current(label, seed):
             return False
-        same = row["key"] == self.stamp(label, seed)
-        lacking = [m for m in self.wanted if m not in row["values"]]
-        return same and not {report.MEASURES[m].program for m in lacking} & {*self.measures(label)}
+        have = self.runs[label, seed]["values"]
+        lacking = {report.MEASURES[m].program for m in self.wanted if m not in have}
+        return not lacking & {*self.measures(label)}
 
     def left(self) -> list[tuple[str, int]]:
         """(arm, seed) that are to be run, all arms of a seed before the next one."""
         pairs = [(a, s) for s in range(self.known["seeds"]) for a in self.order()]
-        return [p for p in pairs if not self.fresh(*p)]
+        return [p for p in pairs if not self.whole(*p)]
 
     def order(self) -> list[str]:
         """Arms whose epochs depend on others' cost come last."""
         return sorted(self.claim.arms, key=lambda a: bool(self.claim.arms[a].as_long_as))
 
-    def finish(self) -> None:
-        """Run what is left, and write the JSON after each row."""
-        if not any(self.fresh(*pair) for pair in self.runs):
+    def finish(self, page: Path) -> None:
+        """Run what is left; write the JSON, and the page's tables, after each row."""
+        if not any(self.current(*pair) for pair in self.runs):
             self.runs, self.known["epochs_of"], self.known["tries"] = {}, {}, {}
         for label, seed in self.left():
             self.runs[label, seed] = self.run_arm(label, seed)
             self.write()
+            report.write_page(page, report.read_results(self.path.parent))
 
     def write(self) -> None:
         claim, rows = self.claim, [self.runs[k] for k in sorted(self.runs, key=lambda k: (k[1],))]
@@ -276,10 +281,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             return show(trials)
         for trial in trials:
-            trial.finish()
-            report.write_page(Path(args.page), report.read_results(results))
-    else:
-        report.write_page(Path(args.page), report.read_results(results))
+            trial.finish(Path(args.page))
+    report.write_page(Path(args.page), report.read_results(results))
 
 
 if __name__ == "__main__":

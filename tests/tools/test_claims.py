@@ -27,6 +27,9 @@ CLAIM = Claim(
 )  # fmt: skip
 
 
+PAGE = Path("results.md")  # in the folder of a test
+
+
 class FakeLab(claims_lab.Lab):
     """A lab whose commands write what the real ones would, from a seed and the arm's flags."""
 
@@ -64,6 +67,7 @@ class FakeLab(claims_lab.Lab):
 def bench(tmp_path, monkeypatch):
     """(make, lab): `make(claim)` is a trial of two seeds' budget unless told otherwise."""
     monkeypatch.chdir(tmp_path)
+    PAGE.write_text(f"before\n{claims_report.BEGIN}\nold\n{claims_report.END}\nafter\n")
     args = claims.options().parse_args(["--runs", "runs", "--data", "elsewhere"])
     lab = FakeLab(args)
 
@@ -143,7 +147,7 @@ def test_claims__arms_differ(bench):
 
 def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
     make, lab = bench
-    make().finish()
+    make().finish(PAGE)
     content = rows(tmp_path)
     assert [(r["arm"], r["seed"]) for r in content["runs"]] == [
         (a, s) for s in range(3) for a in "ab"
@@ -162,48 +166,53 @@ def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
 
 def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path):
     make, lab = bench
-    make().finish()
+    make().finish(PAGE)
     before = rows(tmp_path)
     for place in (tmp_path / "runs").glob("*"):
         place.rename(tmp_path / place.name)
     lab.commands = []
-    make().finish()
+    make().finish(PAGE)
     assert not lab.commands and rows(tmp_path) == before
-    make(seeds=4).finish()
+    make(seeds=4).finish(PAGE)
     assert {c[c.index("--seed") + 1] for c in lab.commands} == {"3"}
     assert len(rows(tmp_path)["runs"]) == 8
 
 
 def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     make, lab = bench
-    make().finish()
+    make().finish(PAGE)
     lab.commands = []
     monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
-    make().finish()
+    make().finish(PAGE)
     assert sum(c[1] == "mae.py" for c in lab.commands) == 6
     assert len(rows(tmp_path)["runs"]) == 6
     lab.commands = []
     tiny = recipes.TINY | {"linear": {}}
     monkeypatch.setattr(recipes, "TINY", tiny)  # the one of fine-tuning and probes
-    make().finish()
+    make().finish(PAGE)
     assert {c[2] for c in lab.commands} == {"downstream.probe", "downstream.finetune"}
 
 
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     make, lab = bench
-    make(wanted=["loss"]).finish()
+    make(wanted=["loss"]).finish(PAGE)
     assert all(c[1] == "mae.py" for c in lab.commands)
     kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
     assert kinds["linear"] == kinds["finetuned"] == "unfinished" and kinds["loss"] == "seen"
-    lab.commands = []
-    make().finish()
-    assert {c[2] for c in lab.commands} == {"downstream.probe", "downstream.finetune"}
-    assert {"linear", "loss", "finetuned"} <= rows(tmp_path)["runs"][0]["values"].keys()
+    for measure, program in ("finetuned", "downstream.finetune"), ("linear", "downstream.probe"):
+        lab.commands = []
+        make(wanted=[measure]).finish(PAGE)
+        assert {c[2] for c in lab.commands} == {program}
+    row = rows(tmp_path)["runs"][0]
+    assert {"linear", "loss", "finetuned"} <= row["values"].keys()
+    assert {"pretrain", "linear", "finetuned"} <= {k.partition(" ")[0] for k in row["commands"]}
+    kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
+    assert "unfinished" not in kinds.values()
 
 
 def test_finish__another_budget_is_refused(bench, tmp_path):
     make, _ = bench
-    make().finish()
+    make().finish(PAGE)
     with pytest.raises(UserError, match="has epochs 2"):
         make(epochs=3)
 
@@ -218,11 +227,23 @@ SCRATCH = Claim(
 
 def test_epochs__from_scratch_costs_as_much_as_its_partner_in_all(bench, tmp_path):
     make, lab = bench
-    make(SCRATCH, epochs=6, tuned=5).finish()
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
     # 6 epochs of pre-training at 2 s and 5 of fine-tuning at 4 s, in epochs of 4 s
     assert rows(tmp_path)["budget"]["epochs_of"] == {"from scratch": 8}
     last = [c for c in lab.commands if "--random" in c]
     assert all(c[c.index("--epochs") + 1] == "8" for c in last) and len(last) == 3
+
+
+def test_epochs__are_found_again_once_a_preset_has_changed(bench, tmp_path, monkeypatch):
+    make, _ = bench
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    content = rows(tmp_path)
+    content["budget"] |= {"epochs_of": {"from scratch": 3}, "tries": {"pre-trained": "--base-lr 1"}}
+    (tmp_path / "results" / "x.json").write_text(json.dumps(content))
+    monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    assert rows(tmp_path)["budget"]["epochs_of"] == {"from scratch": 8}
+    assert rows(tmp_path)["budget"]["tries"]["pre-trained"] == "--base-lr 4e-3"
 
 
 def test_epochs__a_share_of_the_claim_s_or_what_costs_as_much(bench):
@@ -237,7 +258,7 @@ def test_epochs__a_share_of_the_claim_s_or_what_costs_as_much(bench):
 
 def test_tries__all_on_the_first_seed_the_best_on_the_others(bench, tmp_path):
     make, lab = bench
-    make(SCRATCH, epochs=6, tuned=5).finish()
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
     content = rows(tmp_path)
     assert content["budget"]["tries"]["pre-trained"] == "--base-lr 4e-3"
     tuned = [c for c in lab.commands if "downstream.finetune" in c and "--random" not in c]
@@ -247,7 +268,7 @@ def test_tries__all_on_the_first_seed_the_best_on_the_others(bench, tmp_path):
 
 def test_tries__no_more_than_asked_for(bench):
     make, lab = bench
-    make(SCRATCH, epochs=6, tuned=5, most=1).finish()
+    make(SCRATCH, epochs=6, tuned=5, most=1).finish(PAGE)
     tuned = [c for c in lab.commands if "downstream.finetune" in c and "--random" not in c]
     assert {c[c.index("--base-lr") + 1] for c in tuned} == {"8e-3"}
 
@@ -323,28 +344,26 @@ def test_main__refuses_in_words(argv, words, tmp_path, monkeypatch):
 
 def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path):
     make, _ = bench
-    make().finish()
-    page = tmp_path / "results.md"
-    page.write_text(f"before\n{claims_report.BEGIN}\nold\n{claims_report.END}\nafter\n")
+    make().finish(PAGE)
     found = claims_report.read_results(tmp_path / "results")
-    for _ in range(2):
-        claims_report.write_page(page, found)
-    text = page.read_text()
+    assert claims_report.tables(found) in PAGE.read_text()  # kept up while it runs
+    claims_report.write_page(PAGE, found)
+    text = PAGE.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| a | b | fine-tuned, top-1 % |") == 1 and "**not seen**" in text
     assert "| x | a | 3 | 41.0 ± 0.6 |" in text  # 40, 41, 42: deviation 1, over sqrt(3)
-    page.write_text("no marks")
+    PAGE.write_text("no marks")
     with pytest.raises(UserError, match="lacks the lines"):
-        claims_report.write_page(page, found)
+        claims_report.write_page(PAGE, found)
 
 
 def test_plot__needs_three_seeds(bench, tmp_path):
     pytest.importorskip("matplotlib")
     make, _ = bench
-    make(seeds=2).finish()
+    make(seeds=2).finish(PAGE)
     with pytest.raises(UserError, match="3 seeds"):
         claims_report.plot(claims_report.read_results(tmp_path / "results"), tmp_path / "x.png")
-    make(seeds=3).finish()
+    make(seeds=3).finish(PAGE)
     claims_report.plot(claims_report.read_results(tmp_path / "results"), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
 
