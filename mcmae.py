@@ -217,7 +217,6 @@ class Encoder(ViT):
         self.fourth = nn.MaxPool2d(2)  # E4 of E3, Sec. 2.3
 
     blocks = property(lambda self: self.blocks3)  # a ViT's: what `layers` counts
-    num_layers = property(lambda self: len(self.blocks3))
 
     def stages(self, imgs: Tensor, shown: tuple = (None,) * 4, seed: Tensor | None = None) -> list:
         """Stages 1 and 2 and the way into stage 3.

@@ -197,7 +197,6 @@ class Encoder(ViT):
         self.norm = nn.LayerNorm(C3, eps=1e-6)
 
     blocks = property(lambda self: self.blocks3)  # a ViT's: what `layers` counts
-    num_layers = property(lambda self: len(self.blocks3))
 
     def table(self, dim: int, grid: Sequence[int]) -> Tensor:
         """Positions of a grid (t, h, w), laid over the trained one: (h*w, t, dim)."""

@@ -118,6 +118,10 @@ class ViT(Encoder):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
     def add_position(self) -> None:
         position = sincos_2d(self.embed_dim, *self.grid, self.trained_grid)
         self.register_buffer("pos_embed", position, persistent=False)  # (L, D)
