@@ -77,7 +77,8 @@ def open_splits(root: str, output: str | None) -> list[Split]:
     splits = []
     for name, base, folder in where:
         listed = data.scan(base, folder)
-        images, out = f"{base}/{listed.folders['rgb']}", os.path.abspath(output or root)
+        images = os.path.normpath(f"{base}/{listed.folders['rgb']}")
+        out = os.path.abspath(output or root)
         if images != f"{out}/{name}/rgb" and output is None:
             raise UserError(
                 f"{images} has the images themselves in it and no rgb folder: name another folder "
