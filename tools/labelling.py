@@ -29,8 +29,8 @@ import files
 from data import UNLABELLED
 from engine import UserError
 from tools import map_files
+from tools.map_files import MAPS
 
-MAPS = ("instance", "semantic")
 RECORD = "pseudo_label.json"  # in OUT: how its maps were made
 BLANK = np.full((1, 1), UNLABELLED, np.uint8)  # the map of an image that cannot be decoded
 
