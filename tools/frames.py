@@ -7,8 +7,8 @@ val, e.g. on k400/train and data/k400/train. It wants PyAV, which brings FFmpeg:
 
 A clip is written into a hidden folder and renamed when it is whole; so an interrupted run is
 continued by the same command, which leaves finished clips alone and does unfinished ones again.
-Videos that cannot be read, wholly or from some frame on, are named and left out: no half a clip is
-ever passed off as one. A folder that was begun with other settings is refused.
+Videos that cannot be read, or not to their end, are named and left out; an end is what the file's
+header says, and a twentieth may lack. A folder that was begun with other settings is refused.
 """
 
 import argparse
@@ -74,28 +74,37 @@ def at_rate(frames: Iterable[tuple[float, object]], fps: float | None) -> Iterat
             yield held
 
 
-def decode(path: Path) -> Iterator[tuple[float, Image.Image]]:
-    """Yield (seconds, picture as displayed) of a video's frames. Any Exception: it is broken."""
+def decode(path: Path) -> Iterator[tuple[float, object]]:
+    """Yield (seconds, PyAV's frame) of a video. Any Exception: it is broken."""
     import av
 
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        stream.thread_type, end = "AUTO", 0.0
+        stream.thread_type, start, end = "AUTO", None, 0.0
         length = float(stream.duration * stream.time_base) if stream.duration else 0.0
         rate = float(stream.average_rate or 25)
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:
                 raise ValueError(f"frame {number} is damaged")
             time = number / rate if frame.time is None else frame.time
-            turned = frame.to_image()
-            if angle := getattr(frame, "rotation", 0):  # not in old versions
-                turned = turned.rotate(angle, expand=True)
-            yield time, turned
-            end = time + 1 / rate
-        if end == 0.0:
+            yield time, frame
+            start, end = time if start is None else start, time + 1 / rate
+        if start is None:
             raise ValueError("no frames")
-        if end < 0.9 * length - 1:  # a file that was cut off ends without a word
-            raise ValueError(f"ends after {end:.1f} of {length:.1f} s")
+        if end - start + 2 / rate < 0.95 * length:  # a file that was cut off ends without a word
+            raise ValueError(f"ends after {end - start:.1f} of {length:.1f} s")
+
+
+def picture(frame: object, short_side: int | None) -> Image.Image:
+    """PyAV's frame as displayed; a larger one with this short side."""
+    image = frame.to_image()
+    if angle := getattr(frame, "rotation", 0):  # old versions do not tell
+        image = image.rotate(angle, expand=True)
+    if short_side and short_side < min(image.size):
+        scale = short_side / min(image.size)
+        size = tuple(max(1, round(n * scale)) for n in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return image
 
 
 def write(job: tuple[Path, Path], fps: float | None, short_side: int | None, quality: int) -> str:
@@ -105,12 +114,8 @@ def write(job: tuple[Path, Path], fps: float | None, short_side: int | None, qua
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        for number, image in enumerate(at_rate(decode(path), fps), start=1):
-            if short_side and short_side < min(image.size):
-                scale = short_side / min(image.size)
-                size = tuple(max(1, round(n * scale)) for n in image.size)
-                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-            image.save(part / f"{number:06d}.jpg", quality=quality)
+        for number, frame in enumerate(at_rate(decode(path), fps), start=1):
+            picture(frame, short_side).save(part / f"{number:06d}.jpg", quality=quality)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if error.errno == errno.ENOSPC:

@@ -29,9 +29,9 @@ import files
 from data import UNLABELLED
 from engine import UserError
 from tools import map_files
+from tools.map_files import MAPS
 
-MAPS = ("instance", "semantic")
-SETTINGS = "pseudo_label.json"  # in OUT: how its maps were made
+RECORD = "pseudo_label.json"  # in OUT: how its maps were made
 BLANK = np.full((1, 1), UNLABELLED, np.uint8)  # the map of an image that cannot be decoded
 
 
@@ -95,7 +95,7 @@ def open_splits(root: str, output: str | None) -> list[Split]:
 
 def place(out: str, splits: list[Split], settings: dict, lead: bool) -> None:
     """Make the folder of the maps (rank 0), or enter one that was made with the same settings."""
-    path = f"{out}/{SETTINGS}"
+    path = f"{out}/{RECORD}"
     if os.path.exists(path):
         with open(path) as file:
             old = json.load(file)

@@ -4,6 +4,7 @@ A palette PNG has no row filters, so a loader unpacks it and is done: 8-bit grey
 takes twice as long to decode. The palette's colours are for people; a pixel's index is its id.
 """
 
+import colorsys
 import contextlib
 import io
 import os
@@ -18,13 +19,12 @@ from tqdm import tqdm
 import files
 from data import UNLABELLED, UserError
 
+MAPS = ("instance", "semantic")  # in the order in which recipes give them
 THREADS = 4  # zlib and the disk leave Python's lock alone
 
 
 def _palette() -> bytes:
     """256 colours: black for 0, white for 255, the others far from their neighbours' in hue."""
-    import colorsys
-
     hues = ((k * 0.61803, 0.55 + 0.45 * (k % 3) / 2, 0.65 + 0.35 * (k % 2)) for k in range(1, 255))
     colours = [(0, 0, 0), *(colorsys.hsv_to_rgb(h % 1, s, v) for h, s, v in hues), (1, 1, 1)]
     return bytes(round(255 * c) for colour in colours for c in colour)

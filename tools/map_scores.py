@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 import files
 from data import UNLABELLED, UserError
-from tools.map_files import pngs
+from tools.map_files import MAPS, pngs
 
-MAPS = ("instance", "semantic")
 CLASSES = 256  # ids of a semantic map, UNLABELLED among them
 THRESHOLDS = np.arange(50, 100, 5) / 100  # COCO's, of IoU
 

@@ -127,6 +127,23 @@ def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == [SETTINGS, "good"]
 
 
+class Turned:
+    """A frame as PyAV has it, wider than high, which is to be displayed upright."""
+
+    rotation = -90  # counter-clockwise
+
+    def to_image(self):
+        array = np.zeros((20, 40, 3), np.uint8)
+        array[:, :10] = 200  # the left end
+        return Image.fromarray(array)
+
+
+def test_picture__is_turned_as_displayed():
+    found = np.asarray(frames.picture(Turned(), None))
+    assert found.shape == (40, 20, 3) and found[:10].min() == 200 and found[10:].max() == 0
+    assert frames.picture(Turned(), 10).size == (10, 20)
+
+
 # bad input
 
 

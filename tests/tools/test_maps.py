@@ -189,9 +189,17 @@ def test_scores__16_bit_ids_and_empty_maps():
     assert np.isnan(list(Scores().summary().values())).all()
 
 
-def save(root, maps):
+def test_scores_majority__a_class_is_renamed_and_unlabelled_stays():
+    truth, found = np.array([[3, 3, 3, 8, 8, 255]]), np.array([[7, 7, 1, 7, 255, 2]])
+    scores, none = Scores(), np.zeros((1, 6), np.uint8)
+    scores.add((none, truth.astype(np.uint8)), (none, found.astype(np.uint8)))
+    names = scores.majority()
+    assert names[[7, 1, 2, 255, 0]].tolist() == [3, 3, 255, 255, 255]
+
+
+def save(root, maps, split="train"):
     for (g, name), ids in maps.items():
-        path = root / "train" / g / name
+        path = root / split / g / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(map_files.encode(ids))
 
@@ -214,6 +222,12 @@ def test_compare__renames_clusters_and_leaves_out_what_is_not_there(tmp_path, ca
     assert said[0].startswith("train: 4 images, ")
     assert "as they are: PQ 0.0 " in said[1] and "mIoU 0.0  AR 100.0" in said[1]
     assert "renamed by train: PQ 100.0 " in said[2] and "mIoU 100.0  AR 100.0" in said[2]
+    save(truth, ids, "val")  # where the clusters are others
+    save(tmp_path / "out", {k: x // 16 if k[0] == "semantic" else x for k, x in ids.items()}, "val")
+    map_scores.compare(str(tmp_path / "out"), str(truth))
+    said = capsys.readouterr().out.splitlines()
+    assert said[2].startswith("  classes renamed by train: PQ 100.0 ")
+    assert said[3].startswith("val: 6 images") and "renamed by train: PQ 0.0 " in said[5]
     save(tmp_path / "out", {("semantic", "0.png"): np.zeros((3, 3), np.uint8)})
     with pytest.raises(engine.UserError, match="train/0.png: maps of sizes"):
         map_scores.compare(str(tmp_path / "out"), str(truth))

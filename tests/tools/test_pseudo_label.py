@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -262,7 +263,7 @@ def test_run__killed_at_ten_random_moments_and_continued_is_undisturbed(kind, tm
 # ---------------------------------------------------------------------------------- command line
 
 
-def test_main__regions_of_bare_photographs_train_cfmae(tmp_path, monkeypatch, capsys):
+def test_main__regions_of_bare_photographs_train_cfmae(tmp_path, capsys):
     pytest.importorskip("skimage")
     photographs(tmp_path / "in", [f"{i}.png" for i in range(8)])
     (tmp_path / "in/8.png").write_bytes(b"no image")
@@ -283,6 +284,23 @@ def test_main__regions_of_bare_photographs_train_cfmae(tmp_path, monkeypatch, ca
         f"--epochs 2 --device cpu --output {tmp_path}/run".split()
     )
     assert (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.slow
+def test_main__two_ranks_give_what_one_gives(tmp_path):
+    pytest.importorskip("skimage")
+    photographs(tmp_path, [f"train/rgb/{i}.png" for i in range(9)])
+    flags = ["--recipe", "regions", "--clusters", "4", "--workers", "0", "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [sys.executable, *torchrun, "-m", "tools.pseudo_label", str(tmp_path), *flags]
+    done = subprocess.run(
+        [*argv, "--output", str(tmp_path / "two")], cwd=Path(__file__).parents[2], text=True,
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: 5 images labelled" in done.stdout and "rank 1: 4 images" in done.stdout
+    assert pseudo_label.main([str(tmp_path), *flags, "--output", str(tmp_path / "one")]) == 0
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
