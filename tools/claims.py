@@ -258,7 +258,7 @@ def show(trials: list[Trial]) -> None:
         try:
             hours = f"{trial.hours():.2f}"
         except UserError as error:
-            hours = str(error).rpartition(": ")[2]
+            hours = "status " + str(error).rpartition(" ended with status ")[2]
         wanted = trial.known["seeds"] * len(trial.claim.arms)
         print(f"{trial.name:<28} {wanted - len(trial.left()):>2} / {wanted:<4} {hours}", flush=True)
 
@@ -280,8 +280,14 @@ def main(argv: list[str] | None = None) -> None:
         trials = [Trial(name, CLAIMS[name], lab, budget, results, wanted) for name in names]
         if args.list:
             return show(trials)
+        failed = []
         for trial in trials:
-            trial.finish(Path(args.page))
+            try:
+                trial.finish(Path(args.page))
+            except UserError as error:  # no data for this one, say; on with the others
+                failed.append(f"{trial.name}: {error}")
+        if failed:
+            raise UserError("\n".join(failed))
     report.write_page(Path(args.page), report.read_results(results))
 
 

@@ -88,7 +88,7 @@ class Lab:
         """Run a command, unless it was; its folder, and {command, cpu_seconds, ...}.
 
         Another process that runs it just now is waited for.
-        Errors: UserError with the command's own last line.
+        Errors: UserError with the command's own words.
         """
         out = self.folder(program, flags)
         out.mkdir(parents=True, exist_ok=True)
@@ -137,8 +137,9 @@ class Lab:
                     child.terminate()
                     child.wait()
         if status:
-            last = (log.read_text().strip().splitlines() or ["nothing"])[-1]
-            raise UserError(f"{shlex.join(command[1:])} ended with status {status}: {last}")
+            lines = log.read_text().strip().splitlines() or ["nothing"]
+            told = [x.partition(": error: ")[2] for x in lines if ": error: " in x] or lines
+            raise UserError(f"{shlex.join(command[1:])} ended with status {status}: {told[-1]}")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         return cpu, time.monotonic() - began

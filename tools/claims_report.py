@@ -117,12 +117,13 @@ def tables(results: Sequence[dict]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
             words = ""
     lines += ["", "Means over seeds ± their standard error:", ""]
-    lines += ["| claim | arm | seeds | " + " | ".join(m.words for m in MEASURES.values()) + " |"]
-    lines += ["|---" * (3 + len(MEASURES)) + "|"]
+    reached = {m: MEASURES[m] for m in MEASURES if any(m in x["measures"] for x in results)}
+    lines += ["| claim | arm | seeds | " + " | ".join(m.words for m in reached.values()) + " |"]
+    lines += ["|---" * (3 + len(reached)) + "|"]
     for x in results:
         for arm in x["arms"]:
             of = {m: values(x["runs"], arm, m) for m in x["measures"]}
-            cells = [mean_error(of.get(k, ()), m.digits) for k, m in MEASURES.items()]
+            cells = [mean_error(of.get(k, ()), m.digits) for k, m in reached.items()]
             n = sum(r["arm"] == arm for r in x["runs"])
             lines.append(f"| {x['claim']} | {arm} | {n} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Budgets and costs:", "", *costs(results)])

@@ -325,6 +325,21 @@ def test_main__list_says_what_a_claim_lacks(bench, tmp_path, monkeypatch, capsys
     assert "scratch-mae" in out and "0 / 6" in out and "no folder elsewhere/train" in out
 
 
+def test_main__goes_on_where_a_claim_has_no_data_and_says_so_at_the_end(tmp_path, monkeypatch):
+    done = []
+
+    def finish(self, page):
+        if self.claim.data == "regions":
+            raise UserError("no folder")
+        done.append(self.name)
+
+    monkeypatch.setattr(claims.Trial, "finish", finish)
+    names = ["cfmae-modalities", "scratch-mae"]
+    with pytest.raises(UserError, match="^cfmae-modalities: no folder$"):
+        claims.main([*names, "--results", str(tmp_path), "--runs", str(tmp_path)])
+    assert done == ["scratch-mae"]
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -391,9 +406,12 @@ def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
     assert cpu < 0.4 and wall >= 0.5
 
 
-def test_spawn__a_failed_command_is_told_by_its_last_line(tmp_path):
+def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     command = [sys.executable, "-c", "print('much'); print('no such folder'); exit(2)"]
+    with pytest.raises(UserError, match="ended with status 2: no such folder"):
+        lab.spawn(command, tmp_path / "log")
+    command[-1] = "print('mae: error: no such folder'); print('Expected: ...'); exit(2)"
     with pytest.raises(UserError, match="ended with status 2: no such folder"):
         lab.spawn(command, tmp_path / "log")
 
@@ -417,7 +435,7 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path):
         time.sleep(0.02)
     first.terminate()
     first.communicate()
-    (out,) = tmp_path.glob("mae-*")
+    (out,) = (p for p in tmp_path.glob("mae-*") if p.is_dir())
     assert first.returncode == 143 and (out / "last.pt").exists()
     assert not (out / "done.json").exists()
     again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
