@@ -286,6 +286,15 @@ def test_main__regions_of_bare_photographs_train_cfmae(tmp_path, capsys):
     assert (tmp_path / "run/last.pt").exists()
 
 
+def test_main__after_a_signal_the_status_and_a_line_say_so(tmp_path, monkeypatch, capsys):
+    photographs(tmp_path, [f"train/rgb/{i}.png" for i in range(4)])
+    stop = Fake(lambda seen: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pseudo_label, "open_recipe", lambda *args: stop)
+    argv = [str(tmp_path), "--workers", "0", "--device", "cpu", "--batch-size", "2"]
+    assert pseudo_label.main(argv) == 128 + 15 and len(stop.seen) == 2
+    assert capsys.readouterr().out == "stopped; the same command continues\n"
+
+
 @pytest.mark.slow
 def test_main__two_ranks_give_what_one_gives(tmp_path):
     pytest.importorskip("skimage")
