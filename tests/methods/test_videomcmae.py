@@ -24,7 +24,7 @@ from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_t
 
 MINI = (
     "--model tiny --image-size 32 --frames 4 --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 "
-    "--decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1"
+    "--decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1 --norm-pix-loss"
 )
 
 
