@@ -65,6 +65,8 @@ class Members(Dataset):
 
     def __init__(self, dataset: data.FolderDataset, short_side: int, quality: int):
         self.dataset, self.short_side, self.quality = dataset, short_side, quality
+        if short_side:
+            import torchvision.io  # noqa: F401 - here, and not in each process that decodes
 
     def __len__(self) -> int:
         return len(self.dataset)

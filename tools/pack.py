@@ -160,7 +160,6 @@ def pack(files: FileList, root: str, place: Path, packing: dict, workers: int) -
     with replacing(f"{place}/members") as kept:
         kept.write(members.tobytes())
     note(place, packing, shards)
-    (place / "files.json").unlink(missing_ok=True)
     todo = Members(dataset, packing["short_side"], packing["quality"])
     samples = Samples(todo, done, workers, place.name)
     while samples.next:

@@ -20,9 +20,8 @@ from PIL import Image
 from test_data import ALL, smooth, write, write_triplet
 
 import data
-import files
 from data import FolderDataset, UserError
-from tools import members, pack
+from tools import pack
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--workers", "0", "--shard-size", "0.02")
@@ -139,39 +138,6 @@ def test_pack__reduces_what_was_packed_before(folder, tmp_path):
     assert contents(tmp_path / "direct") == contents(tmp_path / "twice")
 
 
-def test_encode_map__keeps_ids_and_decodes_without_pillow():
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 256, (31, 17), np.uint8)
-    for g in ("instance", "semantic"):
-        content = np.frombuffer(members.encode_map(ids, g), np.uint8)
-        assert np.array_equal(files.unfiltered(content.tobytes()), ids)
-        assert np.array_equal(files.decode_map(content), ids)
-        assert Image.open(io.BytesIO(content)).mode == "P"
-    narrow = members.encode_map(ids.astype(np.uint16) % 200, "semantic")
-    assert np.array_equal(files.decode_map(np.frombuffer(narrow, np.uint8)), ids % 200)
-
-
-def test_encode_map__renumbers_wide_instances_as_relabel_cannot_tell():
-    rng = np.random.default_rng(0)
-    for count in (254, 255):
-        values = np.r_[0, 65535, np.sort(rng.choice(np.arange(1, 65535), count, False))]
-        values[5] = 255  # of a wide map: an id like others
-        ids = np.r_[values, rng.choice(values, 38 * 20 - len(values))].astype(np.uint16)
-        ids = ids.reshape(38, 20)
-        kept = files.decode_map(np.frombuffer(members.encode_map(ids, "instance"), np.uint8))
-        assert (kept.dtype == np.uint8) == (count == 254)
-        assert np.array_equal(data.renumber(kept), data.renumber(ids))
-
-
-def test_suffix_of__believes_the_first_bytes():
-    assert members.suffix_of("a.PNG", b"\xff\xd8\xff\xe0") == "jpg"
-    assert members.suffix_of("a/b.JPEG", b"\x89PNG\r\n") == "png"
-    assert (
-        members.suffix_of("a/b.WebP", b"RIFF") == "webp"
-        and members.suffix_of("c.jpe", b"") == "jpe"
-    )
-
-
 def test_pack__shards_open_in_webdataset(folder, tmp_path):
     wds = pytest.importorskip("webdataset")
     run(folder, tmp_path / "out")
@@ -250,7 +216,7 @@ def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tm
 @pytest.mark.slow
 def test_pack__killed_by_the_system_and_continued(folder, tmp_path):
     command = [sys.executable, "-m", "tools.pack", str(folder)]
-    flags = ["--shard-size", "0.02", "--short-side", "30", "--workers", "2"]
+    flags = ["--shard-size", "0.02", "--workers", "2"]
     subprocess.run([*command, str(tmp_path / "whole"), *flags], cwd=ROOT, check=True)
     out = tmp_path / "out"
     child = subprocess.Popen([*command, str(out), *flags], cwd=ROOT)
@@ -260,6 +226,17 @@ def test_pack__killed_by_the_system_and_continued(folder, tmp_path):
     child.wait()
     subprocess.run([*command, str(out), *flags], cwd=ROOT, check=True)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_pack__continues_after_a_torn_write(folder, tmp_path):
+    run(folder, out := tmp_path / "out")
+    whole, listed = contents(out), data.scan(str(out), "train", ALL)
+    known = listed.members[: listed.shards[0]["samples"]].tobytes()
+    (out / "train/members").write_bytes(known + b"torn")
+    (out / "train/packing.json").write_text(json.dumps([listed.packing, listed.shards[:1]]))
+    (out / "train/files.json").unlink()
+    run(folder, out)
+    assert contents(out) == whole
 
 
 def test_pack__makes_damaged_shards_again(folder, tmp_path, capsys):
