@@ -126,7 +126,7 @@ def test_log__beside_a_healthy_run(logs, drawn):
     visualize.main(["log", str(logs / "a"), "--healthy", "mae", "--output", "x.png"])
     ours, healthy = ([s for s in drawn["loss"][1] if s.colour == n] for n in (0, 1))
     assert [s.label for s in ours] == ["", "a"] and list(ours[1].y) == [2.0, 1.0]
-    assert [s.label for s in healthy] == ["", "a healthy mae"] and healthy[0].dots
+    assert [s.label for s in healthy] == ["", "healthy mae"] and healthy[0].dots
     assert list(healthy[1].x)[:2] == [20, 40] and healthy[1].x[-1] == 625
 
 
