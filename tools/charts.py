@@ -117,7 +117,8 @@ def log(args: argparse.Namespace) -> None:
     if args.healthy:
         names[kept := CURVES / f"{args.healthy}.jsonl"] = f"healthy {args.healthy}"
         if not kept.is_file():
-            raise UserError(f"--healthy {args.healthy}: there is no {kept}, a checkout has it")
+            known = ", ".join(sorted(p.stem for p in CURVES.glob("*.jsonl")))
+            raise UserError(f"--healthy {args.healthy}: {CURVES} has {known or 'no curves'}")
     for n, (path, name) in enumerate(names.items()):
         points: dict[tuple[str, bool], list] = {}
         for r in read_log(path):

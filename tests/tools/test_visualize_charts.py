@@ -168,8 +168,11 @@ def test_log__bad_input(tmp_path):
 
 def test_log__without_the_curves(logs, tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "CURVES", tmp_path)
-    with pytest.raises(UserError, match="--healthy cfmae: there is no .*cfmae.jsonl, a checkout"):
-        run(tmp_path, "log", logs / "a", "--healthy", "cfmae")
+    (tmp_path / "mae.jsonl").write_text("")
+    for found in ("mae$", "no curves$"):
+        with pytest.raises(UserError, match=f"--healthy cfmae: {tmp_path} has {found}"):
+            run(tmp_path, "log", logs / "a", "--healthy", "cfmae")
+        (tmp_path / "mae.jsonl").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------ results
