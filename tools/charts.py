@@ -115,9 +115,10 @@ def log(args: argparse.Namespace) -> None:
     logs = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
     names = {p: p.parent.name if p.name == "log.jsonl" else p.stem for p in logs}
     if args.healthy:
-        names[kept := CURVES / f"{args.healthy}.jsonl"] = f"a healthy {args.healthy}"
+        names[kept := CURVES / f"{args.healthy}.jsonl"] = f"healthy {args.healthy}"
         if not kept.is_file():
-            raise UserError(f"--healthy {args.healthy}: there is no {kept}, a checkout has it")
+            known = ", ".join(sorted(p.stem for p in CURVES.glob("*.jsonl")))
+            raise UserError(f"--healthy {args.healthy}: {CURVES} has {known or 'no curves'}")
     for n, (path, name) in enumerate(names.items()):
         points: dict[tuple[str, bool], list] = {}
         for r in read_log(path):
@@ -134,8 +135,9 @@ def log(args: argparse.Namespace) -> None:
         raise UserError(
             f"--keys {args.keys}: the log has {', '.join(dict.fromkeys(k for k, _ in points))}"
         )
-    caption = f"logs of {', '.join(map(str, names))}; lines: means over training steps, dots: "
-    caption += "the val split"
+    caption = f"logs of {', '.join(map(str, logs))}"
+    caption += f" and docs/curves/{args.healthy}.jsonl" if args.healthy else ""
+    caption += "; lines: means over training steps, dots: the val split"
     charts = [(title, "step", series) for title, series in panels.items()]
     chart(args.output, caption, charts, 3, (360, 220), args.palette)
 

@@ -159,8 +159,7 @@ LOG = {
     "--keys": dict(help="panels, e.g. loss,lr; default: all"),
     "--apart": dict(YES, help="panels of their own for each run"),
     "--healthy": dict(
-        choices=list(METHODS),
-        help="beside it a good run of this script's --data shapes --model tiny",
+        metavar="METHOD", help="beside it a good run of this script's --data shapes --model tiny"
     ),
 }
 RESULTS = {

@@ -126,7 +126,7 @@ def test_log__beside_a_healthy_run(logs, drawn):
     visualize.main(["log", str(logs / "a"), "--healthy", "mae", "--output", "x.png"])
     ours, healthy = ([s for s in drawn["loss"][1] if s.colour == n] for n in (0, 1))
     assert [s.label for s in ours] == ["", "a"] and list(ours[1].y) == [2.0, 1.0]
-    assert [s.label for s in healthy] == ["", "a healthy mae"] and healthy[0].dots
+    assert [s.label for s in healthy] == ["", "healthy mae"] and healthy[0].dots
     assert list(healthy[1].x)[:2] == [20, 40] and healthy[1].x[-1] == 625
 
 
@@ -168,8 +168,11 @@ def test_log__bad_input(tmp_path):
 
 def test_log__without_the_curves(logs, tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "CURVES", tmp_path)
-    with pytest.raises(UserError, match="--healthy cfmae: there is no .*cfmae.jsonl, a checkout"):
-        run(tmp_path, "log", logs / "a", "--healthy", "cfmae")
+    (tmp_path / "mae.jsonl").write_text("")
+    for found in ("mae$", "no curves$"):
+        with pytest.raises(UserError, match=f"--healthy cfmae: {tmp_path} has {found}"):
+            run(tmp_path, "log", logs / "a", "--healthy", "cfmae")
+        (tmp_path / "mae.jsonl").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------ results
