@@ -4,6 +4,7 @@ matplotlib draws them, which is optional: pip install matplotlib
 """
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import engine  # before torch: it sets how threads wait
 from PIL import Image
 
 from downstream.encoders import open_encoder
-from engine import UserError
+from engine import UserError, writing
 from tools.figures import save
 
 CURVES = Path(__file__).parents[1] / "docs" / "curves"  # METHOD.jsonl: see docs/curves.md
@@ -109,8 +110,24 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def write_csv(path: str, names: dict[Path, str]) -> None:
+    """Logs as one table: a row a line of a log, `val/` before what is of the val split."""
+    rows = []
+    for log, name in names.items():
+        for r in read_log(log):
+            val = {f"val/{k}": v for k, v in r.pop("val", {}).items()}
+            rows.append({"run": name, **r, **val})
+    with writing(path), open(path, "w", newline="") as f:
+        table = csv.DictWriter(f, dict.fromkeys(k for row in rows for k in row))
+        table.writeheader()
+        table.writerows(rows)
+
+
 def log(args: argparse.Namespace) -> None:
-    """A panel a term: the runs', and with --healthy a kept one's of the method's README command."""
+    """A panel a term: the runs', and with --healthy a kept one's of the method's README command.
+
+    As a table where --output ends with .csv.
+    """
     panels: dict[str, list[Series]] = {}
     logs = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
     names = {p: p.parent.name if p.name == "log.jsonl" else p.stem for p in logs}
@@ -119,6 +136,8 @@ def log(args: argparse.Namespace) -> None:
         if not kept.is_file():
             known = ", ".join(sorted(p.stem for p in CURVES.glob("*.jsonl")))
             raise UserError(f"--healthy {args.healthy}: {CURVES} has {known or 'no curves'}")
+    if args.output.endswith(".csv"):
+        return write_csv(args.output, names)
     for n, (path, name) in enumerate(names.items()):
         points: dict[tuple[str, bool], list] = {}
         for r in read_log(path):

@@ -8,7 +8,7 @@
     schedule     CFMAE Fig. 5, and the learning rate
     features     MCMAE Fig. 5: a pyramid by its first three principal components
     dataset      CFMAE Fig. 6: images beside their maps
-    log          loss terms, rate, images/s of runs
+    log          loss terms, rate, images/s of runs; --output x.csv: as a table
     results      what transfer gave over a setting of pre-training, or parameters: SemanticMIM
                  Figs. 5, 6 (proxies, mask_ratio), CoMA Fig. 5, MCMAE Fig. 4 (epochs)
 

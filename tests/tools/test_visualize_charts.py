@@ -1,5 +1,6 @@
 """Charts of logs, schedules, distances and results: matplotlib draws them, where it is there."""
 
+import csv
 import json
 import sys
 
@@ -128,6 +129,15 @@ def test_log__beside_a_healthy_run(logs, drawn):
     assert [s.label for s in ours] == ["", "a"] and list(ours[1].y) == [2.0, 1.0]
     assert [s.label for s in healthy] == ["", "healthy mae"] and healthy[0].dots
     assert list(healthy[1].x)[:2] == [20, 40] and healthy[1].x[-1] == 625
+
+
+def test_log__as_a_table(logs, tmp_path):
+    out = tmp_path / "x.csv"
+    visualize.main(["log", str(logs / "a"), str(logs / "b"), "--output", str(out)])
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(r["run"], r["step"]) for r in rows][:3] == [("a", "0"), ("a", "20"), ("a", "40")]
+    assert [r["loss"] for r in rows[:3]] == ["", "2.0", "1.0"] and rows[0]["val/loss"] == "3.0"
+    assert {r["run"] for r in rows} == {"a", "b"} and rows[1]["val/loss"] == ""
 
 
 def test_log__a_panel_for_each_run(logs, drawn):
