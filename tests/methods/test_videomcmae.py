@@ -455,15 +455,19 @@ def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_training__tiny_preset_learns():
-    """Invariant 6: in 25 steps of 16 clips the loss falls below half of where it began."""
+    """Invariant 6: in 60 steps of 16 clips the loss falls to 0.65 of where it began, and it needs
+    the visible tubes: with another clip's it is worse (docs/video.md has a longer run).
+    """
     cfg, scenes = parse("--model tiny"), MovingScenes("train", 48, 8)
     torch.manual_seed(0)
     model, losses = videomcmae.VideoMCMAE(cfg), []
     optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
-    for step in range(25):
+    for step in range(60):
         batch = collate([scenes[0, 16 * step + i] for i in range(16)])
         loss, _ = model(batch, torch.tensor(0.0))
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-3:]) / 3 < 0.5 * losses[0], losses
+    assert sum(losses[-5:]) / 5 < 0.65 * losses[0], losses
+    found = videomcmae.evaluate(model, batch)
+    assert found["loss"] < 0.95 * found["loss_other"], found
