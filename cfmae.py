@@ -31,12 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import DIRICHLET, INSTANCES, MASK, MIX, Block, CrossAttention, Mlp, Normalize
-from common import PatchEmbed, ViT, fill, gather, init_weights, patchify, pixel_picture
-from common import pixel_target, sincos_2d, split, uniform, unpatchify
+from common import Block, CrossAttention, Mlp, Normalize, PatchEmbed, fill, gather
+from common import init_weights, patchify, pixel_picture, pixel_target, sincos_2d, split, unpatchify
 from data import GRANULARITIES, MAX_INSTANCES, UNLABELLED
 from engine import arg, cosine, decay_groups, divides, parse, require
+from noise import DIRICHLET, INSTANCES, MASK, MIX, uniform
 from shapes import ShapeScenes
+from vit import ViT
 
 NAMES = {g[0].upper(): g for g in GRANULARITIES}  # letters in --granularities, --order, --lambda-*
 MAPS = [g for g, row in GRANULARITIES.items() if row.kind == "labels"]  # the others are "pixels"
@@ -244,7 +245,7 @@ class LabelEmbed(nn.Module):  # NOTE paper unclear: projection of label patches.
 
 
 class Encoder(ViT):
-    """ViT that also takes label maps; without them it is timm's ViT. kwargs as `common.ViT`'s."""
+    """ViT that also takes label maps; without them it is timm's ViT. kwargs as `vit.ViT`'s."""
 
     def __init__(self, cfg: Config, **kwargs):
         shape = {k: getattr(cfg, k) for k in ("patch_size", "embed_dim", "depth", "num_heads")}
@@ -420,9 +421,8 @@ def load_encoder(path: str, **kwargs) -> Encoder:
 make_encoder = Encoder
 PRESETS = {
     "tiny": dict(  # ours, for a laptop: three minutes on two cores
-        data="shapes", image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4,
-        decoder_embed_dim=64, decoder_num_heads=2, epochs=1, warmup_epochs=0.1, batch_size=32,
-        base_lr=8e-3),
+        data="shapes", image_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4, epochs=1,
+        decoder_embed_dim=64, decoder_num_heads=2, warmup_epochs=0.1, batch_size=32, base_lr=8e-3),
     "base": dict(),  # NOTE paper unclear: results in circulation. These are of Table 7.
     "small": dict(embed_dim=384, depth=12, num_heads=6, micro_batch=256),
     "large": dict(embed_dim=1024, depth=24, num_heads=16, micro_batch=64),

@@ -45,13 +45,14 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import MASK, Block, Mlp, Normalize, PatchEmbed, ViT, attend, drop_path, fill, gather
-from common import init_weights, patchify, pixel_picture, pixel_target, random_mask, sincos_2d
-from common import split, uniform, unpatchify
+from common import Block, Mlp, Normalize, PatchEmbed, attend, fill, gather, init_weights
+from common import patchify, pixel_picture, pixel_target, random_mask, sincos_2d, split, unpatchify
 from engine import arg, cosine, decay_groups, divides, nearest, parse, require
+from noise import MASK, uniform
+from vit import Encoder
 
 SIDES = (8, 4, 2, 1)  # p_i of Eq. (5): tokens along a patch's side in the four stages
-Ints = Sequence[int]
+Ints, Seed = Sequence[int], Tensor | None
 
 
 @dataclass
@@ -166,27 +167,21 @@ class WindowAttention(nn.Module):
         return self.proj(attended.transpose(1, 2).flatten(2))  # Eq. (10)
 
 
-class DyViT(nn.Module):
-    """Hierarchical encoder that survives pre-training (Table 1, Fig. 4a); used as `common.ViT`."""
+class DyViT(Encoder):
+    """Hierarchical encoder that survives pre-training (Table 1, Fig. 4a); used as `vit.ViT`."""
 
-    num_prefix, grid_of = 0, ViT.grid_of
-    trained_norm, probe_layer = False, None  # the norm is trained on the fused stages
+    trained_norm = False  # the norm is trained on the fused stages
 
-    def __init__(
-        self, cfg: Config, image_size: Ints, trained_size: Ints | None = None, drop_path: float = 0
-    ):
-        super().__init__()
-        self.dims, self.depths, num_heads = map(numbers, (cfg.dims, cfg.blocks, cfg.heads))
-        self.patch_size, self.embed_dim = cfg.patch_size, self.dims[-1]
-        self.stem_mask, self.drop_path = cfg.stem_mask, drop_path
-        self.grid = tuple(n // cfg.patch_size for n in image_size)
-        self.trained_grid = tuple(n // cfg.patch_size for n in trained_size or image_size)
+    def __init__(self, cfg: Config, image_size: Ints, **kwargs):
+        dims, depths, num_heads = map(numbers, (cfg.dims, cfg.blocks, cfg.heads))
+        super().__init__(image_size, cfg.patch_size, dims[-1], sum(depths), **kwargs)
+        self.dims, self.depths, self.stem_mask = dims, depths, cfg.stem_mask
         self.strides = tuple(cfg.patch_size // side for side in SIDES)  # 4, 8, 16, 32
-        dims, s = self.dims, self.strides[0]
+        s = self.strides[0]
         self.stem = nn.Conv2d(3, dims[0], 2 * s - 1, stride=s, padding=s - 1)  # 7 x 7, stride 4
         self.register_buffer("pos_embed", self.position(*self.grid), persistent=False)
         self.stages = nn.ModuleList(nn.ModuleList() for _ in SIDES)
-        sizes = zip(self.stages, SIDES, dims, self.depths, num_heads)
+        sizes = zip(self.stages, SIDES, dims, depths, num_heads)
         for blocks, side, dim, depth, heads in sizes:
             # NOTE paper unclear: the set of k. Eq. (8) admits 8, 4, 2, 1, but 1 is full attention
             # over 3136 tokens, no sparse sampling. DyViT-B has 13.7 GMAC without it, 18.9 with it;
@@ -220,11 +215,9 @@ class DyViT(nn.Module):
         x = x if keep is None else gather(x, keep)
         return x.unflatten(2, (SIDES[0] ** 2, -1)).flatten(1, 2)
 
-    def run(self, x: Tensor, layers: Ints = (), seed: Tensor | None = None) -> list[Tensor]:
+    def run(self, x: Tensor, layers: Ints = (), seed: Seed = None) -> list[Tensor]:
         """Tokens (B, V*64, C) to the outputs (B, V*side^2, C_i) of `layers`, from 1, or the X_i."""
-        layers, depth, outputs = layers or [*accumulate(self.depths)], sum(self.depths), {}
-        dropping = seed is not None and self.drop_path > 0
-        scales = iter(drop_path(seed, depth, self.drop_path) if dropping else [None] * depth)
+        layers, scales, outputs = layers or [*accumulate(self.depths)], iter(self.drops(seed)), {}
         for i, blocks in enumerate(self.stages):
             if i > 0:  # 2 x 2 max pooling inside each patch
                 x = self.downsample[i - 1](cut(x, SIDES[i - 1], 2).unflatten(2, (4, -1)).amax(2))
@@ -234,9 +227,7 @@ class DyViT(nn.Module):
                     outputs[n] = x  # Eq. (5)
         return [outputs[n] for n in layers]
 
-    def forward_pyramid(
-        self, imgs: Tensor, seed: Tensor | None = None, layers: Ints = ()
-    ) -> list[Tensor]:
+    def forward_pyramid(self, imgs: Tensor, seed: Seed = None, layers: Ints = ()) -> list[Tensor]:
         """Outputs as `run` chooses them, as maps (B, C_i, H / stride, W / stride)."""
         (h, w), maps = self.grid_of(imgs), []
         for x in self.run(self.embed(imgs), layers, seed):
@@ -244,11 +235,10 @@ class DyViT(nn.Module):
             maps.append(unpatchify(cut(x, side, side), side, (h, w)))
         return maps
 
-    def forward_features(
-        self, imgs: Tensor, layers: Ints | None = None, seed: Tensor | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Features as `common.ViT`'s: tokens in raster order of their stage's map, no prefix."""
-        chosen = [sum(self.depths)] if layers is None else layers
+    def forward_features(self, imgs: Tensor, layers: Ints | None = None, seed: Seed = None) -> list:
+        """Features as `vit.ViT`'s: tokens in raster order of their stage's map, no prefix."""
+        chosen = [self.depth] if layers is None else layers
+        self.check_layers(chosen)
         tokens = [x.flatten(2).transpose(1, 2) for x in self.forward_pyramid(imgs, seed, chosen)]
         tokens = [self.norm(tokens[0])] if layers is None else tokens
         return [(x, x[:, :0]) for x in tokens]
@@ -314,9 +304,7 @@ class CoMA(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4): in
-        step t it holds those of step t - 1, in all micro-batches and on all ranks.
-        """
+        """Give the evaluation model the weights that the optimizer is about to change (Eq. 4)."""
         if self.evaluation is not None:
             theirs, ours = list(self.evaluation.parameters()), list(self.parameters())
             torch._foreach_copy_(theirs, ours[: len(theirs)])  # Eq. (4); ours come first
@@ -350,9 +338,7 @@ class CoMA(nn.Module):
         V = self.cfg.num_patches - self.cfg.num_visible
         return decoder.predict(imgs, ~mask, V, self.evaluation)  # Eq. (1)
 
-    def loss(
-        self, pred: Tensor, other: Tensor | None, imgs: Tensor, mask: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, pred: Tensor, other: Tensor | None, imgs: Tensor, mask: Tensor) -> tuple:
         """Squared error of the assembled image, and each branch's share, in fp32.
 
         Without `other` the patches that it would predict count as errors of 0: for `pred`
@@ -412,10 +398,8 @@ def load_init(model: CoMA, path: str | Path) -> str:
     """Start from our weights; a report, or UserError and nothing is loaded."""
     state, report = engine.read_state(path, "--init")
     fresh = ("fusion.", "decoder_", "mask_token", "evaluation.")  # an encoder alone is whole, too
-    loaded = engine.load_weights(
-        model, state, path, lambda k: k.startswith(fresh), lambda k: not k.startswith("stages.")
-    )
-    return "; ".join(filter(None, [f"init        {loaded}", report]))
+    rules = lambda k: k.startswith(fresh), lambda k: not k.startswith("stages.")
+    return engine.load_weights(model, state, path, *rules, report)
 
 
 def load_encoder(path: str | Path, **kwargs) -> DyViT:
@@ -447,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     with engine.Run("coma_dyvit", cfg) as run:
         coma = CoMA(cfg)
         if cfg.init and run.checkpoint is None:
-            run.say(load_init(coma, cfg.init))
+            run.say(f"init        {load_init(coma, cfg.init)}")
             coma.follow()
         model = run.place(coma)
         optimizer = torch.optim.AdamW(

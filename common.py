@@ -1,10 +1,10 @@
-"""Vision-transformer parts that the four method scripts share and that no paper here contributes.
+"""Vision-transformer parts that the method scripts share and that no paper here contributes.
 
-    noise      uniform, STREAMS       a sample's randomness, a pure function of its seed
-    masks      random_mask, split     mask (B, L) bool, True = masked; and its index tensors
-    patches    patchify, unpatchify, Normalize, patch_statistics
+    masks      random_mask, split, fill      mask (B, L) bool, True = masked; its index tensors
+    patches    patchify, unpatchify, Normalize, pixel_target, sincos_2d
     blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
-    encoder    ViT                    what survives pre-training: features, pyramid, attention
+
+vit.py puts them together to the encoder that survives pre-training.
 
 Axes: B batch, L tokens, P prefix tokens, D width, C H W image, h w grid, p patch.
 """
@@ -16,44 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from noise import DROP_PATH, uniform
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-# ------------------------------------------------------------------------------------------ noise
-
-# A stream is a purpose. Draws of two purposes must not share numbers, and without streams a short
-# draw would be a prefix of a longer one.
-STREAMS = (
-    "MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW", "DROPOUT",
-)  # fmt: skip
-MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(len(STREAMS))
-
-
-def _mix(h: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64 (two-round xor-shift-multiply, full avalanche).
-
-    Both multipliers are below 2**31, so products stay below 2**63 and nothing overflows.
-    """
-    h = ((h ^ (h >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    h = ((h ^ (h >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return h ^ (h >> 15)
-
-
-def uniform(seed: Tensor, n: int, stream: int) -> Tensor:
-    """Draw `n` numbers a sample that depend on nothing but (seed, stream, position).
-
-    Args:
-        seed: (B,) int64, one a sample, non-negative.
-        n: how many.
-        stream: one of the named integers above.
-    Returns: (B, n) float32 in the open interval (0, 1), on the seed's device.
-    """
-    position = torch.arange(n, device=seed.device)
-    h = _mix((seed & 0xFFFFFFFF) ^ _mix(torch.full_like(seed, stream + 1)))
-    h = _mix(h ^ (seed >> 32))  # (B,)
-    h = _mix(_mix(h[:, None] ^ _mix(position + 0x9E3779B9)[None]) + position & 0xFFFFFFFF)
-    # 23 bits and a half: the largest value, 1 - 2**-24, is exact in fp32, so 1 is never reached.
-    return ((h >> 9).float() + 0.5) * 2.0**-23
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -135,10 +100,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss` has them.
-
-    The variance is the unbiased one and 1e-6 is added to it before the root.
-    """
+    """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss`."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -302,16 +264,17 @@ class Block(nn.Module):
         return x + (y if drop is None else drop[1] * y)
 
 
-def drop_path(seed: Tensor, depth: int, rate: float) -> Tensor:
+def drop_path(seed: Tensor, depth: int, rate: float, stream: int = DROP_PATH) -> Tensor:
     """Stochastic depth from the samples' seeds; a block's two branches are drawn apart, as timm's.
 
     Args:
         seed: (B,) int64.
         depth: number of blocks; the drop probability grows linearly from 0 to `rate`.
+        stream: of the noise; another one for a second stack.
     Returns: (depth, 2, B, 1, 1) float32: 0 where dropped, 1 / keep probability elsewhere.
     """
     p = torch.linspace(0, rate, depth, device=seed.device).repeat_interleave(2)
-    keep = uniform(seed, 2 * depth, DROP_PATH) >= p  # (B, 2 * depth)
+    keep = uniform(seed, 2 * depth, stream) >= p  # (B, 2 * depth)
     return (keep / (1 - p)).T.unflatten(0, (depth, 2))[..., None, None]
 
 
@@ -344,130 +307,3 @@ def init_weights(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if name.endswith(("_token", "_tokens", "task_embed")):
             nn.init.normal_(p, std=0.02)
-
-
-# ---------------------------------------------------------------------------------------- encoder
-
-
-class ViT(nn.Module):
-    """Plain vision transformer with timm's parameter names and fixed position embedding.
-
-    Args:
-        image_size: (H, W) the position embedding is kept for; any other size works and costs
-            computing it anew.
-        trained_size: (H, W) that pre-training saw, which positions of any size refer to (see
-            `sincos_2d`); None: `image_size`.
-        drop_path: the last block's rate, used when `seed` is given (fine-tuning, BEiT).
-        class_token, reg_tokens: timm's prefix tokens, before the patches and without position.
-    """
-
-    trained_norm = True  # pre-training's final norm sees what features are taken from
-    probe_layer: float | None = None  # where a linear probe reads, of the depth; None: after it
-
-    def __init__(
-        self, image_size: Sequence[int] = (224, 224), patch_size: int = 16, embed_dim: int = 768,
-        depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, class_token: bool = True,
-        reg_tokens: int = 0, init_values: float | None = None, drop_path: float = 0.0,
-        trained_size: Sequence[int] | None = None,
-    ):  # fmt: skip
-        super().__init__()
-        self.patch_size, self.embed_dim, self.drop_path = patch_size, embed_dim, drop_path
-        self.strides, self.depth = (patch_size,) * 4, depth
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.trained_grid = tuple(n // patch_size for n in trained_size or image_size)
-        self.patch_embed = PatchEmbed(patch_size, 3, embed_dim)
-        if class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if reg_tokens:
-            self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim))
-        self.num_prefix = int(class_token) + reg_tokens
-        position = sincos_2d(embed_dim, *self.grid, self.trained_grid)
-        self.register_buffer("pos_embed", position, persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, init_values) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-
-    def grid_of(self, imgs: Tensor) -> tuple[int, int]:
-        """Patch grid (h, w) of images; ValueError where the patch size does not divide them."""
-        (H, W), p = imgs.shape[-2:], self.patch_size
-        if H % p or W % p:
-            raise ValueError(f"image size {H}x{W} is not divisible by the patch size {p}")
-        return H // p, W // p
-
-    def position(self, h: int, w: int) -> Tensor:
-        """Position embedding of a grid, (h*w, D); a learned one, (1, L, D), is resized."""
-        if isinstance(self.pos_embed, nn.Parameter):
-            return resize_position(self.pos_embed, self.grid, (h, w))
-        if (h, w) == self.grid:
-            return self.pos_embed
-        return sincos_2d(self.embed_dim, h, w, self.trained_grid).to(self.pos_embed)
-
-    def embed(self, imgs: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to tokens with position, (B, L, D)."""
-        h, w = self.grid_of(imgs)
-        return self.patch_embed(patchify(imgs, self.patch_size)) + self.position(h, w)
-
-    def add_prefix(self, x: Tensor) -> Tensor:
-        """Put the prefix tokens before x: (B, L, D) to (B, P + L, D)."""
-        prefix = [getattr(self, n) for n in ("cls_token", "reg_token") if hasattr(self, n)]
-        return torch.cat([*(t.expand(len(x), -1, -1) for t in prefix), x], dim=1)
-
-    def tokens(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
-        """What enters the blocks, (B, P + L, D); `seed` is for blocks that come before."""
-        return self.add_prefix(self.embed(imgs))
-
-    def drops(self, seed: Tensor | None) -> Sequence:
-        """Scales of each block's branches (see `drop_path`), of all `depth` blocks; or None."""
-        if seed is None or self.drop_path == 0:
-            return [None] * self.depth
-        return drop_path(seed, self.depth, self.drop_path)
-
-    def run(
-        self, x: Tensor, layers: Sequence[int] = (), seed: Tensor | None = None
-    ) -> list[Tensor]:
-        """Run the blocks on (B, P + L, D); the outputs after `layers` (1-based), then the last."""
-        outputs, scales = {}, self.drops(seed)[-len(self.blocks) :]
-        for i, (block, scale) in enumerate(zip(self.blocks, scales), start=1):
-            x = block(x, scale)
-            if i in layers:
-                outputs[i] = x
-        return [outputs[i] for i in layers] + [x]
-
-    def forward_features(
-        self, imgs: Tensor, layers: Sequence[int] | None = None, seed: Tensor | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Features of whole images.
-
-        Args:
-            imgs: (B, 3, H, W) float, normalised; H and W multiples of the patch size.
-            layers: 1-based blocks, outputs before the final norm; None = the last, after it.
-            seed: (B,) int64 turns drop path on.
-        Returns: for each layer, (tokens (B, L, D), prefix (B, P, D)).
-        """
-        *chosen, x = self.run(self.tokens(imgs, seed), layers or (), seed)
-        chosen = [self.norm(x)] if layers is None else chosen
-        return [(x[:, self.num_prefix :], x[:, : self.num_prefix]) for x in chosen]
-
-    def forward_pyramid(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
-        """Four maps (B, D, h, w) from a third, a half, two thirds and all of the depth.
-
-        For depth 12 these are blocks 4, 6, 8, 12, the ones that BEiT and MAE give to UperNet.
-        """
-        layers = [max(1, round(len(self.blocks) * f)) for f in (1 / 3, 1 / 2, 2 / 3, 1)]
-        h, w = self.grid_of(imgs)
-        features = self.forward_features(imgs, layers, seed)
-        return [t[:, : h * w].transpose(1, 2).unflatten(2, (h, w)) for t, _ in features]
-
-    def attention(self, imgs: Tensor, layer: int) -> Tensor:
-        """Attention matrices of one block (1-based), (B, heads, P + L, P + L)."""
-        x = self.tokens(imgs)
-        for block in self.blocks[: layer - 1]:
-            x = block(x)
-        return self.blocks[layer - 1].attn.weights(self.blocks[layer - 1].norm1(x))
-
-    def layer_ids(self) -> dict[str, int]:
-        """Depth of every parameter for layer-wise decay: 0 embedding, 1.. blocks, last the norm."""
-        parts = enumerate([*self.blocks, self.norm], start=1)
-        depth = {p: i for i, part in parts for p in part.parameters()}
-        return {name: depth.get(p, 0) for name, p in self.named_parameters()}

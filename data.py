@@ -6,7 +6,7 @@ label stride; `label`, `seed`, `bad` (B,) int64. What a method does not ask for 
 Map: `GRANULARITIES`                            what lies in which folder and becomes what
      `sample_seed`, `BatchSampler`, `collate`   which samples, in which order, with which seeds
      `random_crop`, `centre_crop`, `relabel`    geometry and labels, in numpy
-     `FolderDataset`, `check`                   a folder of images, with or without maps
+     `FolderDataset`, `check`                   images with or without maps, in folders or shards
 
 All randomness comes from a sample's seed, so nothing depends on the number of workers or ranks, or
 on where a run was interrupted. docs/data.md has the layout of a folder.
@@ -230,8 +230,8 @@ class FolderDataset(Dataset):
         self.files = files = scan(root, split, granularities) if files is None else files
         if not set(granularities) <= set(files.folders):
             raise UserError(f"this list of files has {', '.join(files.folders)} alone")
-        self.folders = {g: f"{root}/{folder}" for g, folder in files.folders.items()}
-        self.granularities, self.classes = tuple(granularities), files.classes
+        files.verify(root)
+        self.root, self.granularities, self.classes = root, tuple(granularities), files.classes
         self.scale, self.train, self.seed, self.crop_pct = scale, train, seed, crop_pct
         self.semantic_classes, self.transform = semantic_classes, transform or self.crop
 
@@ -240,19 +240,23 @@ class FolderDataset(Dataset):
 
     def load(self, index: int) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Decode an image (3, H, W) and its maps (H, W). Raises Unreadable; UserError on maps."""
-        name, maps = self.files.name(index), {}
+        files, maps = self.files, {}
         try:
-            rgb = decode_image(read_bytes(f"{self.folders['rgb']}/{name}"))
+            rgb = decode_image(files.read(self.root, "rgb", index))
+        except UserError:  # a damaged shard
+            raise
         except Exception as error:  # Pillow raises anything on broken files
-            raise Unreadable(f"{name}: {error or type(error).__name__}") from None
+            raise Unreadable(f"{files.name(index)}: {error or type(error).__name__}") from None
         for granularity in (g for g in self.granularities if g != "rgb"):
-            path = f"{self.folders[granularity]}/{name.rpartition('.')[0]}.png"
             try:
-                maps[granularity] = decode_map(read_bytes(path))
+                maps[granularity] = decode_map(files.read(self.root, granularity, index))
+                problem = self.misfit(granularity, maps[granularity], rgb.shape[1:])
+            except UserError:
+                raise
             except Exception as error:
-                raise UserError(f"{path}: {error or type(error).__name__}") from None
-            if problem := self.misfit(granularity, maps[granularity], rgb.shape[1:]):
-                raise UserError(f"{path}: {problem}")
+                problem = str(error) or type(error).__name__
+            if problem:
+                raise UserError(f"{files.where(self.root, granularity, index)}: {problem}")
         return rgb, maps
 
     def misfit(self, granularity: str, ids: np.ndarray, size: Sequence[int]) -> str | None:
@@ -285,10 +289,10 @@ class FolderDataset(Dataset):
             rgb = rgb.contiguous(memory_format=torch.channels_last)
             rgb = F.interpolate(rgb, self.size, mode="bicubic", antialias=True)[0]
             sample["rgb"] = (rgb.flip(-1) if flip else rgb).contiguous()
+        rows = nearest(top, h, self.label_size[0])
+        cols = nearest(left, w, self.label_size[1], flip)
         for granularity, ids in maps.items():
-            rows = nearest(top, h, self.label_size[0])[:, None]
-            cols = nearest(left, w, self.label_size[1], flip)
-            ids = GRANULARITIES[granularity].prepare(ids[rows, cols])
+            ids = GRANULARITIES[granularity].prepare(ids[rows][:, cols])
             sample[granularity] = torch.from_numpy(ids)
         return sample
 

@@ -4,14 +4,18 @@
     decode_image, decode_map     bytes to arrays; nothing of a broken file is believed
 
 A folder is ROOT/{train,val}/{rgb,instance,semantic}/, with class folders or without; docs/data.md.
+Where tools/pack.py made shards of it, ROOT/{train,val}/ is a list of files itself, see shards.py.
 """
 
+import contextlib
 import io
 import json
 import os
+import struct
 import time
+import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,21 +37,27 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 LAYOUT = """
 Expected: ROOT/{train,val}/rgb/[CLASS/]NAME.jpg and, where maps are asked for,
 ROOT/{train,val}/{instance,semantic}/[CLASS/]NAME.png; or, for RGB alone,
-ROOT/{train,val}/[CLASS/]NAME.jpg. To start without any files: --data shapes"""
+ROOT/{train,val}/[CLASS/]NAME.jpg, or a folder of photographs.
+To start without any files: --data shapes"""
 
 
 class Unreadable(Exception):
     """An image that cannot be decoded; training replaces it."""
 
 
-def read_bytes(path: str) -> np.ndarray:
-    """Return a file's bytes, (n,) uint8; network file systems get three more chances."""
+def patiently(read: Callable[[], np.ndarray]) -> np.ndarray:
+    """Call `read` until it raises no OSError; network file systems get three more chances."""
     for pause in (0.05, 0.1, 0.2):
         try:
-            return np.fromfile(path, np.uint8)
+            return read()
         except OSError:
             time.sleep(pause)
-    return np.fromfile(path, np.uint8)
+    return read()
+
+
+def read_bytes(path: str) -> np.ndarray:
+    """Return a file's bytes, (n,) uint8."""
+    return patiently(lambda: np.fromfile(path, np.uint8))
 
 
 def open_image(data: np.ndarray, formats: Sequence[str]) -> Image.Image:
@@ -79,6 +89,30 @@ def decode_image(data: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def unfiltered(data: bytes) -> np.ndarray | None:
+    """Ids (H, W) uint8 of a palette PNG of 8 bits whose rows are not filtered, as Pillow and libpng
+    write them, in half of Pillow's time; None of any other, for Pillow to read or to refuse.
+    """
+    width, height, *kind = struct.unpack_from(">2I5B", data.ljust(29), 16)
+    if kind != [8, 3, 0, 0, 0] or width * height > Image.MAX_IMAGE_PIXELS:
+        return None
+    at, parts, name = 8, [], b""
+    while at + 8 <= len(data) and name != b"IEND":
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name == b"IDAT":
+            parts.append(data[at + 8 : at + 8 + length])
+        at += 12 + length
+    size, stream = height * (width + 1), zlib.decompressobj()  # a row's filter stands before it
+    try:
+        rows = np.frombuffer(stream.decompress(b"".join(parts), size + 1), np.uint8)
+    except zlib.error:
+        return None
+    if name != b"IEND" or not stream.eof or len(rows) != size:
+        return None
+    rows = rows.reshape(height, width + 1)
+    return None if rows[:, 0].any() else rows[:, 1:]
+
+
 def decode_map(data: np.ndarray) -> np.ndarray:
     """Decode a label map's bytes to ids (H, W), 8 bits or wider; any Exception says what is wrong.
 
@@ -86,6 +120,8 @@ def decode_map(data: np.ndarray) -> np.ndarray:
     """
     if bytes(data[:8]) != b"\x89PNG\r\n\x1a\n":
         raise ValueError("not a PNG file")
+    if (ids := unfiltered(data.tobytes())) is not None:
+        return ids
     with open_image(data, ("PNG",)) as image:
         depth, colour = data[24], data[25]  # in the IHDR chunk; 0 is grey, 3 palette
         if colour != 3 and (colour or depth < 8):
@@ -106,22 +142,26 @@ class FileList:
         classes: names, in the order of the labels.
     """
 
+    ARRAYS: tuple[str, ...] = ("names", "labels")  # each a .npy of its own
+    FACTS: tuple[str, ...] = ("folders", "classes")  # in files.json
+
     def __init__(self, names: np.ndarray, labels: np.ndarray, folders: dict, classes: list):
+        if names.shape != labels.shape or names.dtype.kind != "S":
+            raise ValueError("names and labels do not fit each other")
         self.names, self.labels, self.folders, self.classes = names, labels, folders, classes
         self.place = None
 
-    @classmethod
-    def open(cls, place: str | os.PathLike) -> "FileList":
-        """Map the list that `save` left in a folder."""
+    @staticmethod
+    def open(place: str | os.PathLike) -> "FileList":
+        """Map the list that `save` left in a folder, a ShardList where it is one of shards."""
         try:
             with open(f"{place}/files.json") as file:
                 meta = json.load(file)
-            names, labels = (
-                np.load(f"{place}/{k}.npy", mmap_mode="r") for k in ("names", "labels")
-            )
-            files = cls(names, labels, meta["folders"], meta["classes"])
-            if names.shape != labels.shape or names.dtype.kind != "S":
-                raise ValueError("names and labels do not fit each other")
+            cls = FileList
+            if "shards" in meta:
+                from shards import ShardList as cls  # which needs this module
+            arrays = {k: np.load(f"{place}/{k}.npy", mmap_mode="r") for k in cls.ARRAYS}
+            files = cls(**arrays, **{k: meta[k] for k in cls.FACTS})
         except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
             raise UserError(f"cannot read the list of files in {place}: {error}") from None
         files.place = place
@@ -130,22 +170,55 @@ class FileList:
     def save(self, place: str | os.PathLike) -> "FileList":
         """Write the list into a folder, its description last, and return it mapped."""
         os.makedirs(place, exist_ok=True)
-        np.save(f"{place}/names.npy", self.names)
-        np.save(f"{place}/labels.npy", self.labels)
-        with open(f"{place}/files.json.tmp", "w") as file:
-            json.dump({"folders": self.folders, "classes": self.classes}, file)
-        os.replace(f"{place}/files.json.tmp", f"{place}/files.json")
+        for name in self.ARRAYS:
+            with replacing(f"{place}/{name}.npy") as file:
+                np.save(file, getattr(self, name))
+        with replacing(f"{place}/files.json") as file:
+            file.write(json.dumps({k: getattr(self, k) for k in self.FACTS}).encode())
         return FileList.open(place)
 
     def __reduce__(self):  # a worker that is started afresh maps the files again
-        parts = (self.names, self.labels, self.folders, self.classes)
-        return (FileList.open, (self.place,)) if self.place else (FileList, parts)
+        parts = [getattr(self, name) for name in (*self.ARRAYS, *self.FACTS)]
+        return (FileList.open, (self.place,)) if self.place else (type(self), tuple(parts))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         return os.fsdecode(bytes(self.names[index]))
+
+    def where(self, root: str, granularity: str, index: int) -> str:
+        """The path of an image or of one of its maps."""
+        name = self.name(index)
+        name = name if granularity == "rgb" else f"{name.rpartition('.')[0]}.png"
+        return f"{root}/{self.folders[granularity]}/{name}"
+
+    def read(self, root: str, granularity: str, index: int) -> np.ndarray:
+        """Bytes (n,) uint8 of an image or of one of its maps. Raises OSError."""
+        return read_bytes(self.where(root, granularity, index))
+
+    def verify(self, root: str) -> None:
+        """UserError where what is listed cannot be there; single files are met as they are read."""
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[io.BufferedWriter]:
+    """Open a file to write, which takes its name once it is whole and on the disk."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise
+
+
+def packed(folder: str) -> FileList | None:
+    """Open a split that tools/pack.py wrote; None of any other folder."""
+    return FileList.open(folder) if os.path.isfile(f"{folder}/files.json") else None
 
 
 def subfolders(path: str) -> list[str]:
@@ -157,13 +230,13 @@ def subfolders(path: str) -> list[str]:
 
 def class_folders(path: str) -> list[str]:
     """Return the names of the folders that hold an image, at any depth, sorted: the classes."""
+    if files := packed(path):
+        return [files.classes[label] for label in np.unique(files.labels) if label >= 0]
 
     def holds(folder: str, above: tuple = ()) -> bool:
         place = os.path.realpath(folder)
         return place not in above and any(  # a link to a folder above
-            holds(e.path, (*above, place))
-            if e.is_dir()
-            else e.name.rpartition(".")[2].lower() in SUFFIXES
+            holds(e.path, (*above, place)) if e.is_dir() else is_image(e.name)
             for e in os.scandir(folder)
             if e.name[0] != "."
         )
@@ -175,11 +248,23 @@ def class_folders(path: str) -> list[str]:
 
 
 def layout(root: str, split: str) -> dict[str, str]:
-    """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them."""
+    """Return {granularity: folder below root} of a split; {"rgb": split} if it has none of them.
+
+    A folder with photographs in it and no splits is a train split itself: {"rgb": "."}.
+    """
+    if files := packed(f"{root}/{split}"):
+        return dict.fromkeys(files.folders, split)
     inside = subfolders(f"{root}/{split}")
     names = [(g, name) for g, folders in FOLDERS.items() for name in reversed(folders)]
     found = {g: f"{split}/{name}" for g, name in names if name in inside}
+    if not found and split == "train" and not {"train", "val"} & set(subfolders(root)):
+        names = os.listdir(root) if os.path.isdir(root) else ()
+        return {"rgb": "."} if any(n[0] != "." and is_image(n) for n in names) else {}
     return found or ({"rgb": split} if os.path.isdir(f"{root}/{split}") else {})
+
+
+def is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in SUFFIXES
 
 
 def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> Iterator[tuple]:
@@ -208,7 +293,7 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     """List a split's images, sorted, and make sure that each has its maps (rank 0 only).
 
     Classes are the first-level folders of train and val together that hold an image, so both splits
-    number them alike.
+    number them alike. A packed split was listed so when it was packed.
     """
     base, folders = f"{root}/{split}", layout(root, split)
     if not folders:
@@ -220,8 +305,12 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     lacking = [g for g in ("rgb", *granularities) if g not in folders]
     if lacking:
         found = f"only {', '.join(folders)} found in {base}, no {', '.join(lacking)}"
+        if "instance" in lacking:
+            found += ". CFMAE learns from images alone, too: --granularities R"
         raise UserError(found + LAYOUT)
     folders = {g: folders[g] for g in FOLDERS if g == "rgb" or g in granularities}
+    if files := packed(base):
+        return files
     images, *maps = (f"{root}/{folder}" for folder in folders.values())
     places = [f"{root}/{layout(root, s).get('rgb', '?')}" for s in {split, "train", "val"}]
     classes = sorted({name for place in places for name in class_folders(place)})
@@ -235,6 +324,11 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
             orphans += [f"\n  {name}: not in {m}" for m in lacking if len(orphans) < 5]
     except OSError as error:
         raise UserError(f"cannot list {images}: {error}") from None
+    if not labels and any(name.endswith(".tar") for name in os.listdir(images)):
+        raise UserError(
+            f"{images} holds shards without their index, files.json: packing did not finish; the "
+            "same tools.pack command continues it"
+        )
     if not labels:
         raise UserError(f"no images ({' '.join(SUFFIXES)}) in {images}{LAYOUT}")
     if count:

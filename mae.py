@@ -25,9 +25,11 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import MASK, Block, Normalize, ViT, fill, gather, init_weights, is_sincos, patchify
-from common import pixel_picture, pixel_target, random_mask, sincos_2d, split, uniform
+from common import Block, Normalize, fill, gather, init_weights, is_sincos, patchify
+from common import pixel_picture, pixel_target, random_mask, sincos_2d, split
 from engine import UserError, arg, cosine, decay_groups, divides, parse, require
+from noise import MASK, uniform
+from vit import ViT
 
 
 @dataclass
@@ -89,7 +91,7 @@ def make_mask(cfg: Config, batch: dict[str, Tensor], progress: Tensor) -> Tensor
 
 
 def make_encoder(cfg: Config, **kwargs) -> ViT:
-    """The network that survives; kwargs as `common.ViT`'s: image_size (H, W), drop_path, ..."""
+    """The network that survives; kwargs as `vit.ViT`'s: image_size (H, W), drop_path, ..."""
     sizes = {k: getattr(cfg, k) for k in ("patch_size", "embed_dim", "depth", "num_heads")}
     return ViT(**{"image_size": (cfg.image_size,) * 2, **sizes, **kwargs})
 
@@ -169,10 +171,8 @@ def load_init(model: MAE, path: str | Path) -> str:
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
     decoder = ("decoder_", "mask_token")  # a file of the encoder alone is whole, too
-    loaded = engine.load_weights(
-        model, state, path, lambda k: k.startswith(decoder), lambda k: not k.startswith("blocks.")
-    )
-    return "; ".join(filter(None, [f"init        {loaded}", report]))
+    rules = lambda k: k.startswith(decoder), lambda k: not k.startswith("blocks.")
+    return engine.load_weights(model, state, path, *rules, report)
 
 
 def load_encoder(path: str | Path, **kwargs) -> ViT:
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     with engine.Run("mae", cfg) as run:
         mae = MAE(cfg)
         if cfg.init and run.checkpoint is None:
-            run.say(load_init(mae, cfg.init))
+            run.say(f"init        {load_init(mae, cfg.init)}")
         model = run.place(mae)
         optimizer = torch.optim.AdamW(
             decay_groups(mae, cfg.weight_decay), lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True

@@ -31,10 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import MASK, Block, Normalize, ViT, fill, gather, init_weights, is_sincos
-from common import patchify, pixel_picture, pixel_target, random_mask, resize_position, sincos_2d
-from common import split, uniform, unpatchify
+from common import Block, Normalize, fill, gather, init_weights, is_sincos, patchify
+from common import pixel_picture, pixel_target, random_mask, resize_position, sincos_2d, split
+from common import unpatchify
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
+from noise import MASK, uniform
+from vit import ViT
 
 
 @dataclass
@@ -198,23 +200,19 @@ class Encoder(ViT):
     trained_norm = False  # the norm is trained on E1 + E2 + E3
 
     def __init__(self, cfg: Config, image_size=None, trained_size=None, drop_path: float = 0.0):
-        nn.Module.__init__(self)
         (C1, C2, C3), (L1, L2, L3), (P1, P2, P3) = cfg.sizes
         p, size = cfg.patch_size, image_size or (cfg.image_size, cfg.image_size)
-        self.patch_size, self.embed_dim, self.drop_path = p, C3, drop_path
-        self.num_prefix, self.depth, self.strides = 0, L1 + L2 + L3, (p // 4, p // 2, p, p * 2)
-        self.grid, self.trained_grid = ((h // p, w // p) for h, w in (size, trained_size or size))
+        super(ViT, self).__init__(size, p, C3, L1 + L2 + L3, trained_size, drop_path)
+        self.strides = (p // 4, p // 2, p, p * 2)
         self.patch_embed1 = Stem(p // 4, 3, C1)
         self.patch_embed2, self.patch_embed3 = Stem(2, C1, C2), Stem(2, C2, C3)
         self.patch_embed4 = nn.Linear(C3, C3)
         self.blocks1 = nn.ModuleList(ConvBlock(C1, P1, cfg.kernel_size) for _ in range(L1))
         self.blocks2 = nn.ModuleList(ConvBlock(C2, P2, cfg.kernel_size) for _ in range(L2))
         self.blocks3 = nn.ModuleList(Block(C3, cfg.num_heads, P3) for _ in range(L3))
-        position = sincos_2d(C3, *self.grid, self.trained_grid)
+        self.add_position()
         if cfg.learned_position:
-            self.pos_embed = nn.Parameter(position[None])  # (1, L, C3)
-        else:
-            self.register_buffer("pos_embed", position, persistent=False)
+            self.learn_position()
         self.norm = nn.LayerNorm(C3, eps=1e-6)
         self.fourth = nn.MaxPool2d(2)  # E4 of E3, Sec. 2.3
 
@@ -264,7 +262,7 @@ class Encoder(ViT):
 
 
 def make_encoder(cfg: Config, **kwargs) -> Encoder:
-    """The network that survives; kwargs as `common.ViT`'s: image_size (H, W), drop_path, ..."""
+    """The network that survives; kwargs as `vit.ViT`'s: image_size (H, W), drop_path, ..."""
     return Encoder(cfg, **kwargs)
 
 
@@ -394,8 +392,7 @@ def load_init(model: MCMAE, path: str | Path, key: str | None = None) -> str:
     whole = {k.split(".")[0] for k in state}
     whole |= {k for k in own if k.startswith(("patch_embed", "blocks"))}
     may_miss, may_stay = (lambda k, s=s: k.split(".")[0] not in s for s in (whole, own))
-    loaded = engine.load_weights(model, state, path, may_miss, may_stay)
-    return "; ".join(filter(None, [f"init        {loaded}", report]))
+    return engine.load_weights(model, state, path, may_miss, may_stay, report)
 
 
 def load_encoder(path: str | Path, **kwargs) -> Encoder:
@@ -433,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     with engine.Run("mcmae", cfg) as run:
         mcmae = MCMAE(cfg)
         if cfg.init and run.checkpoint is None:
-            run.say(load_init(mcmae, cfg.init, cfg.init_key))
+            run.say(f"init        {load_init(mcmae, cfg.init, cfg.init_key)}")
         model = run.place(mcmae)
         optimizer = torch.optim.AdamW(
             decay_groups(mcmae, cfg.weight_decay), lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True

@@ -44,11 +44,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import AUGMENT, MASK, Block, CrossAttention, LayerScale, Mlp, Normalize, ViT, attend
-from common import drop_path, gather, init_weights, patchify, random_mask, resize_position, split
-from common import uniform
+from common import Block, CrossAttention, LayerScale, Mlp, Normalize, attend, drop_path
+from common import gather, init_weights, patchify, random_mask, resize_position, split
 from engine import arg, cosine, decay_groups, divides, parse, require
+from noise import AUGMENT, DROP_PATH_2, MASK, uniform
 from targets import DALLE, HOG, draw_hog, load_tokenizer
+from vit import ViT
 
 # Table 2, by target; base_lr * 2048 / 256 gives its peaks, 1.6e-3 and 1.5e-3. Drop path and layer
 # scale as the public code.
@@ -175,13 +176,11 @@ class Encoder(ViT):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        pos_embed = self.pos_embed[None].clone()
-        del self.pos_embed  # the fixed one
-        self.pos_embed = nn.Parameter(pos_embed)  # learned; `init` says how it starts
+        self.learn_position()  # `SemanticMIM.init` says how it starts
 
 
 def make_encoder(cfg: Config, **kwargs) -> Encoder:
-    """The network that survives; kwargs as `common.ViT`'s: image_size (H, W), drop_path, ..."""
+    """The network that survives; kwargs as `vit.ViT`'s: image_size (H, W), drop_path, ..."""
     sizes = {k: getattr(cfg, k) for k in ("patch_size", "embed_dim", "depth", "num_heads")}
     tokens = {"class_token": not cfg.proxies, "reg_tokens": cfg.proxies}
     sizes |= {"image_size": (cfg.image_size,) * 2, "init_values": cfg.layer_scale}
@@ -285,8 +284,9 @@ class SemanticMIM(nn.Module):
         hidden = self.mask_token + gather(position, ids_mask)  # [MASK], (B, M, D)
         depth, rate = len(encoder.blocks), self.cfg.drop_path
         scales = scales_2 = [None] * depth
-        if seed is not None and rate > 0:  # another seed for the second stack: independent drops
-            scales, scales_2 = drop_path(seed, depth, rate), drop_path(seed ^ 1, depth, rate)
+        if seed is not None and rate > 0:
+            scales = drop_path(seed, depth, rate)
+            scales_2 = drop_path(seed, depth, rate, DROP_PATH_2)  # independent of the first
         if not self.decoder_blocks:  # the baseline as printed: its last layer is whole
             x = torch.cat([x, hidden], dim=1)  # [CLS, IMG, MASK]; order matters to none of them
             for block, scale in zip(encoder.blocks, scales):

@@ -152,12 +152,20 @@ class ShapeScenes(Dataset):
         canvas += tones[0][:, band]
         return canvas, np.array(kinds, np.uint8)[band]
 
-    def _paint(self, draw, y, x, canvas: np.ndarray, light: float, spread: float) -> tuple:
-        """Paint an object and its shadow; return its shape, window and cover in the window."""
+    def _paint(
+        self, draw, y, x, canvas: np.ndarray, light: float, spread: float,
+        pose: tuple = (0.0, 0.0, 0.0, 1.0),
+    ) -> tuple:  # fmt: skip
+        """Paint an object and its shadow; return its shape, window and cover in the window.
+
+        `pose` moves what is drawn: down, right, by an angle, in size (motion.py).
+        """
         shape = int(draw() * len(SHAPES))
-        cy, cx = (e * (0.5 + spread * (2 * draw() - 1)) for e in self.extent)
-        angle, aspect = 2 * math.pi * draw(), 0.85 + 0.3 * draw()
-        size = (0.09 + 0.09 * draw()) * self.scale[shape]
+        cy, cx = (
+            e * (0.5 + spread * (2 * draw() - 1)) + shift for e, shift in zip(self.extent, pose)
+        )
+        angle, aspect = 2 * math.pi * draw() + pose[2], 0.85 + 0.3 * draw()
+        size = (0.09 + 0.09 * draw()) * self.scale[shape] * pose[3]
         reach = size * float(self.outlines[shape].max()) * max(aspect, 1 / aspect)
         rows = slice(*np.searchsorted(y, (cy - reach, cy + reach)))
         cols = slice(*np.searchsorted(x, (cx - reach, cx + reach)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2 as T
 
 import data
-from common import AUGMENT, uniform
+from noise import AUGMENT, uniform
 
 
 # -------------------------------------------------------------------------------- in the loader

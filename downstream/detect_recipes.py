@@ -20,7 +20,6 @@ import engine.config
 import torch
 from torch import nn
 
-from common import IMAGENET_MEAN, IMAGENET_STD
 from downstream import encoders, transfer
 from downstream.objects import CANVAS
 from engine import UserError, arg, require
@@ -75,11 +74,8 @@ def _optim(*args, **kwargs):
 
 
 @dataclass
-class Config(transfer.Config):
-    """Settings of a run. None: what RECIPES has for the encoder's method.
-
-    `resolve` reads the encoder's description into the attribute `described`, which is no field.
-    """
+class Config(transfer.SourceConfig):
+    """Settings of a run. None: what RECIPES has for the encoder's method."""
 
     data: str = _data(
         "data/coco", "folder with {train,val}2017 and annotations/instances_*.json, or shapes"
@@ -162,7 +158,7 @@ class Config(transfer.Config):
 
     # No flags: the rate is --lr, its warm-up --warmup-steps, patches are the encoder's.
     SET: typing.ClassVar = tuple(
-        "patch_size base_lr min_lr warmup_epochs crop_scale_min crop_pct compile".split()
+        "patch_size base_lr min_lr warmup_epochs crop_scale_min compile".split()
     )
     FURTHER: typing.ClassVar = engine.config.Config.FURTHER + tuple(
         "dim proposals boxes beta1 beta2 clip_grad scale_min scale_max num_heads init_key mean std "
@@ -180,11 +176,8 @@ class Config(transfer.Config):
             raise UserError("--iterations and --epochs both say how long; give one")
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described, self.described["config"]["patch_size"])
-        depth = encoders.num_layers(encoder)
+        depth = encoder.num_layers
         transfer.fill(self, recipe(self, depth))
-        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        kept = {k: self.described.get(k, v) for k, v in pixels.items()}
-        transfer.fill(self, {k: ",".join(f"{x:g}" for x in v) for k, v in kept.items()})
         self.patch_size, self.base_lr = encoder.patch_size, self.lr * 256 / self.batch_size
         self.check_encoder(encoder)
         super().resolve()

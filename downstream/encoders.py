@@ -15,7 +15,7 @@ It has, beside the encoder's config:
     mean, std, input  of the pixels that the encoder expects, and who says so
     options           of `make_encoder`, beyond the config; {} unless a transfer sets some
 
-Every encoder keeps the contract of `common.ViT`. `source.py` reads the files.
+Every encoder keeps the contract of `vit.ViT`. `source.py` reads the files.
 """
 
 from collections.abc import Sequence
@@ -135,15 +135,8 @@ def build(
     if fixed and (train_position or description.get("learned_position")):
         if isinstance(encoder, coma_dyvit.DyViT):
             raise UserError("positions cannot be trained in DyViT, which computes them")
-        position = encoder.pos_embed
-        del encoder.pos_embed
-        encoder.pos_embed = nn.Parameter(position[None])  # (1, L, D), as timm's
+        encoder.learn_position()
     return encoder
-
-
-def num_layers(encoder: nn.Module) -> int:
-    """How many layers `forward_features` counts; DyViT counts over its stages."""
-    return sum(encoder.depths) if hasattr(encoder, "depths") else len(encoder.blocks)
 
 
 def load(

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import data
 from common import Normalize
-from downstream import encoders
 from downstream.transfer import Config, in_classes
 from engine import UserError
 from engine.folder import open_data
@@ -35,7 +34,7 @@ IN_MEMORY = 8 * 2**30  # bytes of features that are read into memory; more stay 
 
 def choose_layers(text: str | None, encoder: nn.Module) -> list[str]:
     """Layers of `--layers`: numbers, `norm`, or `all`; UserError on others."""
-    depth = encoders.num_layers(encoder)
+    depth = encoder.num_layers
     if text is None:
         share = encoder.probe_layer
         return ["norm"] if share is None else [str(math.ceil(depth * share))]
@@ -55,7 +54,7 @@ def features(
     Args:
         norm: what `norm` means after the mean (see `pooled_norm`); None: the encoder's, before it.
     """
-    depth, found = encoders.num_layers(encoder), []
+    depth, found = encoder.num_layers, []
     outputs = encoder.forward_features(imgs, [depth if n == "norm" else int(n) for n in layers])
     for name, (tokens, prefix) in zip(layers, outputs):
         for kind, x in (("patch", tokens), ("prefix", prefix)):

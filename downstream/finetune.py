@@ -139,7 +139,7 @@ class Config(transfer.Config):
     SET = (*transfer.Config.SET, "preview_epochs")
     FURTHER: typing.ClassVar = tuple(
         "crop_scale_min min_lr beta1 beta2 clip_grad switch_prob rand_augment_std color_jitter "
-        "head_std log_every save_minutes save_epochs deterministic".split()
+        "head_std log log_every save_minutes save_epochs deterministic".split()
     )
     # Those after FREE's own: what runs from before had in their config.
     FREE = engine.config.Config.FREE + tuple(
@@ -154,7 +154,7 @@ class Config(transfer.Config):
 
     def resolve(self) -> None:
         """Read the encoder's description, fill in the recipe, refuse what cannot work."""
-        self.described = transfer.describe(self, self.granularities)
+        self.described = transfer.describe(self, self.granularities, image_size=self.image_size)
         method, maps = self.described["method"], len(self.names) > 1
         recipe = recipes.finetuning(self.described, self.recipe == "table3", maps)
         recipe |= recipes.TINY["finetune"] if self.model == "tiny" else {}
@@ -182,7 +182,7 @@ class Classifier(nn.Module):
     def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
         super().__init__()
         self.cfg, self.encoder, self.classes = cfg, encoder, classes
-        self.normalize, self.layer = Normalize(*cfg.statistics), encoders.num_layers(encoder)
+        self.normalize, self.layer = Normalize(*cfg.statistics), encoder.num_layers
         dim = encoder.norm.normalized_shape[0]
         encoder.norm.requires_grad_(False)
         self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))

@@ -27,9 +27,10 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import roi_align
 
-from common import uniform
+from noise import uniform
 
-ANCHORS, BOXES = 101, 102  # streams of noise, beside common.STREAMS
+
+ANCHORS, BOXES = 101, 102  # streams of noise, beside noise.STREAMS
 CELL = 8  # an anchor's side, in strides: 32 at stride 4
 norm = partial(LayerNorm2d, eps=1e-6)
 

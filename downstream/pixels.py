@@ -2,13 +2,14 @@
 
     Augment              a crop of an image and its labels, for training
     Whole, slide         images at their own aspect, and windows over them
+    predict              logits of whole images
     count, scores        a whole split's pixels by class; mIoU, mean accuracy, pixel accuracy
 
 Images are (3, H, W) uint8, labels (H, W) uint8 with 255 = unlabelled. Crops and sizes are (H, W).
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import engine.config  # before torch: it sets how threads wait
 
@@ -207,6 +208,24 @@ def scores(matrix: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
 
 
 @torch.no_grad()
+def predict(
+    model: nn.Module, samples: list[dict], cfg: engine.config.Config, world: World
+) -> Iterator[tuple[dict, Tensor]]:
+    """Yield samples with their logits (1, C, h, w) at the size of their `rgb` (3, h, w), images of
+    one size together.
+    """
+    groups: dict[torch.Size, list[dict]] = {}
+    for sample in samples:
+        groups.setdefault(sample["rgb"].shape, []).append(sample)
+    for (_, h, w), group in groups.items():
+        imgs = torch.stack([padded(s["rgb"], cfg.crop, cfg.colour) for s in group])
+        imgs = imgs.to(world.device)
+        with world.autocast():
+            y = slide(model.logits, imgs, cfg.crop, cfg.micro_batch)[:, :, :h, :w]
+        yield from zip(group, y.split(1))
+
+
+@torch.no_grad()
 def count(
     model: nn.Module, dataset: data.Dataset, cfg: engine.config.Config, world: World
 ) -> tuple[Tensor, int]:
@@ -228,18 +247,11 @@ def count(
         failed = next((s for s in samples if "error" in s), {})
         if failed:
             break
-        samples, groups = [s for s in samples if "rgb" in s], {}
-        for sample in samples:
-            groups.setdefault(sample["rgb"].shape, []).append(sample)
-        for (_, h, w), group in groups.items():
-            imgs = torch.stack([padded(s["rgb"], cfg.crop, cfg.colour) for s in group])
-            imgs = imgs.to(world.device)
-            with world.autocast():
-                y = slide(model.logits, imgs, cfg.crop, cfg.micro_batch)[:, :, :h, :w]
-            for logits, sample in zip(y, group):
-                labels = sample["semantic"].to(world.device)
-                pred = resize(logits[None], labels.shape).argmax(1)[0]
-                matrix[:-1] += confusion(pred, labels, C).flatten().cpu()
+        samples = [s for s in samples if "rgb" in s]
+        for sample, logits in predict(model, samples, cfg, world):
+            labels = sample["semantic"].to(world.device)
+            pred = resize(logits, labels.shape).argmax(1)[0]
+            matrix[:-1] += confusion(pred, labels, C).flatten().cpu()
         matrix[-1] += len(samples)
     world.raise_error(failed)  # on every rank
     if world.size > 1:

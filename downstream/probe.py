@@ -87,13 +87,13 @@ class Config(transfer.Config):
     temperature: float = arg(0.07, "of their votes", within="(0, inf)")
 
     SET = transfer.Config.SET + tuple(  # all but the first have no use here
-        "base_lr min_lr beta1 beta2 clip_grad compile deterministic resume log_every save_minutes "
-        "save_epochs val_epochs val_samples preview_epochs".split()
+        "base_lr min_lr beta1 beta2 clip_grad compile deterministic resume log log_every "
+        "save_minutes save_epochs val_epochs val_samples preview_epochs".split()
     )
 
     def resolve(self) -> None:
         """Read the encoder's description, fill in the recipe, refuse what cannot work."""
-        self.described = transfer.describe(self)
+        self.described = transfer.describe(self, image_size=self.image_size)
         semantic = self.described["method"] == "semanticmim"
         self.probe = self.probe or ("adamw" if semantic else "lars")
         linear, tiny = self.protocol == "linear", self.model == "tiny"

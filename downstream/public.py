@@ -26,7 +26,7 @@ import mcmae
 from common import IMAGENET_MEAN, IMAGENET_STD, is_sincos
 from downstream.public_names import count, join_qkv, our_names, rename
 from downstream.public_vit import TABLE
-from engine import UserError
+from engine import UserError, reader
 from engine.reader import read_once
 
 STEM, STEM1 = "patch_embed.proj.weight", "patch_embed1.proj.weight"
@@ -102,7 +102,7 @@ def open_public(path: str | Path, key: str | None = None) -> Public:
 
 def told(path: str | Path, content: object) -> dict:
     """What a file tells of its model, and what lies beside it where transformers and timm save."""
-    found = []
+    found = [reader.told(content)]
     for k in ("args", "config") if isinstance(content, dict) else ():
         inner = content.get(k, {})
         found.append(inner if isinstance(inner, dict) else getattr(inner, "__dict__", {}))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Attention, ViT
+from common import Attention
+from vit import ViT
 
 TABLE = "relative_position_bias_table"
 
@@ -102,9 +103,9 @@ class PublicViT(ViT):
         for m in self.modules():
             if isinstance(m, nn.LayerNorm):
                 m.eps = norm_eps
-        pos_embed = self.pos_embed[None].clone()  # to begin with: MAE's
-        del self.pos_embed  # the fixed one
-        self.pos_embed = nn.Parameter(pos_embed) if absolute else None
+        self.learn_position()
+        if not absolute:
+            self.pos_embed = None
         self.relative = relative
         for block in self.blocks if relative else ():
             block.attn = RelativeAttention(self.embed_dim, block.attn.num_heads, self.grid)

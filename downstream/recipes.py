@@ -72,7 +72,7 @@ def finetuning(description: dict, printed: bool = False, maps: bool = False) -> 
     """
     method, config = description["method"], description["config"]
     with torch.device("meta"):  # no memory, no time
-        depth = encoders.num_layers(encoders.build(description, config["patch_size"]))
+        depth = encoders.build(description, config["patch_size"]).num_layers
     keys = (f"{method} {config.get('target')}", f"{method} {depth}", method)
     found = next(RECIPES[key] for key in keys if key in RECIPES)
     found = found | {"mixup": 0.0 if maps else 0.8, "cutmix": 1.0}

@@ -121,9 +121,7 @@ def reconstruct(model: Segmenter, batch: dict[str, Tensor]) -> dict[str, tuple]:
 
 def report(model: Segmenter, dataset: data.Dataset, cfg: Config, world: World, out: Path) -> None:
     """Test a model on the whole val split; write result.json and classes.csv."""
-    names = ShapeScenes.SEMANTIC_NAMES if cfg.data == "shapes" else ()
-    if (path := Path(cfg.data, "classes.txt")).is_file():
-        names = path.read_text(errors="replace").splitlines()
+    names = class_names(cfg)
     if world.size > 1:  # the running means of BatchNorm are those of rank 0's checkpoint
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -166,6 +164,30 @@ def samples(cfg: Config) -> dict:
     )
 
 
+def open_run(path: Path, **given) -> tuple[Segmenter, Config]:
+    """The model of a run without its pre-training checkpoint, and its settings, some as `given`.
+
+    Args: `path`: of a checkpoint in the run's folder.
+    """
+    checkpoint = engine.load(path, "segment")
+    fields = {k: v for k, v in checkpoint["config"].items() if k not in Config.GONE}
+    given |= {"resume": True, "output": str(path.parent)}
+    older = {"train_position": False}  # what runs from before a field had
+    cfg = engine.load_config(path, Config, older | fields | given)
+    cfg.resolve()
+    model = build(cfg)
+    engine.load_weights(model, checkpoint["model"], path)
+    return model, cfg
+
+
+def class_names(cfg: Config) -> list[str]:
+    """Names of the classes, as far as there are any: ShapeScenes', the lines of classes.txt."""
+    if cfg.data == "shapes":
+        return list(ShapeScenes.SEMANTIC_NAMES)
+    path = Path(cfg.data, "classes.txt")
+    return path.read_text(errors="replace").splitlines() if path.is_file() else []
+
+
 def evaluate_run(argv: list[str]) -> None:
     """Evaluate a finished run without its pre-training checkpoint."""
     parser = engine.Parser(prog="downstream.segment evaluate", description=evaluate_run.__doc__)
@@ -176,18 +198,11 @@ def evaluate_run(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--workers", type=int)
     args = parser.parse_args(argv)
-    path = Path(args.run, "last.pt")
-    checkpoint = engine.load(path, "segment")
-    fields = {k: v for k, v in checkpoint["config"].items() if k not in Config.GONE}
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("run", "output")}
-    given |= {"resume": True, "output": args.run}
-    older = {"train_position": False}  # what runs from before a field had
-    cfg = engine.load_config(args.run, Config, older | fields | given)
-    cfg.resolve()
+    model, cfg = open_run(Path(args.run, "last.pt"), **given)
     world, out = World(cfg.device, cfg.precision), Path(args.output or Path(args.run, "evaluation"))
     out.mkdir(parents=True, exist_ok=True)
-    model = build(cfg).to(world.device)
-    engine.load_weights(model, checkpoint["model"], path)
+    model.to(world.device)
     dataset = open_data(cfg, world, out, "val", **samples(cfg))
     if dataset is None:
         raise UserError(f"{cfg.data} has no val split")

@@ -8,11 +8,8 @@ Where a paper is silent we do what its authors' public code does; SemanticMIM's 
 mmsegmentation.
 """
 
-import json
-import math
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
 import engine.config
@@ -20,11 +17,9 @@ import engine.config
 import torch
 from torch import nn
 
-from common import IMAGENET_MEAN, IMAGENET_STD
 from data import UNLABELLED
-from downstream import encoders
+from downstream import encoders, transfer
 from engine import UserError, arg, require
-from engine.reader import read_once
 from shapes import ShapeScenes
 
 UPERNET = dict(
@@ -77,23 +72,12 @@ def _optim(*args, **kwargs):
 
 
 @dataclass
-class Config(engine.config.Config):
-    """Settings of a run. None: what RECIPES has for the protocol and the encoder's method.
+class Config(transfer.SourceConfig):
+    """Settings of a run. None: what RECIPES has for the protocol and the encoder's method."""
 
-    `resolve` reads the encoder's description into the attribute `described`, which is no field.
-    """
-
-    model: str = arg("paper", "preset")
     protocol: str = arg(
         "upernet", "upernet end to end, or linear on a frozen layer", ["upernet", "linear"]
     )
-    checkpoint: str | None = arg(None, "encoder from a checkpoint of this project")
-    init: str | None = arg(None, "encoder from a public state dict: MAE, timm ViT, ConvMAE, BEiT")
-    init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
-    method: str | None = arg(None, "fresh encoder of a method ...", list(encoders.METHODS))
-    encoder: str | None = arg(None, "... and of this preset of it")
-    random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
-    num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
     train_position: bool | None = arg(
         None, "train fixed positions: MCMAE's public configuration; learned ones are, anyway"
     )
@@ -134,12 +118,6 @@ class Config(engine.config.Config):
         "448, SemanticMIM Table 6",
     )
     crop_width: int | None = _data(None, "width of the crop; default: its height")
-    mean: str | None = _data(
-        None,
-        "R,G,B of [0, 1] pixels, subtracted from images; default: what the encoder is known to "
-        "want, else ImageNet's",
-    )
-    std: str | None = _data(None, "R,G,B by which they are divided; default likewise")
     scale_min: float = _data(
         0.5,
         "UperNet: random scale, as a factor of the size that covers the crop; public code of "
@@ -218,11 +196,11 @@ class Config(engine.config.Config):
     SET: typing.ClassVar = ("base_lr", "min_lr", "warmup_epochs", "patch_size")
     FURTHER: typing.ClassVar = tuple(
         "beta1 beta2 clip_grad momentum loss_size aux_weight dim aux_dim dropout scale_min "
-        "scale_max crop_scale_min deterministic log_every save_minutes save_epochs val_epochs "
+        "scale_max crop_scale_min deterministic log log_every save_minutes save_epochs val_epochs "
         "val_samples preview_epochs".split()
     )
     GONE: typing.ClassVar = ("description", "norm_batch")  # of older runs; facts by now
-    FREE = engine.config.Config.FREE + GONE + ("patch_size",)
+    FREE = transfer.SourceConfig.FREE + GONE + ("patch_size",)
 
     def resolve(self) -> None:
         """Read the encoder's architecture, fill in the recipe, refuse what cannot work.
@@ -234,7 +212,7 @@ class Config(engine.config.Config):
             raise UserError("--iterations and --epochs both say how long; give one")
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described)
-        for name, value in recipe(self, encoders.num_layers(encoder)).items():
+        for name, value in recipe(self, encoder.num_layers).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.crop_width = self.crop_width or self.image_size
@@ -256,12 +234,6 @@ class Config(engine.config.Config):
         return {k: v for k, v in asked.items() if v != getattr(Config, k)}
 
     @property
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of [0, 1] pixels that the encoder wants, or as given."""
-        usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # older runs kept none
-        return tuple(list(self.described.get(k) or v) for k, v in usual.items())
-
-    @property
     def colour(self) -> tuple[int, int, int]:
         """What images are padded with: 0 after normalisation."""
         return tuple(round(255 * x) for x in self.statistics[0])
@@ -273,45 +245,12 @@ class Config(engine.config.Config):
 
 
 def describe(cfg: Config) -> dict:
-    """What the encoder is, see encoders.py: of the run that goes on, or of the source.
-
-    Errors: UserError.
-    """
-    last = Path(cfg.output or "", "last.pt")
-    if cfg.resume and cfg.output and last.exists():
-        return kept(read_once(last), last)
-    asked = {"num_heads": cfg.num_heads, "key": cfg.init_key}
-    asked |= {name: triple(cfg, name) for name in ("mean", "std")}
-    asked = {k: v for k, v in asked.items() if v is not None}
-    found = encoders.describe(cfg.checkpoint, cfg.init, cfg.method, cfg.encoder, **asked)
-    if found["method"] == "cfmae":  # images alone do not train the maps' embeddings
-        found["config"]["granularities"] = "R"
+    """What the encoder is, see encoders.py, with what segmentation adds; UserError."""
+    found = transfer.describe(cfg)
     if cfg.options and (cfg.protocol == "linear" or found["method"] != "mcmae"):
         flags = ", ".join(map(engine.flag, cfg.options))
         raise UserError(f"{flags}: for UperNet on MCMAE's encoder alone")
     return {**found, "options": {**found["options"], **cfg.options}}
-
-
-def kept(checkpoint: dict, path: Path) -> dict:
-    """The encoder's description in a run's checkpoint; older ones have it in their settings."""
-    try:
-        facts = checkpoint.get("facts") or {}
-        return facts.get("description") or json.loads(checkpoint["config"]["description"])
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is no checkpoint of a segmentation run") from None
-
-
-def triple(cfg: Config, name: str) -> list[float] | None:
-    """The three numbers of --mean or --std, "R,G,B"; UserError where they are none."""
-    if (text := getattr(cfg, name)) is None:
-        return None
-    try:
-        r, g, b = values = [float(x) for x in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    ok = all(0 <= x <= 1 for x in values) and (name == "mean" or all(values))
-    require((ok, name, f"{text} is not R,G,B of pixels in [0, 1], e.g. 0.5,0.5,0.5"))
-    return values
 
 
 def recipe(cfg: Config, depth: int) -> dict:
@@ -344,7 +283,7 @@ def check_encoder(cfg: Config, encoder: nn.Module) -> None:
         words = f"{side} is not at least two times the encoder's largest stride, {stride}, and "
         ok = side % stride == 0 and side >= 2 * stride
         require((ok, name, words + f"divisible by it; nearest: {near}"))
-    depth = encoders.num_layers(encoder)
+    depth = encoder.num_layers
     if cfg.protocol == "linear":
         ok = 1 <= cfg.layer <= depth
         require((ok, "layer", f"{cfg.layer}: this encoder has layers 1 to {depth}"))

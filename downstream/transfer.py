@@ -1,4 +1,4 @@
-"""What classification's commands share: their source, their pixels, their classes."""
+"""What all transfers share, their encoder's source; and classification its pixels and classes."""
 
 import typing
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from engine import UserError, arg
 
 
 @dataclass
-class Config(engine.config.Config):
-    """Settings of a transfer. None: what the encoder's method, its checkpoint or protocol sets.
+class SourceConfig(engine.config.Config):
+    """Which encoder a transfer starts from.
 
-    `resolve` reads the encoder's description into the attribute `described`, which is no field.
+    An heir's `resolve` reads its description into the attribute `described`, which is no field.
     """
 
     model: str = arg("paper", "preset")
@@ -33,6 +33,18 @@ class Config(engine.config.Config):
         None, "of pixels, as 0.5,0.5,0.5; default: what the encoder was trained with", group="data"
     )
     std: str | None = arg(None, "their deviation, alike", group="data")
+
+    @property
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of the encoder's input, pixels in [0, 1]; `resolve` knows them."""
+        usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # of runs from before they were kept
+        return tuple(list(self.described.get(k) or v) for k, v in usual.items())
+
+
+@dataclass
+class Config(SourceConfig):
+    """Settings of classification. None: what the encoder's method, checkpoint or protocol sets."""
+
     image_size: int | None = arg(None, "pixels; default: pre-training's")
     patch_size: int | None = arg(None, "the encoder's; set by the run")
     crop_scale_min: float = arg(0.08, "SemanticMIM Table 3; the usual one")
@@ -44,11 +56,6 @@ class Config(engine.config.Config):
     )
 
     SET: typing.ClassVar = ("patch_size",)
-
-    @property
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of the encoder's input, pixels in [0, 1], once it is resolved."""
-        return three("mean", self.mean), three("std", self.std)
 
 
 def three(name: str, text: str) -> list[float]:
@@ -63,14 +70,16 @@ def three(name: str, text: str) -> list[float]:
     return x
 
 
-def describe(cfg: Config, granularities: str | None = None) -> dict:
-    """The description of a run's encoder, at its image size; a resumed run has it in its folder.
+def describe(cfg: SourceConfig, granularities: str | None = None, **changes) -> dict:
+    """The description of a run's encoder; a resumed run has it in its folder.
 
-    Args: `granularities`: what CFMAE's encoder sees; without maps it has no parameters for them.
+    Args:
+        granularities: what CFMAE's encoder sees; without maps it has no parameters for them.
+        changes: of its config, e.g. image_size; None: none.
     """
     if kept := encoders.kept_facts(cfg):
         return kept["description"]
-    changes = {"image_size": cfg.image_size, "num_heads": cfg.num_heads, "key": cfg.init_key}
+    changes |= {"num_heads": cfg.num_heads, "key": cfg.init_key}
     changes |= {name: three(name, x) for name in ("mean", "std") if (x := getattr(cfg, name))}
     changes = {k: v for k, v in changes.items() if v is not None}
     sources = (cfg.checkpoint, cfg.init, cfg.method, cfg.encoder)
@@ -94,8 +103,7 @@ def inputs(cfg: Config) -> dict:
     size = cfg.image_size or described["config"]["image_size"]
     if not isinstance(size, int):
         raise UserError(f"the encoder is for {size} pixels, not square: give --image-size")
-    pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # of runs from before they were kept
-    found = {k: ",".join(f"{x:g}" for x in described.get(k, v)) for k, v in pixels.items()}
+    found = {k: ",".join(f"{x:g}" for x in v) for k, v in zip(("mean", "std"), cfg.statistics)}
     found |= {"image_size": size, "patch_size": described["config"]["patch_size"]}
     return found | {"crop_pct": 224 / 256 if size == 224 else 1.0}
 

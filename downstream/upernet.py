@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import DROPOUT, IMAGENET_MEAN, IMAGENET_STD, Normalize, uniform
+from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from data import UNLABELLED
+from noise import DROPOUT, uniform
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pyramid pooling
 AUX_LEVEL = 2  # the pyramid's third map, stride 16

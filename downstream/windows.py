@@ -131,7 +131,7 @@ class Windows(nn.Module):
         self, blocks: Sequence[nn.Module], x: Tensor, grid: Sequence[int], scales: Sequence,
         layers: Sequence[int] = (),
     ) -> list[Tensor]:  # fmt: skip
-        """As `common.ViT.run`, without prefix tokens.
+        """As `vit.ViT.run`, without prefix tokens.
 
         Args:
             blocks: of `common.Block`'s form, as the constructor saw them.

@@ -1,12 +1,13 @@
 """What surrounds a training loop, so that the loop itself can stand in the script.
 
-    config, field       arg, Config, parse                 a dataclass is the command line
+    config, field, flags  arg, Config, parse               a dataclass is the command line
     ranks               World, command                     device, precision, agreement of ranks
     schedule            decay_groups, layer_decay_groups   and the shape of a rate
     checkpoint, reader  save, load, load_weights, read     plain types, atomic, weights_only=True
     folder              open_folder, open_data             a run's folder, its frozen list of files
     log                 Meter                              log.jsonl, a loss that is not finite
-    run, step, validate Run, Step, cosine                  the loop's surroundings
+    run, loop, step     Run, Step, cosine                  the loop's surroundings
+    validate            validate, picture                  the val split's means, four of its images
 
 Arrows go one way: scripts -> engine -> data.
 """
@@ -20,8 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from data import UserError
 from engine.checkpoint import FORMAT, load, load_config, load_encoder, load_optimizer, load_weights
 from engine.checkpoint import save, warn_of_space, writing
-from engine.config import Config, Parser, parse
+from engine.config import Config
 from engine.field import arg, divides, flag, nearest, require
+from engine.flags import Parser, parse
 from engine.folder import open_data, open_folder, refuse_changes
 from engine.log import Meter
 from engine.ranks import World, command, has_bf16, keep_freed_memory

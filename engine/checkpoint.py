@@ -65,7 +65,10 @@ def load(path: str | Path, method: str) -> dict:
         raise UserError(f"{path} is not a checkpoint of this project")
     found = (checkpoint["method"], checkpoint["format"])
     if found != (method, FORMAT):
-        raise UserError(f"{path} is of method and format {found}; wanted {(method, FORMAT)}")
+        raise UserError(
+            f"{path} is of method and format {found}; wanted {(method, FORMAT)}. From Python, "
+            f"downstream.encoders.open_encoder({str(path)!r}) reads the encoder of any"
+        )
     return checkpoint
 
 
@@ -89,6 +92,7 @@ def load_weights(
     model: nn.Module, state: dict[str, Tensor], path: str | Path,
     may_miss: Callable[[str], bool] = lambda name: False,
     may_stay: Callable[[str], bool] = lambda name: False,
+    note: str = "",
 ) -> str:  # fmt: skip
     """Load a state dict: all that must fit, or nothing.
 
@@ -97,6 +101,7 @@ def load_weights(
         path: of the file, for messages.
         may_miss: whether a name of the model's, without `encoder.`, may be absent from the file.
         may_stay: whether a name of the file's may be left there.
+        note: of `read_state`, for the report's end.
     Returns: a report of what was loaded, left out, and missing and so fresh.
     Errors: UserError listing the names and shapes that do not fit.
     """
@@ -119,8 +124,8 @@ def load_weights(
     for names in (left, missing):
         counts = collections.Counter(k.split(".")[0] for k in names).items()
         lists.append(", ".join(k if n == 1 else f"{k} ({n})" for k, n in counts) or "nothing")
-    loaded = f"{path}: {len(own) - len(missing)} tensors loaded"
-    return f"{loaded}; left out: {lists[0]}; missing, so fresh: {lists[1]}"
+    loaded = f"{path}: {len(own) - len(missing)} tensors loaded; left out: {lists[0]}"
+    return f"{loaded}; missing, so fresh: {lists[1]}" + (f"; {note}" if note else "")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path) -> None:

@@ -1,13 +1,12 @@
-"""A dataclass is the command line: each field has a default, a source, choices or a range."""
+"""What every run is told: each field has a default, a source, choices or a range."""
 
-import argparse
 import dataclasses
 import math
 import typing
 from dataclasses import dataclass
 
 from data import UserError
-from engine.field import GROUPS, arg, divides, flag, inherited, inside, refusal, require
+from engine.field import arg, divides, flag, inherited, inside, refusal, require
 
 
 def _data(*args, **kwargs):
@@ -75,14 +74,19 @@ class Config:
         0, "epochs between preview pictures; 0 = at the end alone", within="[0, inf)"
     )
 
+    log: str = _run("jsonl", "tensorboard: its files, too", ["jsonl", "tensorboard"])
+
     # What may differ when a run is resumed; everything else is part of its result.
     FREE: typing.ClassVar = tuple(
-        "output steps micro_batch workers device compile resume log_every save_minutes save_epochs "
-        "val_epochs val_samples preview_epochs".split()
+        "output steps micro_batch workers device compile resume log log_every save_minutes "
+        "save_epochs val_epochs val_samples preview_epochs".split()
+    )
+    USUAL: typing.ClassVar = tuple(  # what --help shows first
+        "data model output epochs steps batch_size micro_batch device compile resume".split()
     )
     SET: typing.ClassVar = ()  # what the program sets, or has no use for: no flags
     FURTHER: typing.ClassVar = tuple(  # flags that --help names in one line
-        "workers deterministic log_every save_minutes save_epochs val_epochs val_samples "
+        "workers deterministic log log_every save_minutes save_epochs val_epochs val_samples "
         "preview_epochs".split()
     )
 
@@ -98,49 +102,6 @@ class Config:
             ):
                 raise UserError(f"{flag(f.name)} {value} {refusal(within)}")
         require((not self.resume or self.output, "resume", "needs --output, the run to continue"))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message} (--help lists every flag)")
-
-
-def parse(
-    cls: type[Config], presets: dict[str, dict], doc: str, argv: list[str] | None = None
-) -> Config:
-    """Build a Config: command line before preset before class default."""
-    parser = Parser(
-        description=doc,
-        usage="%(prog)s [--flag value ...]",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    hints = typing.get_type_hints(cls)
-    for f in (f for f in dataclasses.fields(cls) if f.name not in cls.SET):
-        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
-        choices = list(presets) if f.name == "model" else f.metadata["choices"]
-        shown = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        if kind is bool:
-            extra = {"action": argparse.BooleanOptionalAction}
-        else:
-            extra = {"type": kind, "choices": choices}
-            extra |= {} if choices else {"metavar": kind.__name__}
-        group = groups[inherited(cls, f.name, "group") or "model"]
-        shown = argparse.SUPPRESS if f.name in cls.FURTHER else shown
-        group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
-    rare = [flag(name) for name in cls.FURTHER if name not in cls.SET]
-    further = f"further flags: {' '.join(rare)}\n\n" if rare else ""
-    parser.epilog = (
-        further
-        + "presets (--model), which change these defaults:\n"
-        + "\n".join(
-            f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
-            for name, values in presets.items()
-        )
-    )
-    given = vars(parser.parse_args(argv))
-    preset = presets[given.get("model", cls.model)]
-    cfg = cls(**{**preset, **given})
-    cfg.resolve()
-    return cfg
+        warm = 0 if "warmup_epochs" in self.SET else self.warmup_epochs or 0
+        words = f"{warm:g} leaves nothing of --epochs {self.epochs}; a tenth of these is usual"
+        require((not self.epochs or warm < self.epochs, "warmup_epochs", words))

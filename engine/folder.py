@@ -5,6 +5,7 @@ import itertools
 
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -41,10 +42,17 @@ def refuse_changes(cfg: Config, old: dict, path: Path) -> None:
         raise UserError(f"{path} is a run with other settings: {shown}")
 
 
+def most_unreadable(length: int) -> int:
+    """How many unreadable images an epoch may have: 0.1 % of it, and always 10."""
+    return max(10, length // 1000)
+
+
 def open_data(
-    cfg: Config, world: World, out: Path, split: str, **options
+    cfg: Config, world: World, out: Path, split: str, source: ModuleType = data, **options
 ) -> torch.utils.data.Dataset | None:
     """Open one split on every rank; None where a folder has no val split.
+
+    `source` has `scan`, `check` and `open_dataset` as data.py, or, for clips, clips.py.
 
     Rank 0 lists the files once, and the list is frozen in the run's folder, which all nodes share:
     a run that continues from a checkpoint, and every worker, maps it from there.
@@ -53,15 +61,19 @@ def open_data(
     keys |= {"scale": (cfg.crop_scale_min, 1.0), "train": split == "train", "seed": cfg.seed}
     keys |= options
     if cfg.data == "shapes":
-        return data.open_dataset(cfg.data, split, **keys)
+        return source.open_dataset(cfg.data, split, **keys)
     folder = out / f"files-{split}"
 
     def listing() -> bool:
         if split != "train" and not (Path(cfg.data) / split).is_dir():
             return False
         if not ((out / "last.pt").exists() and (folder / "files.json").exists()):
-            files = data.scan(cfg.data, split, keys["granularities"])
-            data.check(data.open_dataset(cfg.data, split, files=files, **keys))
+            files = source.scan(cfg.data, split, keys["granularities"])
+            said = source.check(source.open_dataset(cfg.data, split, files=files, **keys))
+            if "\n" in said:  # names follow
+                most = most_unreadable(len(files))
+                print(f"warning     {split}: {said}\n  Unreadable images are replaced by the next "
+                      f"one; more than {most} in an epoch end the run", flush=True)  # fmt: skip
             with writing(folder):
                 files.save(folder)
         return True
@@ -74,7 +86,7 @@ def open_data(
         time.sleep(0.5)
     else:
         raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
-    return data.open_dataset(cfg.data, split, files=data.FileList.open(folder), **keys)
+    return source.open_dataset(cfg.data, split, files=data.FileList.open(folder), **keys)
 
 
 def screen(run: object, model: nn.Module) -> str:

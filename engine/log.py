@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from torch.utils.data import Dataset
 
 from data import BatchSampler, UserError
 from engine.checkpoint import writing
-from engine.ranks import World
+from engine.folder import most_unreadable
+from engine.ranks import World, peak_memory
 
 
 class Meter:
@@ -23,7 +23,9 @@ class Meter:
     A term that only some steps have (CoMA's second branch) is the mean over these.
     """
 
-    def __init__(self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None):
+    def __init__(
+        self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None, log: str = ""
+    ):  # fmt: skip
         self.out, self.world, self.train_set, self.bad, self.count = out, world, train_set, 0, 0
         self.names, self.counts = [], []  # of the window: terms, and the steps that had each
         self.sum = self.part = torch.zeros(0, device=world.device)
@@ -39,6 +41,8 @@ class Meter:
             with writing(path):
                 temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
                 os.replace(temporary, path)
+        lead = log == "tensorboard" and world.rank == 0
+        self.board = tensorboard(out, checkpoint["step"] + 1 if checkpoint else 0) if lead else None
 
     @staticmethod
     def is_whole(line: str, at: int) -> bool:
@@ -118,14 +122,11 @@ class Meter:
         means = {k: v / n for k, v, n in zip(self.names, window["sum"], self.counts)}
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = (self.count - self.first) * batch_size / seconds
-        cuda = self.world.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else 0
-        peak = peak / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_memory(self.world.device)
         bad = int(self.world.mean(torch.tensor(float(self.bad))) * self.world.size)
         times = {"images_per_s": rate, "data_wait": self.waited / seconds, "peak_memory_mib": peak}
         self.write(record | means | times | {"unreadable_files": bad})
-        limit = max(10, sampler.length // 1000)  # 0.1 % of an epoch
-        if bad > limit:
+        if bad > (limit := most_unreadable(sampler.length)):
             raise UserError(
                 f"{bad} unreadable images in this epoch (more than {limit}); their names are in "
                 f"{self.out / 'bad_files.txt'}"
@@ -140,6 +141,20 @@ class Meter:
         if self.world.rank == 0:
             with writing(path := self.out / "log.jsonl"), open(path, "a") as f:
                 f.write(json.dumps(record) + "\n")
+        for name, value in record.items() if self.board else ():
+            terms = {f"val/{k}": v for k, v in value.items()} if name == "val" else {name: value}
+            for k, v in terms.items():
+                self.board.add_scalar(k, v, record["step"])
+            self.board.flush()
+
+
+def tensorboard(out: Path, step: int) -> object:
+    """A writer of TensorBoard's files; what it wrote of steps from this one on is done again."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--log tensorboard: pip install tensorboard") from None
+    return SummaryWriter(out, purge_step=step)
 
 
 FIELDS = ("names", "sum", "count")  # of a window, as checkpoints have them

@@ -112,6 +112,19 @@ def has_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def peak_memory(device: torch.device) -> float:
+    """Most memory that this process had on its device so far, MiB; 0 where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory, which a CPU step otherwise pays for in page faults."""
     with contextlib.suppress(OSError, AttributeError):

@@ -1,6 +1,7 @@
 """Files of weights, ours and public ones, read without running any code in them."""
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -13,14 +14,18 @@ from torch import Tensor
 from data import UserError
 
 WRAPPERS = ("model", "state_dict", "module", "teacher")  # what public code wraps weights in
-DTYPES = {
+OURS = "masked_image_modelling"  # our entry of a .safetensors file's metadata
+DTYPES = {  # widest first, as its package sorts
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -67,18 +72,58 @@ def forget() -> None:
     _read_once.cache_clear()
 
 
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read Hugging Face's file format: length of a JSON header, the header, the tensors' bytes."""
+def read_safetensors(path: str | Path) -> dict:
+    """Read Hugging Face's file format: length of a JSON header, the header, the tensors' bytes.
+
+    Returns: a state dict; what `write_safetensors` was given.
+    """
     raw = Path(path).read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
-    header.pop("__metadata__", None)
-    out = {}
+    words, out = header.pop("__metadata__", None) or {}, collections.OrderedDict()
     for name, t in header.items():
-        begin, end = t["data_offsets"]
-        x = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[t["dtype"]])
-        out[name] = x.reshape(t["shape"])
-    return out
+        (begin, end), out[name] = (
+            t["data_offsets"],
+            torch.empty(t["shape"], dtype=DTYPES[t["dtype"]]),
+        )
+        if end > begin:  # frombuffer refuses nothing at all
+            x = torch.frombuffer(bytearray(body[begin:end]), dtype=out[name].dtype)
+            out[name] = x.reshape(t["shape"])
+    facts = json.loads(words.get(OURS, "{}"))
+    out._metadata = {"": facts}
+    return {**facts, "model": out} if "config" in facts else out
+
+
+def write_safetensors(path: str | Path, content: dict) -> None:
+    """Write a state dict, or a checkpoint of ours without optimizer, in Hugging Face's format.
+
+    Beside the tensors it has texts alone: all else of a checkpoint, or what `told` reads, is JSON.
+    """
+    state, facts = content, told(content)
+    if "model" in content:
+        state, facts = content["model"], {k: v for k, v in content.items() if k != "model"}
+    kinds, at = {dtype: name for name, dtype in DTYPES.items()}, 0
+    header = {"__metadata__": {"format": "pt", OURS: json.dumps(facts)}}
+    # The package's own order, wide types first, which keeps each tensor aligned.
+    names = sorted(state, key=lambda k: (list(DTYPES).index(kinds[state[k].dtype]), k))
+    for k in names:
+        end = at + state[k].nbytes
+        dtype, shape = kinds[state[k].dtype], list(state[k].shape)
+        header[k], at = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}, end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for k in names:
+            file.write(state[k].cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def told(content: object) -> dict:
+    """What a plain state dict tells of its model, e.g. num_heads, where `tools.export` wrote it.
+
+    It stands where torch keeps the versions of modules, which a strict load lets pass.
+    """
+    return getattr(content, "_metadata", {}).get("", {})
 
 
 def read_state(path: str | Path, option: str, key: str | None = None) -> tuple[dict, str]:

@@ -18,12 +18,10 @@ micro-batches, and where a run was interrupted, change nothing but rounding.
 import contextlib
 import dataclasses
 import inspect
-import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,11 +32,11 @@ from tqdm import tqdm
 import data
 from engine import checkpoint
 from engine.config import Config
-from engine.folder import open_data, open_folder, refuse_changes, screen
-from engine.log import Meter
+from engine.folder import open_data, open_folder, refuse_changes
+from engine.loop import steps
 from engine.ranks import World, keep_freed_memory
-from engine.step import Step, Stopped
-from engine.validate import picture, validate
+from engine.step import Stopped
+from engine.validate import picture
 
 
 class Run:
@@ -50,11 +48,12 @@ class Run:
         iterations: length of the schedule in steps; None: `cfg.epochs`.
         wrap: (data set, whether it is train's) -> data set; a method's own augmentation.
         facts: plain values that checkpoints keep beside the settings, e.g. what an encoder is.
-        options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one.
+        options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one;
+            `source`: clips, for clips.
     Errors: UserError.
     """
 
-    picture = picture
+    picture, steps = picture, steps
     collate = staticmethod(data.collate)  # samples to a batch; a task's own run may have another
 
     def __init__(
@@ -139,95 +138,6 @@ class Run:
         return DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True, **{sync: False}
         )
-
-    def settle(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give a fresh and a resumed run the same order of sums.
-
-        DDP regroups its buckets after the first backward pass. The gradients of two passes are
-        thrown away, and what they did to buffers (BatchNorm's) is undone.
-        """
-        batch = self.collate(
-            [self.train_set[pair] for pair in self.sampler.indices(0)[: self.micro]]
-        )
-        batch = self.world.to_device(self.world.raise_error(batch))
-        buffers = [b.clone() for b in self.model.buffers()]
-        for _ in range(2):
-            with self.autocast():
-                loss, _ = model(batch, torch.zeros((), device=self.device))
-            loss.backward()
-            optimizer.zero_grad(set_to_none=True)
-        for b, kept in zip(self.model.buffers(), buffers):
-            b.copy_(kept)
-
-    def steps(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer,
-        evaluate: Callable | None = None, preview: Callable | None = None,
-    ) -> Iterator[Step]:  # fmt: skip
-        """Yield the steps that are left, from the last checkpoint on; save, evaluate and log.
-
-        Args:
-            model, optimizer: of the loop, the model as `place` returned it.
-            evaluate: (model, batch) -> dict of 0-d tensors, averaged over the val split; None: the
-                model's own loss and logs at the end of training.
-            preview: (model, batch) -> {name: (truth, hidden, prediction)}, see `pictures.columns`.
-        """
-        cfg = self.cfg
-        self.step_model, self.optimizer = model, optimizer
-        if self.world.size > 1:
-            self.settle(model, optimizer)
-        if self.checkpoint:
-            checkpoint.load_weights(self.model, self.checkpoint["model"], self.last)
-            checkpoint.load_optimizer(optimizer, self.checkpoint["optimizer"], self.last)
-        if self.number >= self.stop:  # what a cluster that restarts its jobs comes to in the end
-            self.say(f"finished already: {self.out} is at step {self.number} of {self.total}")
-            return
-        self.meter = Meter(self.out, self.world, self.train_set, self.checkpoint)
-        if self.lead:
-            print(screen(self, self.model), flush=True)
-            if self.checkpoint:
-                print(f"resumed     {self.last} at step {self.number}")
-            with checkpoint.writing(path := self.out / "config.json"):
-                path.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-            checkpoint.warn_of_space(self.model, self.out)
-        loader = torch.utils.data.DataLoader(
-            self.train_set, batch_sampler=self.sampler, collate_fn=self.collate,
-            num_workers=self.world.workers(cfg.workers), worker_init_fn=data.worker_init,
-            pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        if self.checkpoint is None:
-            validate(self, evaluate)
-        self.batches, self.saved = iter(loader), time.monotonic()
-        bar = tqdm(
-            total=self.stop, initial=self.number, unit="step", disable=not self.lead,
-            dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-        )  # fmt: skip
-        self.meter.restart()
-        while self.number < self.stop:
-            step = Step(self)
-            yield step
-            bar.update()
-            if step.logging:
-                bar.set_postfix_str(
-                    self.meter.log(step.record, cfg.batch_size, self.sampler), False
-                )
-            self.end_of_epoch(evaluate, preview)
-        bar.close()
-        self.save("last.pt")
-        validate(self, evaluate, preview)
-        self.say(f"finished: {self.where()}")
-
-    def end_of_epoch(self, evaluate: Callable | None, preview: Callable | None) -> None:
-        cfg, (epoch, rest) = self.cfg, divmod(self.number, self.per_epoch)
-        if rest:
-            return
-        self.meter.bad = 0
-        if cfg.save_epochs and epoch % cfg.save_epochs == 0:
-            self.save(f"epoch-{epoch:04d}.pt")
-        shown = cfg.preview_epochs and epoch % cfg.preview_epochs == 0
-        looked = cfg.val_epochs and epoch % cfg.val_epochs == 0
-        if self.number < self.stop and (shown or looked):
-            validate(self, evaluate, preview if shown else None)
-            self.meter.restart()
 
     def save(self, name: str) -> None:
         """Write a checkpoint; nothing is saved after a loss that was not finite."""

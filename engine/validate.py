@@ -1,6 +1,8 @@
 """What a run looks at while it trains: the val split's means, and a picture."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -12,9 +14,14 @@ from engine import checkpoint
 @torch.no_grad()
 def validate(run: object, evaluate: Callable | None, preview: Callable | None = None) -> None:
     """Means over `val_samples` of the val split, evenly spaced and shared out over the ranks;
-    and a picture of four of its images.
+    and a picture of four of its images, without val of images that it was trained on.
     """
     if run.val_set is None:
+        if preview and run.lead:
+            run.model.eval()
+            run.picture(preview)
+            run.model.train()
+        run.world.maximum(0)
         return
     run.model.eval()
     length, size, cfg = len(run.val_set), run.world.size, run.cfg
@@ -48,16 +55,35 @@ def validate(run: object, evaluate: Callable | None, preview: Callable | None = 
 
 
 def picture(run: object, preview: Callable) -> None:
-    path, length = run.out / f"preview-{run.number:07d}.png", len(run.val_set)
-    batch = run.collate([run.val_set[0, i] for i in evenly(length, min(4, length))])
+    shown, split = run.val_set, "val"
+    if shown is None:
+        shown, split = run.train_set, "train: images that it was trained on"
+    path, length = run.out / f"preview-{run.number:07d}.png", len(shown)
+    batch = run.collate([shown[0, i] for i in evenly(length, min(4, length))])
     if "error" in batch:
         raise data.UserError(batch["error"])
-    caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} val"
+    caption = f"{run.method} {run.cfg.model}, step {run.number}, {run.cfg.data} {split}"
     with checkpoint.writing(path), run.autocast():
         columns = pictures.columns(preview(run.model, run.world.to_device(batch)))
         side = max(192, *(x.shape[-2] for x in columns.values()))
         pictures.contact_sheet(columns, path, caption, side)
     run.say(f"preview     {path}")
+
+
+# How `evaluate` of the scripts calls what scores without having learned anything of an image.
+GUESSES = ("_flat", "_mean_colour", "_position", "_nearest", "_frequent")
+
+
+def learned(out: Path) -> str:
+    """What the val split says of a run, in words, from its log's first and last look at it."""
+    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    looks = [record["val"] for line in lines if "val" in (record := json.loads(line))]
+    if len(looks) < 2:
+        return ""
+    first, last = looks[0], looks[-1]
+    guesses = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.endswith(GUESSES))
+    words = f"\nlearned     loss on held-out images {first['loss']:.4g} -> {last['loss']:.4g}"
+    return words + (f"; guesses that learn nothing: {guesses}" if guesses else "")
 
 
 def evenly(length: int, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from engine import UserError
 from tools.charts import Series, chart, matplotlib
 from tools.figures import blend, enlarge, frame, heat, open_images, sheet
 from tools.models import image_size, key, letters, open_encoders
+from vit import Encoder
 
 
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -63,7 +64,7 @@ def layers_of(args: argparse.Namespace, encoder: nn.Module) -> list[int]:
 
     What patches ask in SemanticMIM's last layer is not trained: only proxies ask there.
     """
-    if not hasattr(encoder, "attention"):
+    if type(encoder).attention is Encoder.attention:
         raise UserError("attention maps are for plain ViTs; this encoder is hierarchical")
     depth = len(encoder.blocks)
     if args.layer is not None and not 1 <= args.layer <= depth:

@@ -5,7 +5,7 @@
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
     python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
-    python -m tools.benchmark loader --data data/imagenet --feed 1500
+    python -m tools.benchmark loader --data data/imagenet --feed 1500   # a folder, and its shards
     python -m tools.benchmark memory --rows mae,cfmae
     python -m tools.benchmark detect --rows mcmae,torchvision     # at 1024, batch 1
 
@@ -58,6 +58,12 @@ ROWS = {  # name: (script, its flags); DALLE is a file of random weights
     "beit": ("semanticmim", "--model base-beit --tokenizer DALLE"),
     "beit-plain": ("semanticmim", "--model base-beit --tokenizer DALLE --proxies 0"),
 }
+VIDEO = {  # rows of clips, which are many times as dear: by name alone
+    "video": ("videomcmae", ""),
+    "video-dense": ("videomcmae", "--no-sparse"),
+    "videomae": ("tools.videomae", ""),
+}
+SCRIPTS = sorted({script for script, _ in (*ROWS.values(), *VIDEO.values())})
 RATIOS = (  # what is compared: its time over the other's, and what we want that to be at most
     ("CFMAE / MAE", "cfmae", "mae", 1.2),
     ("MCMAE / MAE", "mcmae", "mae", 1.25),
@@ -68,6 +74,8 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
     ("CoMA shared / MAE at 60 %", "coma-shared", "mae-60", None),
     ("SemanticMIM / plain, HOG", "semanticmim", "semanticmim-plain", 1.05),
     ("SemanticMIM / plain, dVAE", "beit", "beit-plain", 1.05),
+    ("VideoMCMAE sparse / dense", "video", "video-dense", None),
+    ("VideoMCMAE / VideoMAE's layout", "video", "videomae", None),
     ("MAE / transformers' MAE", "mae", "peer-transformers", None),
     ("MAE / lightly's MAE", "mae", "peer-lightly", None),
     ("MAE / vit-pytorch's MAE", "mae", "peer-vit-pytorch", None),
@@ -111,7 +119,7 @@ def table_line(cells: Sequence[str]) -> str:
 def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     """The rows that the flags name, [""] for --method; UserError where one cannot run here."""
     rows = [""] if args.method else args.rows.split(",") if args.rows else [*default]
-    known = (*ROWS, *peers.PEERS)
+    known = (*ROWS, *VIDEO, *peers.PEERS)
     if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
     lacking = {p: line for p in peers.PEERS if (line := peers.missing(p, args.peers_from))}
@@ -206,8 +214,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, run in (("step", step), ("memory", memory)):
         p = commands.add_parser(name)
         p.set_defaults(run=run)
-        p.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}")
-        p.add_argument("--method", choices=sorted({script for script, _ in ROWS.values()}))
+        p.add_argument("--rows", help=f"comma-separated, of {', '.join((*ROWS, *VIDEO))}")
+        p.add_argument("--method", choices=SCRIPTS)
         p.add_argument("--model", default="base", help="preset, with --method")
         p.add_argument("--flags", default="", help="more flags for the scripts, in quotes")
         p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
@@ -223,6 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.set_defaults(run=loader)
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
+    p.add_argument("--short-side", type=int, default=256, help="of what is packed reduced")
     p.add_argument("--feed", type=float, help="images/s of a step, to count the cores for it")
     benchmark_detect.add_parser(commands)
     for p in commands.choices.values():
@@ -238,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["one"]:
         args = argparse.Namespace(**json.loads(argv[1]))
-        Path(args.json).write_text(json.dumps(stopwatch.one(args, ROWS)))
+        Path(args.json).write_text(json.dumps(stopwatch.one(args, ROWS | VIDEO)))
         return 0
     args = parse(argv)
     if args.json:

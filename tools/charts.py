@@ -4,6 +4,7 @@ matplotlib draws them, which is optional: pip install matplotlib
 """
 
 import argparse
+import csv
 import io
 import json
 import math
@@ -14,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
+import engine  # before torch: it sets how threads wait
 
-import torch
 from PIL import Image
 
 from downstream.encoders import open_encoder
-from engine import UserError
+from engine import UserError, writing
 from tools.figures import save
 
+CURVES = Path(__file__).parents[1] / "docs" / "curves"  # METHOD.jsonl: see docs/curves.md
 # Okabe and Ito's colours, which the colour-blind can tell apart; black last
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -109,25 +110,54 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def write_csv(path: str, names: dict[Path, str]) -> None:
+    """Logs as one table: a row a line of a log, `val/` before what is of the val split."""
+    rows = []
+    for log, name in names.items():
+        for r in read_log(log):
+            val = {f"val/{k}": v for k, v in r.pop("val", {}).items()}
+            rows.append({"run": name, **r, **val})
+    with writing(path), open(path, "w", newline="") as f:
+        table = csv.DictWriter(f, dict.fromkeys(k for row in rows for k in row))
+        table.writeheader()
+        table.writerows(rows)
+
+
 def log(args: argparse.Namespace) -> None:
+    """A panel a term: the runs', and with --healthy a kept one's of the method's README command.
+
+    As a table where --output ends with .csv.
+    """
     panels: dict[str, list[Series]] = {}
-    paths = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
-    for n, path in enumerate(paths):
+    logs = [Path(run, "log.jsonl") if Path(run).is_dir() else Path(run) for run in args.runs]
+    names = {p: p.parent.name if p.name == "log.jsonl" else p.stem for p in logs}
+    if args.healthy:
+        names[kept := CURVES / f"{args.healthy}.jsonl"] = f"healthy {args.healthy}"
+        if not kept.is_file():
+            known = ", ".join(sorted(p.stem for p in CURVES.glob("*.jsonl")))
+            raise UserError(f"--healthy {args.healthy}: {CURVES} has {known or 'no curves'}")
+    if args.output.endswith(".csv"):
+        return write_csv(args.output, names)
+    for n, (path, name) in enumerate(names.items()):
         points: dict[tuple[str, bool], list] = {}
         for r in read_log(path):
             for term, value in {**r, **r.get("val", {})}.items():
                 if isinstance(value, (int, float)) and term not in ("step", "epoch"):
                     points.setdefault((term, "val" in r), []).append((r["step"], value))
         for (term, val), xy in points.items():
-            named = len(paths) > 1 and (not val or (term, False) not in points)
-            series = Series(path.parent.name if named else "", *zip(*xy), n, dots=val)
-            panels.setdefault(term, []).append(series)
-    chosen = [term for term in panels if not args.keys or term in args.keys.split(",")]
-    if not chosen:
-        raise UserError(f"--keys {args.keys}: the log has {', '.join(panels)}")
-    caption = f"logs of {', '.join(map(str, paths))}; lines: means over training steps, dots: "
-    caption += "the val split"
-    charts = [(term, "step", panels[term]) for term in chosen]
+            if args.keys and term not in args.keys.split(","):
+                continue
+            named = len(names) > 1 and not args.apart and (not val or (term, False) not in points)
+            series = Series(name if named else "", *zip(*xy), n, dots=val)
+            panels.setdefault(f"{name}: {term}" if args.apart else term, []).append(series)
+    if not panels:
+        raise UserError(
+            f"--keys {args.keys}: the log has {', '.join(dict.fromkeys(k for k, _ in points))}"
+        )
+    caption = f"logs of {', '.join(map(str, logs))}"
+    caption += f" and docs/curves/{args.healthy}.jsonl" if args.healthy else ""
+    caption += "; lines: means over training steps, dots: the val split"
+    charts = [(title, "step", series) for title, series in panels.items()]
     chart(args.output, caption, charts, 3, (360, 220), args.palette)
 
 
@@ -137,7 +167,7 @@ def log(args: argparse.Namespace) -> None:
 def peek(path: str) -> dict:
     """What a checkpoint says of itself, tensors not yet read: {} where it is none of ours."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = engine.read(path, mapped=True)
         return {k: found[k] for k in ("method", "step", "config")}
     except Exception:  # whoever reads the file whole says what is wrong with it
         return {}

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = tuple(layout(args.root, split)) or ("rgb",)
             options = {"granularities": found, "semantic_classes": args.semantic_classes}
             dataset = FolderDataset(args.root, split, None, **options)
-            kinds, classes = ", ".join(dataset.folders), len(dataset.classes)
+            kinds, classes = ", ".join(dataset.files.folders), len(dataset.classes)
             print(f"{split}: {len(dataset)} images, {classes} class folders, {kinds}")
             if not args.list:
                 print(f"{split}: {check(dataset, None)}")

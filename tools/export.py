@@ -6,10 +6,12 @@
              for timm's Beit. A fine-tuned classifier keeps its norm and head
     full     a plain state dict of the whole model, decoder included, without optimizer
 
-It takes checkpoints of pre-training and of transfer, and says what it wrote and how that loads.
+It takes checkpoints of pre-training and of transfer, and says what it wrote and how that loads. A
+name that ends in .safetensors gets Hugging Face's file format, all others torch's. The plain state
+dicts carry the number of heads, mean and deviation of pixels, which --init reads.
 
   python -m tools.export runs/cfmae/last.pt encoder.pt
-  python -m tools.export runs/cfmae/last.pt vit.pth --format timm
+  python -m tools.export runs/cfmae/last.pt vit.safetensors --format timm
 """
 
 import argparse
@@ -24,10 +26,11 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import ViT
 from downstream import encoders
 from downstream.source import open_source
 from engine import UserError
+from vit import ViT
+from engine.reader import write_safetensors
 
 # timm's names of the usual sizes, for 224 pixels, by (width, depth, heads, patch size).
 TIMM = {
@@ -130,14 +133,41 @@ def as_checkpoint(encoder: nn.Module, description: dict, step: int) -> dict:
     }
 
 
+def loading(out: Path, make: str = "") -> str:
+    """A line of Python that loads a state dict into the model that another one makes."""
+    if out.suffix == ".safetensors":
+        return f'{make}import safetensors.torch; safetensors.torch.load_model(model, "{out}")'
+    return f'{make}model.load_state_dict(torch.load("{out}", weights_only=True))'
+
+
+def with_facts(state: dict[str, Tensor], description: dict) -> dict[str, Tensor]:
+    """A state dict that tells what its shapes do not, see `engine.reader.told`."""
+    state = collections.OrderedDict(state)
+    told = {k: description[k] for k in ("mean", "std")}
+    told |= {k: v for k, v in description["config"].items() if k == "num_heads"}
+    state._metadata = {"": told}
+    return state
+
+
+def write(out: Path, content: dict) -> None:
+    """Write a checkpoint or a state dict in the format that its suffix names."""
+    if out.suffix != ".safetensors":
+        return engine.save(out, content)
+    try:
+        with engine.writing(out):
+            write_safetensors(out, content)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+
+
 def as_timm(
     encoder: nn.Module, description: dict, content: dict, out: Path
 ) -> tuple[dict[str, Tensor], str, str, list[str]]:
     """What `export` writes for timm: state dict, what it is, how it loads, notes."""
     head, pool, why_not = timm_head(encoder, content)
     classes = len(head["head.bias"]) if head else 0
-    load = f"model = {timm_constructor(encoder, classes, pool)}; "
-    load += f'model.load_state_dict(torch.load("{out}", weights_only=True))'
+    load = loading(out, f"model = {timm_constructor(encoder, classes, pool)}; ")
     notes = [why_not] if why_not else []
     if encoder.norm.eps != 1e-6:
         notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
@@ -164,9 +194,9 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
     left = [k for k in source if not k.startswith("encoder.")]
     notes = []
     if form == "full":
-        state = written = source
+        state = written = with_facts(source, description)
         what, left = "whole model", []
-        load = f'model.load_state_dict(torch.load("{out}", weights_only=True))'
+        load = loading(out)
         notes.append(f"model is that of {content['method']} with the checkpoint's config")
     elif form == "timm":
         if not isinstance(encoder, ViT) or len(set(encoder.strides)) > 1:
@@ -175,7 +205,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
                 "has no names in timm; --format encoder keeps ours"
             )
         state, what, load, found = as_timm(encoder, description, content, out)
-        written, notes = state, notes + found
+        written, notes = with_facts(state, description), notes + found
         kept = {**state, **dict.fromkeys(HEADS if "classifier" in what else ())}
         left = [k for k in left if k not in kept]
         left += [k.removeprefix("encoder.") for k in source if k.split(".")[1:2] in MAPS]
@@ -187,7 +217,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         load = f'--checkpoint {out}; downstream.encoders.open_encoder(checkpoint="{out}")'
     if form != "full" and method == "semanticmim" and "decoder_norm.weight" in source:
         notes.append("the final norm is a fresh one: pre-training's saw [MASK] tokens alone")
-    engine.save(out, written)
+    write(out, written)
     counts = collections.Counter(k.split(".")[0] for k in left).items()
     numbers = sum(math.prod(v.shape) for v in state.values())
     lines = {

@@ -22,6 +22,7 @@ from torch import Tensor
 import data
 import files
 import shapes
+from downstream.photos import photographs
 from engine import UserError
 from pictures import colorize, hide
 
@@ -55,20 +56,29 @@ def where(args: argparse.Namespace) -> tuple[str, str]:
 
 def available(args: argparse.Namespace) -> tuple[str, ...]:
     """The granularities that --data has."""
-    return tuple(data.GRANULARITIES if args.data == "shapes" else files.layout(*where(args)))
+    if args.data == "shapes" or Path(args.data).is_file():
+        return tuple(data.GRANULARITIES)[: None if args.data == "shapes" else 1]
+    return tuple(files.layout(*where(args)))
 
 
 def open_images(
     args: argparse.Namespace, size: int | tuple[int, int], patch_size: int,
     granularities: tuple[str, ...] = ("rgb",), classes: int = 255,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:  # fmt: skip
-    """Yield (name, batch of one) of the images that --images chooses: centre crops.
+    """Yield (name, batch of one) of the images that --images chooses, by default the first four,
+    or of the photograph that --data is: centre crops.
 
     Images that cannot be read are left out, which a line on stderr says.
     """
-    dataset = data.open_dataset(*where(args), size, patch_size, granularities, (1.0, 1.0), False,
-                                args.seed, semantic_classes=classes)  # fmt: skip
-    chosen, yielded = numbers(args.images or "0-3", len(dataset), "--images"), 0
+    (root, split), listed, one = where(args), None, Path(args.data).is_file()
+    if one:
+        (root, listed), split = photographs([args.data]), ""
+        if lacking := [m for m in granularities if m != "rgb"]:
+            raise UserError(f"{args.data} has no {' and '.join(lacking)} map, which this needs")
+    dataset = data.open_dataset(root, split, size, patch_size, granularities, (1.0, 1.0), False,
+                                args.seed, listed, semantic_classes=classes)  # fmt: skip
+    images, yielded = "0" if one else args.images or f"0-{min(4, len(dataset)) - 1}", 0
+    chosen = numbers(images, len(dataset), "--images")
     for i in chosen:
         if args.data != "shapes":
             try:
@@ -82,7 +92,7 @@ def open_images(
         yielded += 1
         yield dataset.files.name(i) if args.data != "shapes" else f"scene {i}", batch
     if not yielded:
-        raise UserError(f"none of the images {args.images or '0-3'} of {args.data} can be read")
+        raise UserError(f"none of the images {images} of {args.data} can be read")
 
 
 @functools.cache  # a picture may go through the images several times

@@ -1,6 +1,8 @@
-"""Time of the loader, part by part, beside the usual PIL pipeline, for `benchmark loader`."""
+"""Time of the loader, part by part: a folder beside its shards, beside the usual PIL pipeline."""
 
 import argparse
+import os
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,15 +12,19 @@ import engine  # noqa: F401 - before torch: it sets how threads wait
 
 import torch
 from PIL import Image
-from torchvision import transforms
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode
 
 import data
 import files
 import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
+from tools import pack
+from tools.members import encode_map
+
+SIZE = 224
+
+
+# ----------------------------------------------------------------------------- what is measured
 
 
 def photographs(root: Path, count: int) -> None:
@@ -35,36 +41,13 @@ def photographs(root: Path, count: int) -> None:
                 Image.fromarray(sample[name].numpy()).save(path)
 
 
-def rate(run: Callable[[int], object], count: int) -> float:
-    """Calls a second, the best of three passes over `count` samples, in this thread."""
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        for i in range(count):
-            run(i)
-        best = min(best, time.perf_counter() - began)
-    return count / best
-
-
-def loader(args: argparse.Namespace) -> list[dict]:
-    """Time the loader in one thread, for RGB alone and, where there are maps, with them."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        root = args.data or folder
-        if args.data is None:
-            photographs(Path(root), args.count)
-        maps = set(data.GRANULARITIES) <= set(files.layout(root, "train"))
-        chosen = [("rgb",)] + [tuple(data.GRANULARITIES)] * maps
-        return [loader_parts(root, names, args.count, args.feed) for names in chosen]
-
-
 def readable(dataset: data.FolderDataset, count: int) -> list[int]:
-    """The first `count` images without those that cannot be read, which a line tells.
+    """`count` images, evenly spaced, without those that cannot be read, which a line tells.
 
     Errors: UserError where none can be read, or a map does not fit.
     """
-    chosen, broken = [], []
-    for i in range(min(count, len(dataset))):
+    chosen, broken, total = [], [], len(dataset)
+    for i in range(0, total, max(1, total // count))[:count]:
         try:
             dataset.load(i)
             chosen.append(i)
@@ -77,47 +60,164 @@ def readable(dataset: data.FolderDataset, count: int) -> list[int]:
     return chosen
 
 
-def loader_parts(root: str, names: tuple[str, ...], count: int, feed: float | None) -> dict:
-    """Time reading, decoding, cropping and collating; for RGB beside the usual PIL pipeline."""
-    dataset = data.FolderDataset(root, "train", None, 224, 4, names)
-    chosen = readable(dataset, count)
-    n, stems = len(chosen), [dataset.files.name(i) for i in chosen]
-    decode, paths = {}, {}
-    for g, folder in dataset.folders.items():
-        decode[g] = data.decode_image if g == "rgb" else data.decode_map
-        paths[g] = [f"{folder}/{s if g == 'rgb' else s.rpartition('.')[0] + '.png'}" for s in stems]
-    raw = {g: [data.read_bytes(p) for p in paths[g]] for g in paths}
+def link(dataset: data.FolderDataset, chosen: list[int], place: Path) -> None:
+    """Lay out some images and their maps as a folder of their own."""
+    for i in chosen:
+        for g in dataset.granularities:
+            source = Path(dataset.files.where(dataset.root, g, i)).resolve()
+            path = place / "train" / g / f"{i:09d}{source.suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(source, path)
+
+
+def with_palette(root: Path, place: Path) -> None:
+    """The same folder, its maps as palette PNG."""
+    for folder in (root / "train").iterdir():
+        (place / "train" / folder.name).mkdir(parents=True)
+        for path in folder.iterdir():
+            target = place / "train" / folder.name / path.name
+            if folder.name == "rgb":
+                os.symlink(path.resolve(), target)
+            else:
+                ids = files.decode_map(files.read_bytes(str(path)))
+                target.write_bytes(encode_map(ids, folder.name))
+
+
+def variants(args: argparse.Namespace, place: Path) -> list[tuple[str, Path, tuple[str, ...]]]:
+    """(what it is, root, granularities) of all that is timed; what is lacking is written."""
+    root = args.data or str(place / "scenes")
+    if args.data is None:
+        photographs(Path(root), args.count)
+    everything = tuple(data.GRANULARITIES)
+    maps = set(everything) <= set(files.layout(root, "train"))
+    names = everything if maps else ("rgb",)
+    chosen = [("rgb",), everything] if maps else [("rgb",)]
+    if files.packed(f"{root}/train"):
+        return [("packed", Path(root), g) for g in chosen]
+    dataset = data.FolderDataset(root, "train", None, granularities=names)
+    link(dataset, readable(dataset, args.count), place / "folder")
+    rows = [("folder", place / "folder", g) for g in chosen]
+    if maps:
+        with_palette(place / "folder", place / "palette")
+        rows.append(("folder, palette maps", place / "palette", everything))
+    for name, side in (("packed", 0), (f"packed, short side {args.short_side}", args.short_side)):
+        flags = ["--short-side", str(side), "--workers", "0"]
+        pack.main([str(place / "folder"), str(place / name), *flags])
+        rows += [(name, place / name, g) for g in chosen]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------ times
+
+
+def seconds(run: Callable[[int], object], count: int) -> tuple[float, float]:
+    """(CPU, wall) seconds of a call, over `count` of them in this thread."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for i in range(count):
+        run(i)
+    return (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
+
+
+def best(runs: dict[object, tuple[Callable[[int], object], int]]) -> dict:
+    """`seconds` of each, the least of three rounds in which they take turns."""
+    rounds = [{name: seconds(*run) for name, run in runs.items()} for _ in range(3)]
+    return {name: tuple(map(min, zip(*(r[name] for r in rounds)))) for name in runs}
+
+
+def loader(args: argparse.Namespace) -> list[dict]:
+    """Time a folder and its shards in one thread, for RGB alone and, where there are maps, with
+    them; CPU seconds give images/s a core, also on a machine with other work.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        rows = variants(args, Path(place))
+        sets = [data.FolderDataset(str(root), "train", None, SIZE, 4, g) for _, root, g in rows]
+        chosen = readable(sets[-1], args.count)
+        runs = {
+            i: (lambda k, d=dataset: d[0, chosen[k]], len(chosen)) for i, dataset in enumerate(sets)
+        }
+        times, results = best(runs), []
+        for i, (name, _, granularities) in enumerate(rows):
+            result = {"source": name, "granularities": granularities} | parts(sets[i], chosen)
+            result |= dict(zip(("images_per_s", "images_per_s_wall"), (1 / x for x in times[i])))
+            print(line(result, results))
+            results.append(result)
+        if args.feed:
+            print(
+                f"  {args.feed * times[0][0]:.1f} cores feed {args.feed:.0f} images/s of the first"
+            )
+        if rows[0][0] == "folder":
+            results[0] |= usual(sets[0], times[0][0])
+        return results
+
+
+def line(result: dict, before: list[dict]) -> str:
+    names, speed = result["granularities"], result["images_per_s"]
+    shown = ", ".join(f"{k} {v:.0%}" for k, v in result["parts"].items())
+    words = f"{result['source']}, {' + '.join(names)}: {speed:.0f} images/s a core ("
+    words += f"{result['images_per_s_wall']:.0f} by the clock), {result['bytes'] / 1000:.0f} kB, "
+    words += f"{result['enlarged']:.0%} of crops enlarged; {shown}"
+    first = {r["granularities"]: r["images_per_s"] for r in reversed(before)}
+    last = {r["granularities"]: r["images_per_s"] for r in before}
+    if names != ("rgb",):
+        words += f"; {last['rgb',] / speed:.2f} of RGB's time"
+    if names in first:
+        words += f"; {speed / first[names]:.2f}x the {before[0]['source']}'s"
+    return words
+
+
+def parts(dataset: data.FolderDataset, chosen: list[int]) -> dict:
+    """Shares of reading, decoding, cropping and collating; bytes of a sample; enlarged crops."""
+    root, names, n = dataset.root, dataset.granularities, len(chosen)
+    decode = {g: data.decode_image if g == "rgb" else data.decode_map for g in names}
+    raw = [{g: dataset.files.read(root, g, i) for g in names} for i in chosen]
     decoded = [dataset.load(i) for i in chosen[:64]]
     samples = [dataset[0, i] for i in chosen[:64]]
-    parts = {
-        "read": 1 / rate(lambda i: [data.read_bytes(paths[g][i]) for g in paths], n),
-        "decode": 1 / rate(lambda i: [decode[g](raw[g][i]) for g in paths], n),
-        "crop": 1 / rate(lambda i: dataset.crop(*decoded[i], i), len(decoded)),
-        "collate": 1 / rate(lambda i: data.collate(samples), 4) / len(samples),
+    times = best({
+        "read": (lambda i: [dataset.files.read(root, g, chosen[i]) for g in names], n),
+        "decode": (lambda i: [decode[g](raw[i][g]) for g in names], n),
+        "crop": (lambda i: dataset.crop(*decoded[i], i), len(decoded)),
+        "collate": (lambda i: data.collate(samples), 4),
+    })  # fmt: skip
+    cpu = {k: v[0] / (len(samples) if k == "collate" else 1) for k, v in times.items()}
+    crops = [
+        data.random_crop(random.Random(seed).random, *rgb.shape[1:], dataset.scale)
+        for rgb, _ in decoded
+        for seed in range(20)
+    ]
+    return {
+        "parts": {k: v / sum(cpu.values()) for k, v in cpu.items()},
+        "bytes": sum(len(x) for sample in raw for x in sample.values()) / n,
+        "enlarged": sum(h * w < SIZE * SIZE for _, _, h, w in crops) / len(crops),
     }
-    ours = rate(lambda i: dataset[0, chosen[i]], n)
-    shares = {k: v / sum(parts.values()) for k, v in parts.items()}
-    result = {"granularities": names, "images_per_s": ours, "parts": shares}
-    shown = ", ".join(f"{k} {v:.0%}" for k, v in shares.items())
-    print(f"{', '.join(names)}: {ours:.0f} images/s a core; {shown}")
-    if feed:
-        print(f"  {feed / ours:.1f} cores feed {feed:.0f} images/s")
-    if names == ("rgb",):
-        usual = transforms.Compose([
-            transforms.RandomResizedCrop(224, interpolation=InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ])  # fmt: skip
-        classic = rate(lambda i: usual(Image.open(paths["rgb"][i]).convert("RGB")), n)
-        size = sum(map(len, raw["rgb"])) / n / 1000
-        shown = f"  {n} images of {size:.0f} kB; PIL and torchvision's transforms {classic:.0f} "
-        shown += f"(ours {ours / classic:.2f}x), "
-        result["classic"] = classic
-        try:
-            whole = [torch.from_numpy(x) for x in raw["rgb"]]
-            bare = rate(lambda i: decode_jpeg(whole[i], mode=ImageReadMode.RGB), n)
-            result["bare_decode"] = bare
-            print(f"{shown}bare decode_jpeg {bare:.0f} (ours {ours / bare:.0%})")
-        except RuntimeError:
-            print(f"{shown}no bare decode_jpeg, as not all are RGB or grey JPEG")
-    return result
+
+
+def usual(dataset: data.FolderDataset, ours: float) -> dict:
+    """The same images through PIL and torchvision's transforms, and decoded alone."""
+    from torchvision import transforms  # two CPU seconds, which other benchmarks need not
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms import InterpolationMode
+
+    pipeline = transforms.Compose([
+        transforms.RandomResizedCrop(SIZE, interpolation=InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ])  # fmt: skip
+    n = len(dataset)
+    paths = [dataset.files.where(dataset.root, "rgb", i) for i in range(n)]
+    whole = [torch.from_numpy(files.read_bytes(path)) for path in paths]
+    runs = {"classic": (lambda i: pipeline(Image.open(paths[i]).convert("RGB")), n)}
+    runs["bare_decode"] = (lambda i: decode_jpeg(whole[i], mode=ImageReadMode.RGB), n)
+    said = f"  {n} images; PIL and torchvision's transforms "
+    try:
+        times = best(runs)
+    except RuntimeError:
+        times = best({"classic": runs["classic"]})
+    found = {name: 1 / cpu for name, (cpu, _) in times.items()}
+    said += f"{found['classic']:.0f} (ours {1 / ours / found['classic']:.2f}x), "
+    if "bare_decode" in found:
+        bare = found["bare_decode"]
+        print(f"{said}bare decode_jpeg {bare:.0f} (ours {1 / ours / bare:.0%})")
+    else:
+        print(f"{said}no bare decode_jpeg, as not all are RGB or grey JPEG")
+    return found

@@ -8,11 +8,13 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import MASK, pixel_target, random_mask, uniform, unpatchify
+from common import pixel_target, random_mask, unpatchify
+from data import UNLABELLED
 from downstream.encoders import METHODS
 from engine import UserError
+from noise import MASK, uniform
 from pictures import parts
-from tools.figures import legend, numbers, open_images, sheet
+from tools.figures import available, legend, numbers, open_images, sheet
 from tools.models import hiding, load_model, own_mask
 
 COLUMNS = ("input = truth", "visible", "prediction", "prediction, visible patches laid over")
@@ -90,7 +92,11 @@ def reconstruct(args: argparse.Namespace) -> None:
     method, model, step = load_model(args.checkpoint)
     cfg, rows, labels, side, maps = model.cfg, [], [], args.side, []
     names, classes = granularities(cfg), getattr(cfg, "semantic_classes", 255)
-    for name, batch in open_images(args, cfg.image_size, cfg.patch_size, names, classes):
+    whole = [m for m in names if m in args.hide or args.only and m not in args.only]
+    blank = [m for m in whole if m not in available(args)]  # photographs have no maps to hide
+    read, n = [m for m in names if m not in blank], cfg.image_size // max(cfg.patch_size // 4, 1)
+    for name, batch in open_images(args, cfg.image_size, cfg.patch_size, read, classes):
+        batch |= {m: torch.full((1, n, n), UNLABELLED, dtype=torch.uint8) for m in blank}
         mask = choose_mask(args, method, cfg, batch)
         for what, entry in predict(method, model, batch, mask, args.normalised).items():
             row = [None if x is None else x[0] for x in parts(*entry)]

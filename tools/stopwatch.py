@@ -10,14 +10,15 @@ clipping where the recipe has it, what a method adds (CoMA's Eq. 4), AdamW. Of t
 
 import argparse
 import contextlib
+import importlib
 import itertools
-import resource
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import engine  # before torch: it sets how threads wait
@@ -29,10 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 import data
-import shapes
 import targets
-from downstream.encoders import METHODS
-from engine.ranks import World
+from engine.ranks import World, peak_memory
 from tools import peers
 
 PER_EPOCH = 1000  # steps, which only the rate depends on
@@ -142,6 +141,9 @@ class Stopwatch(engine.Run):
         cfg: engine.Config,
         iterations: int | None = None,
         granularities: tuple[str, ...] = ("rgb",),
+        source: ModuleType = data,
+        frames: int | None = None,
+        stride: int | None = None,
         **_,
     ):
         self.args, self.method, self.cfg, self.out = args, method, cfg, Path(out)
@@ -154,6 +156,7 @@ class Stopwatch(engine.Run):
         self.total = self.stop = iterations or cfg.epochs * PER_EPOCH
         self.number = self.start = self.total // 2  # halfway, where two masks of CFMAE may mix
         self.granularities, self.result, self.raw = granularities, {}, False
+        self.source, self.clip = source, {"frames": frames, "stride": stride} if frames else {}
         torch.manual_seed(cfg.seed)
 
     def place(self, model: nn.Module) -> Callable:
@@ -168,8 +171,10 @@ class Stopwatch(engine.Run):
 
     def scenes(self, size: int) -> dict[str, torch.Tensor]:
         """A batch of ShapeScenes, with the granularities that the method asks for."""
-        stride = max(self.cfg.patch_size // 4, 1)
-        scenes = shapes.ShapeScenes("train", self.cfg.image_size, stride, self.granularities)
+        pixels, seen = (self.cfg.image_size, self.cfg.patch_size), self.granularities
+        scenes = self.source.open_dataset(
+            "shapes", "train", *pixels, seen, (1.0, 1.0), True, 0, **self.clip
+        )
         batch = data.collate([scenes[0, i] for i in range(size)])
         return {k: v if k == "bad" else v.to(self.device) for k, v in batch.items()}
 
@@ -187,10 +192,7 @@ class Stopwatch(engine.Run):
             yield (step := Step(self))
             times.append(self.clock() - began)
             updates.append(step.seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        self.result |= {"times": times[args.warmup :], "peak": peak}
+        self.result |= {"times": times[args.warmup :], "peak": peak_memory(self.device)}
         if args.details:
             yield from self.details(statistics.median(updates[args.warmup :]))
 
@@ -251,5 +253,5 @@ def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
                 if "DALLE" in flags:
                     torch.save(targets.random_state(256, 2, 8192), f"{out}/dalle.pth")
                     flags = flags.replace("DALLE", f"{out}/dalle.pth")
-                METHODS[method].main([*flags.split(), *args.flags.split(), *how])
+                importlib.import_module(method).main([*flags.split(), *args.flags.split(), *how])
     return {"row": args.rows or f"{args.method}-{args.model}", **runs[0].result}

@@ -8,14 +8,15 @@
     schedule     CFMAE Fig. 5, and the learning rate
     features     MCMAE Fig. 5: a pyramid by its first three principal components
     dataset      CFMAE Fig. 6: images beside their maps
-    log          loss terms, rate, images/s of runs
+    log          loss terms, rate, images/s of runs; --output x.csv: as a table
     results      what transfer gave over a setting of pre-training, or parameters: SemanticMIM
                  Figs. 5, 6 (proxies, mask_ratio), CoMA Fig. 5, MCMAE Fig. 4 (epochs)
 
     python -m tools.visualize reconstruct --checkpoint runs/x/last.pt --output reconstruct.png
     python -m tools.visualize attention --checkpoint runs/x/last.pt --query 3,4 --output maps.png
 
-Images: `--data shapes`, ROOT/{train,val}/... as data.py has it, or a folder of bare images. `masks`
+Images: `--data shapes`, ROOT/{train,val}/... as data.py has it, a folder of bare images, or one of
+them; with `--only rgb` reconstruct needs no maps where there are none. `masks`
 and `schedule` take the flags of the method's script, too: `--model base --epochs 1600`. schedule,
 log, results and --distance are charts, for which `pip install matplotlib`.
 """
@@ -103,11 +104,11 @@ def dataset(args: argparse.Namespace) -> None:
 
 YES, NUMBER, SOME = {"action": "store_true"}, {"type": int}, {"nargs": "+"}
 FIGURE = {
-    "--output": dict(required=True, help="the PNG to write"),
+    "--output": dict(help="the PNG to write; default: COMMAND.png"),
     "--palette": dict(YES, help="256 colours: a small file"),
 }
 IMAGES = {
-    "--data": dict(default="shapes", help="a folder, or shapes"),
+    "--data": dict(default="shapes", help="a folder, an image, or shapes"),
     "--split": dict(default="val"),
     "--images": dict(help="which ones, e.g. 0-3,17"),
     "--seed": dict(NUMBER, default=0, help="of masks"),
@@ -156,6 +157,10 @@ SCHEDULE = {
 LOG = {
     "runs": dict(SOME, help="folders of runs, or log.jsonl files"),
     "--keys": dict(help="panels, e.g. loss,lr; default: all"),
+    "--apart": dict(YES, help="panels of their own for each run"),
+    "--healthy": dict(
+        metavar="METHOD", help="beside it a good run of this script's --data shapes --model tiny"
+    ),
 }
 RESULTS = {
     "files": dict(SOME, help="result.json, or the folders that hold them"),
@@ -205,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         top.error("--over-training takes shares of training, 0 to 1")
     if getattr(args, "frequency", None) is not None and args.frequency < 1:
         top.error("--frequency must be above 0")
+    args.output = args.output or f"{args.command}.png"
     args.run(args)
     print(args.output)
     return 0

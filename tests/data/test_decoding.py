@@ -1,6 +1,8 @@
 """data.py: images and maps of every kind, against Pillow."""
 
+import contextlib
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image, ImageOps
 from test_data import smooth
 
 import data
+import files
 
 
 def encode(image, kind, **options):
@@ -107,3 +110,64 @@ def test_decode_map__refuses_what_decoders_would_stretch():
             data.decode_map(encode(Image.fromarray(smooth(8, 8)).convert(mode), "PNG"))
     with pytest.raises(ValueError, match="not a PNG file"):
         data.decode_map(encode(Image.fromarray(smooth(8, 8)), "JPEG"))
+
+
+def chunk(name, content):
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
+
+
+def palette_png(ids, filters, kind=(8, 3, 0, 0, 0), cut=0, more=b"", end=True):
+    """A palette PNG by hand; row k is stored with filter `filters[k]`: 0 none, 1 left, 2 above."""
+    left, above = np.zeros_like(ids), np.zeros_like(ids)
+    left[:, 1:], above[1:] = ids[:, :-1], ids[:-1]
+    rows = [ids[k] - (0, left[k], above[k])[f] for k, f in enumerate(filters)]
+    stream = zlib.compress(b"".join(bytes([f]) + r.tobytes() for f, r in zip(filters, rows)) + more)
+    stream = stream[: len(stream) - cut]
+    half = len(stream) // 2
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", ids.shape[1], ids.shape[0], *kind))
+        + chunk(b"tEXt", b"Title\0of no use")
+        + chunk(b"PLTE", bytes(range(256)) * 3)
+        + b"".join(chunk(b"IDAT", part) for part in (stream[:half], stream[half:]))
+        + chunk(b"IEND", b"") * end
+    )
+
+
+def test_unfiltered__is_what_pillow_reads_or_left_to_it(monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 256, (5, 9), np.uint8)
+    plain = palette_png(ids, [0] * 5)
+    assert np.array_equal(files.unfiltered(plain), ids)
+    for filters in ([0, 0, 0, 0, 1], [2, 0, 1, 2, 1]):
+        content = palette_png(ids, filters)
+        assert files.unfiltered(content) is None
+        assert np.array_equal(files.decode_map(np.frombuffer(content, np.uint8)), ids)
+    left = [
+        palette_png(ids, [0] * 5, kind=(8, 0, 0, 0, 0)),  # grey
+        palette_png(ids, [0] * 5, kind=(8, 3, 0, 0, 1)),  # interlaced
+        palette_png(ids, [0] * 5, kind=(4, 3, 0, 0, 0)),
+        palette_png(ids, [0] * 5, cut=4),  # its checksum is missing
+        palette_png(ids, [0] * 5, cut=30),
+        palette_png(ids, [0] * 5, more=b"\0"),
+        palette_png(ids, [0] * 5, end=False),
+        palette_png(ids[:4], [0] * 4).replace(struct.pack(">2I", 9, 4), struct.pack(">2I", 9, 5)),
+        *(plain[:n] for n in range(0, len(plain) - 12)),
+    ]
+    assert all(files.unfiltered(content) is None for content in left)
+    for content in [plain, *left]:  # and so nothing that Pillow refuses is taken
+        mine = theirs = None
+        with contextlib.suppress(Exception):
+            mine = files.decode_map(np.frombuffer(content, np.uint8))
+        with monkeypatch.context() as patch, contextlib.suppress(Exception):
+            patch.setattr(files, "unfiltered", lambda data: None)
+            theirs = files.decode_map(np.frombuffer(content, np.uint8))
+        assert np.array_equal(mine, theirs)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 45)
+    assert files.unfiltered(plain) is not None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 44)  # Pillow says what it does with bombs
+    assert files.unfiltered(plain) is None

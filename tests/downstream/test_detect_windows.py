@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import softmax
 
-from common import Block, ViT
+from common import Block
+from vit import ViT
 from downstream import encoders
 from downstream.windows import Windows, edges, join, offsets, partition
 

@@ -13,7 +13,8 @@ from tiny_run import short_epochs
 import data
 import shapes
 import engine
-from common import AUGMENT, DROP_PATH, Normalize, uniform
+from common import Normalize
+from noise import AUGMENT, DROP_PATH, uniform
 from downstream import encoders, finetune, scores, transfer
 from downstream import evaluate as testing
 from engine.ranks import World

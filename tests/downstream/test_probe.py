@@ -13,9 +13,10 @@ from tiny_run import short_epochs
 
 import shapes
 import engine
-from common import ViT, init_weights
+from common import init_weights
 from downstream import encoders, features, probe, scores
 from engine import UserError
+from vit import ViT
 
 CPU = torch.device("cpu")
 
@@ -180,7 +181,7 @@ def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
     path = write_checkpoint(tmp_path, method)
     encoder = build(parse("--checkpoint", path)).encoder.eval()
     torch.nn.init.normal_(encoder.norm.weight)
-    imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
+    imgs, depth = torch.randn(3, 3, 32, 32), encoder.num_layers
     assert depth == {"coma_dyvit": 4}.get(method, 2)
     with torch.no_grad():
         found = dict(features.features(encoder, imgs, [str(depth), "1", "norm"]))
@@ -229,7 +230,7 @@ def layer_norm(x, weight=1.0, bias=0.0):
 def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_path):
     encoder = build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder
     torch.nn.init.normal_(encoder.norm.weight)  # as trained on what a feature is not
-    imgs, depth = torch.randn(3, 3, 32, 32), encoders.num_layers(encoder)
+    imgs, depth = torch.randn(3, 3, 32, 32), encoder.num_layers
     norm = features.pooled_norm(encoder, {})
     with torch.no_grad():
         found = dict(features.features(encoder.eval(), imgs, [str(depth), "norm"], norm))

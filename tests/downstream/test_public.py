@@ -18,6 +18,7 @@ import engine
 import mcmae
 from downstream import encoders, finetune, probe, public_vit, segment
 from downstream.encoders import UserError, open_encoder
+import vit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
@@ -97,7 +98,7 @@ def test_public__mae_and_moco_wrappers(tmp_path):
     path = public_file(tmp_path, {"model": golden["state_dict"], "epoch": 3})
     encoder, _, report = open_encoder(init=path, num_heads=4)
     assert "42 tensors loaded; left out: mask_token, decoder_pos_embed, decoder_embed (2)" in report
-    fixed = common.ViT((64, 64), 8, 32, 3, 4)  # MAE's positions are the fixed ones
+    fixed = vit.ViT((64, 64), 8, 32, 3, 4)  # MAE's positions are the fixed ones
     fixed.load_state_dict({k: golden["state_dict"][k] for k in fixed.state_dict()})
     imgs = torch.randn(1, 3, 64, 64)
     for a, b in zip(encoder.forward_features(imgs)[0], fixed.forward_features(imgs)[0]):

@@ -94,7 +94,7 @@ def test_Config__the_probes_rate_grows_with_the_batch_unless_it_is_given():
 def test_Config__the_probe_reads_two_thirds_of_any_depth(model, layer):
     method = "cfmae" if model == "tiny" else "coma_dyvit"
     cfg = parse(f"--method {method} --encoder {model} --protocol linear --data x")
-    depth = encoders.num_layers(encoders.build(cfg.described)) if model == "tiny" else 24
+    depth = encoders.build(cfg.described).num_layers if model == "tiny" else 24
     assert cfg.layer == layer == round(depth * 2 / 3)
 
 
@@ -167,7 +167,7 @@ def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch
 @pytest.mark.parametrize("flags", ["--mean 0.5", "--std 0.5,0.5,0", "--mean a,b,c",
                                    "--mean 127.5,127.5,127.5", "--std nan,1,1"])  # fmt: skip
 def test_Config__statistics_that_cannot_be(flags):
-    with pytest.raises(UserError, match=f"{flags.split()[0]} .* is not R,G,B of pixels in"):
+    with pytest.raises(UserError, match=f"{flags.split()[0]} .*: three numbers in "):
         config(*flags.split())
 
 
@@ -191,7 +191,7 @@ def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
     assert engine.parse(Config, PRESETS, "", argv).described["method"] == "cfmae"
     with tiny_run.short_epochs():
         segment.main([*argv, "--steps", "1", "--output", str(tmp_path / "out")])
-    assert seen == 2 * [("describe", "model_ema")] + [("load", "model_ema")]
+    assert set(seen[:-1]) == {("describe", "model_ema")} and seen[-1] == ("load", "model_ema")
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -266,7 +266,7 @@ def test_run__older_checkpoints_go_on_are_evaluated_and_are_sources(pretrained, 
 @pytest.mark.parametrize("content", [{}, [1], {"config": {"description": "{"}}, {"facts": 3}])
 def test_run__a_folder_whose_checkpoint_is_of_something_else(tmp_path, content):
     torch.save(content, tmp_path / "last.pt")
-    with pytest.raises(UserError, match="last.pt is no checkpoint of a segmentation run"):
+    with pytest.raises(UserError, match="last.pt is no checkpoint of this project"):
         train(tmp_path, "--resume")
 
 

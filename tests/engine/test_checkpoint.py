@@ -164,7 +164,7 @@ def test_train__a_full_disk_is_one_line_for_every_file(tmp_path, monkeypatch):
         meter.write({"step": 1})
     files = data.FileList(np.array([b"a"]), np.zeros(1, np.int32), {"rgb": "x"}, [])
     monkeypatch.setattr(data, "scan", lambda *a: files)
-    monkeypatch.setattr(data, "check", lambda *a: None)
+    monkeypatch.setattr(data, "check", lambda *a: "")
     cfg = tiny_run.config(tmp_path, "--data", tmp_path, "--granularities", "R")
     (tmp_path / "out").mkdir(), (tmp_path / "out" / "files-train").mkdir()
     (tmp_path / "out" / "files-train" / "files.json.tmp").symlink_to("/dev/full")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
@@ -13,7 +14,10 @@ import pytest
 import tiny_run
 import torch
 from cfmae import CFMAE
-from engine import Run, UserError, World, arg
+from engine import Meter, Run, UserError, World, arg
+from engine.log import tensorboard
+from engine.loop import warn_of_size
+from engine.ranks import peak_memory
 from engine.validate import validate
 from PIL import Image
 from torch import nn
@@ -26,7 +30,7 @@ class Config(engine.Config):
     colour: str = arg("red", "ours", choices=["red", "green"])
 
 
-PRESETS = {"base": {}, "tiny": dict(epochs=3, batch_size=64)}
+PRESETS = {"base": {}, "tiny": dict(epochs=3, batch_size=64, warmup_epochs=0.1)}
 
 
 def parse(argv):
@@ -49,6 +53,7 @@ def test_parse__help_has_defaults_and_sources(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "About." in text
+    assert " --data ... --model ... --output ... --epochs ... --steps ..." in text[:200]
     assert "--epochs int Table 7 (default: 400)" in text
     assert "Appendix E.1 (5 % of it) (default: 40)" in text
     assert "--colour {red,green}" in text and "tiny: --epochs 3 --batch-size 64" in text
@@ -73,6 +78,12 @@ def test_parse__help_has_defaults_and_sources(capsys):
         ("--beta2 1", "--beta2"),
         ("--workers -1", "--workers"),
         ("--resume", "--resume needs --output"),
+        ("--epochs 40", "--warmup-epochs 40 leaves nothing of --epochs 40; a tenth"),
+        ("--batch_size 3", "unrecognized arguments: --batch_size 3; did you mean --batch-size?"),
+        ("--micro-bach=3 --see 1", "mean --micro-batch, --seed\\?"),
+        ("--qqqq 3", r"unrecognized arguments: --qqqq 3 \(--help"),
+        ("--device mps", r"choice: 'mps' \(choose from .*\) \(--help"),
+        ("--image-size 224x320", "invalid int value: '224x320': images are square here"),
     ],
 )
 def test_parse__refuses_and_names_the_field(argv, message):
@@ -192,7 +203,7 @@ def make_folder(root, images, broken):
 
 
 @pytest.mark.slow
-def test_unreadable_images__are_counted_named_and_limited(tmp_path):
+def test_unreadable_images__are_counted_named_and_limited(tmp_path, capsys):
     flags = ["--granularities", "R", "--log-every", "1", "--epochs", 2, "--micro-batch", 4]
     make_folder(tmp_path / "few", 40, 3)
     assert tiny_run.train(tmp_path / "a", *flags, "--data", tmp_path / "few") == 0
@@ -200,6 +211,10 @@ def test_unreadable_images__are_counted_named_and_limited(tmp_path):
     assert counts[4] == counts[9] == 3 and counts[:5] == sorted(counts[:5])  # by epoch
     names = (tmp_path / "a" / "bad_files.txt").read_text().split()
     assert sorted(names) == sorted([f"{i:03d}.jpg" for i in range(3)] * 2)
+
+    said = capsys.readouterr().out  # before the first step
+    assert "warning train: 40 of 40 samples checked, 3 images unreadable" in " ".join(said.split())
+    assert said.index("001.jpg") < said.index("more than 10 in an epoch") < said.index("method ")
 
     make_folder(tmp_path / "many", 40, 15)
     with pytest.raises(UserError, match=r"1\d unreadable images.*more than 10.*bad_files.txt"):
@@ -219,6 +234,62 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
     (tmp_path / "data/train/00.jpg").write_bytes((tmp_path / "data/train/019.jpg").read_bytes())
     assert tiny_run.train(tmp_path / "a", *flags, "--resume") == 0
     assert tiny_run.same_result(tmp_path / "a", tmp_path / "b")
+
+
+# --------------------------------------------------------------------------------- what a run says
+
+
+def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
+    def evaluate(model, batch):
+        zero = torch.zeros(())
+        return {"loss": zero + 3 - 2 * evaluate.calls.pop(), "loss_flat": zero + 4, "other": zero}
+
+    evaluate.calls = [1, 0]
+    assert tiny_run.train(tmp_path, "--steps", 1, evaluate=evaluate) == 0
+    said = capsys.readouterr().out
+    assert (
+        "learned     loss on held-out images 3 -> 1; guesses that learn nothing: loss_flat 4\n"
+        in said
+    )
+    assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
+    assert f"python -m downstream.probe --data shapes --checkpoint {tmp_path}/last.pt\n" in said
+    assert "warning" not in said
+
+
+@pytest.mark.parametrize("million, device, warned", [(21, "cpu", True), (19, "cpu", False),
+                                                     (21, "cuda", False)])  # fmt: skip
+def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys):
+    model = torch.nn.Linear(1000, 1000 * million, bias=False, device="meta")
+    warn_of_size(SimpleNamespace(device=torch.device(device), model=model))
+    said = capsys.readouterr().out
+    assert bool(said) == warned and ("0.3 GiB" in said) == warned  # 4 numbers of 4 bytes
+
+
+def test_tensorboard__has_the_logs_numbers_and_forgets_what_is_done_again(tmp_path):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--log", "tensorboard", "--log-every", 1]
+    assert tiny_run.train(tmp_path, *flags, "--steps", 3) == 0
+    content = tiny_run.checkpoint(tmp_path)
+    meter = Meter(tmp_path, World("cpu", "fp32"), None, content | {"step": 2}, "tensorboard")
+    meter.write({"step": 3, "loss": 7.0})
+    board = reading.EventAccumulator(str(tmp_path)).Reload()
+    found = {e.step: e.value for e in board.Scalars("loss")}
+    logged = {r["step"]: r["loss"] for r in tiny_run.lines(tmp_path) if "loss" in r}
+    assert found == pytest.approx(logged) and found[3] == 7.0 and len(found) == 3
+    assert "val/loss" in board.Tags()["scalars"]
+
+
+def test_tensorboard__absent_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UserError, match="--log tensorboard: pip install tensorboard"):
+        tensorboard(tmp_path, 0)
+
+
+def test_peak_memory__without_the_unix_module(monkeypatch):
+    assert peak_memory(torch.device("cpu")) > 100  # MiB: torch is loaded
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) == 0
 
 
 # -------------------------------------------------------------------------------------- validation

@@ -12,6 +12,7 @@ import common
 import engine
 from data import collate
 from shapes import ShapeScenes
+import vit
 
 MINI = (
     "--model tiny --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 16 "
@@ -171,7 +172,7 @@ def test_label_embed__equals_one_hot_product():
 def test_encoder__rgb_alone_is_the_plain_vit(batch):
     model = build().encoder.eval()
     names = {n for n in model.state_dict() if not n.startswith(("instance_", "semantic_"))}
-    plain = common.ViT((64, 64), 8, 32, 2, 2)  # its names are timm's: test_common_vit.py
+    plain = vit.ViT((64, 64), 8, 32, 2, 2)  # its names are timm's: test_common_vit.py
     assert names == set(plain.state_dict())
     plain.load_state_dict({n: model.state_dict()[n] for n in names})
     imgs = torch.randn(2, 3, 32, 48)

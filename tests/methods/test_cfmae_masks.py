@@ -8,7 +8,7 @@ import torch
 
 import cfmae
 import engine
-from common import DIRICHLET, INSTANCES, MASK, MIX, uniform
+from noise import DIRICHLET, INSTANCES, MASK, MIX, uniform
 from data import collate
 from shapes import ShapeScenes
 from naive_cfmae_masks import naive_mask, naive_on_objects, scenes

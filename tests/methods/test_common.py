@@ -1,4 +1,4 @@
-"""common.py's noise, masks, patches and blocks against golden values and naive loops."""
+"""noise.py, and common.py's masks, patches and blocks against golden values and naive loops."""
 
 import math
 import os
@@ -10,10 +10,22 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import common
+import noise
 from common import (
-    AUGMENT, DROP_PATH, MASK, STREAMS, Attention, Block, CrossAttention, PatchEmbed, ViT, drop_path,
-    gather, init_weights, patchify, random_mask, split, uniform, unpatchify,
-)  # fmt: skip
+    Attention,
+    Block,
+    CrossAttention,
+    PatchEmbed,
+    drop_path,
+    gather,
+    init_weights,
+    patchify,
+    random_mask,
+    split,
+    unpatchify,
+)
+from noise import AUGMENT, DROP_PATH, MASK, STREAMS, uniform
+from vit import ViT
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +49,7 @@ def test_uniform__golden_values():
 
 def test_uniform__open_interval(monkeypatch):
     for h, expected in [(0, 2.0**-24), (2**32 - 1, 1 - 2.0**-24)]:  # extreme hashes
-        monkeypatch.setattr(common, "_mix", lambda x, h=h: torch.full_like(x, h))
+        monkeypatch.setattr(noise, "_mix", lambda x, h=h: torch.full_like(x, h))
         u = uniform(torch.tensor([3]), 1, MASK)
         assert u.dtype == torch.float32 and 0 < u.item() < 1 and u.item() == expected
 
@@ -49,7 +61,7 @@ def test_uniform__depends_on_seed_stream_and_position_alone():
     for stream in range(len(STREAMS)):  # ... and a draw of another stream shares nothing with it
         if stream != MASK:
             assert torch.isin(uniform(seed, 90, stream), u).float().mean() < 0.01
-    assert len(set(range(len(STREAMS)))) == len({getattr(common, s) for s in STREAMS})
+    assert len(set(range(len(STREAMS)))) == len({getattr(noise, s) for s in STREAMS})
     assert torch.equal(uniform(seed[[31, 4]], 40, MASK), u[[31, 4]])  # of the batch around it
 
 

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.testing import assert_close
+from torchvision.transforms import functional as TF
 
-from common import (
-    ViT, drop_path, init_weights, sincos_2d,
-)  # fmt: skip
+import common
+from common import drop_path, init_weights, sincos_2d
+from downstream import encoders
+from vit import ViT
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +142,57 @@ def test_vit__positions_refer_to_the_grid_that_was_trained():
     assert torch.equal(built.pos_embed, sincos_2d(24, 8, 12, (4, 4)))
     assert torch.equal(trained.position(8, 12), built.pos_embed)
     assert torch.equal(built.position(4, 4), trained.pos_embed)
+
+
+# ------------------------------------------------------------------- an encoder in somebody's hands
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+@pytest.mark.parametrize("shape", [(40, 100), (100, 40), (32, 32), (7, 9)])
+def test_preprocess__is_torchvisions_resize_crop_and_normalise(size, shape):
+    model = small_vit(image_size=size)
+    rgb = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    scale = max(size[0] / shape[0], size[1] / shape[1])
+    whole = [round(n * scale) for n in shape]
+    x = TF.resize(rgb.float(), whole, TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 255)
+    x = TF.center_crop(x, size) / 255
+    x = TF.normalize(x, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    got = model.preprocess(rgb)
+    assert got.shape == (1, 3, *size)
+    # torchvision rounds half a pixel up where we round it down
+    if all((a - b) % 2 == 0 for a, b in zip(whole, size)):
+        assert_close(got[0], x)
+    image = Image.fromarray(rgb.permute(1, 2, 0).numpy())
+    assert torch.equal(model.preprocess(image), got)
+    assert torch.equal(model.preprocess(torch.stack([rgb, rgb]))[1:], got)
+    plain = model.preprocess(rgb, (0.0,) * 3, (1.0,) * 3)
+    assert_close(plain, common.Normalize().undo(got) / 255, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 8, 8), torch.zeros(8, 8, 3, dtype=torch.uint8)])
+def test_preprocess__refuses_what_is_no_image(image):
+    with pytest.raises(ValueError, match=r"an image is \(3, H, W\) uint8"):
+        small_vit().preprocess(image)
+
+
+def test_call__is_the_last_layers_tokens_prefix_first():
+    model, imgs = small_vit(reg_tokens=2), torch.randn(2, 3, 32, 32)
+    ((tokens, prefix),) = model.forward_features(imgs)
+    assert torch.equal(model(imgs), torch.cat([prefix, tokens], dim=1)) and prefix.shape[1] == 3
+
+
+@pytest.mark.parametrize("method", ["mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"])
+def test_layers__outside_the_encoder_are_an_error(method):
+    encoder = encoders.build(encoders.describe(method=method, model="tiny"))
+    imgs, n = torch.zeros(1, 3, 64, 64), encoder.num_layers
+    for wrong in ([0], [n + 1], [1, -1]):
+        with pytest.raises(ValueError, match=rf"this encoder has 1 to {n}"):
+            encoder.forward_features(imgs, wrong)
+    assert len(encoder.forward_features(imgs, [1, n])) == 2
+    with pytest.raises(ValueError, match="image size 60x64 is not divisible by the patch size"):
+        encoder(imgs[:, :, :60])
+    if method == "coma_dyvit":
+        with pytest.raises(ValueError, match="DyViT has no attention matrix over patches"):
+            encoder.attention(imgs, 1)
+    else:
+        assert encoder.attention(imgs, n).sum(-1).allclose(torch.ones(()), atol=1e-5)

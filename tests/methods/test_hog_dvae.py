@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import functional as TF
 
 import common
+import noise
 import semanticmim
 import targets
 from data import UserError
@@ -256,7 +257,7 @@ def test_color_jitter__is_torchvisions_in_a_random_order():
     rgb = golden("hog.pt")["rgb"][:, :, :48, :40].repeat(12, 1, 1, 1)
     seed = torch.arange(24) * 7919
     ours = semanticmim.color_jitter(rgb, seed, 0.4)
-    u = common.uniform(seed, 6, common.AUGMENT)
+    u = noise.uniform(seed, 6, noise.AUGMENT)
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
     orders = set()
     for image, result, v in zip(rgb, ours, u.tolist()):

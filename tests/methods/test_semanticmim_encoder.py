@@ -212,6 +212,7 @@ def test_picture__is_no_smaller_than_what_is_drawn(tmp_path):
     run = SimpleNamespace(
         out=tmp_path, number=1, val_set=ShapeScenes("val", 32), method="m", cfg=config(),
         model=None, world=SimpleNamespace(to_device=lambda x: x), autocast=nullcontext, say=print,
+        collate=engine.Run.collate,
     )  # fmt: skip
     engine.validate.picture(run, lambda *_: {"x": (torch.zeros(4, 3, 336, 336).byte(), None, None)})
     assert Image.open(tmp_path / "preview-0000001.png").size == (336 + 2 * 4, 30 + 4 * (336 + 4))

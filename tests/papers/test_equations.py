@@ -1,4 +1,4 @@
-"""What the four scripts say of themselves: `# Eq. (n)`, the docstring's map, the open points.
+"""What the scripts say of themselves: `# Eq. (n)`, the docstring's map, the open points.
 
 An equation of the map stands on a code line of a function named there; a `NOTE paper unclear` has a
 row in docs/decisions.md, and a row a NOTE (the rule is written at the head of that file).
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECTIONS = {
     "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE",
-    "coma_dyvit": "CoMA and DyViT",
+    "coma_dyvit": "CoMA and DyViT", "videomcmae": "VideoMCMAE",
 }  # fmt: skip
 SCRIPTS = pytest.mark.parametrize("script", SECTIONS)
 # a full stop ends a topic, unless it belongs to one of these

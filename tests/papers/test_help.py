@@ -5,8 +5,10 @@ import re
 
 import pytest
 
-PROGRAMS = "mae cfmae semanticmim mcmae coma_dyvit".split()
-TRANSFERS = [f"downstream.{name}" for name in ("finetune", "probe", "segment", "detect")]
+PROGRAMS = "mae cfmae semanticmim mcmae coma_dyvit videomcmae".split()
+TRANSFERS = [
+    f"downstream.{name}" for name in "finetune finetune_clips probe segment detect".split()
+]
 
 
 @pytest.mark.parametrize("name", PROGRAMS + TRANSFERS)

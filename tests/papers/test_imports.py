@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_scripts__import_without_torchvision():
-    names = "mae, cfmae, semanticmim, mcmae, coma_dyvit"
+    names = "mae, cfmae, semanticmim, mcmae, coma_dyvit, videomcmae"
     code = f"import sys, {names}; print('torchvision' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -16,6 +16,7 @@ import coma_dyvit as cd
 import common
 import engine
 import mae
+from noise import MASK, uniform
 from tools.masks import masking_frequency
 
 
@@ -140,7 +141,7 @@ def test_figure_2__masking_frequency_over_1600_iterations():
 
 def test_step__every_patch_is_predicted_exactly_once():
     cfg = config()
-    noise = common.uniform(torch.arange(64), cfg.num_patches, common.MASK)
+    noise = uniform(torch.arange(64), cfg.num_patches, MASK)
     mask = common.random_mask(noise, cfg.num_patches - cfg.num_visible)
     adaptive, evaluation = mask, ~mask  # each predicts what it does not see
     assert (adaptive.int() + evaluation.int() == 1).all()

@@ -81,9 +81,12 @@ def test_parts__books_forward_and_backward_on_the_module():
     assert operators.count("encoder") > 2 and operators.count("decoder") > 2
 
 
-@pytest.mark.parametrize("row", [r for r in benchmark.ROWS if not r.startswith("beit")])
+ROWS = benchmark.ROWS | benchmark.VIDEO
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.startswith("beit")])
 def test_one__every_row_runs(row):
-    result = stopwatch.one(options(rows=row), benchmark.ROWS)
+    result = stopwatch.one(options(rows=row), ROWS)
     assert result["row"] == row and len(result["times"]) == 1
     assert result["flops_step"] > 1.5 * result["flops"] > 0
     assert sum(result["parts"].values()) == pytest.approx(1)
@@ -294,11 +297,19 @@ def test_step__writes_a_table(capsys, tmp_path):
 
 
 def test_loader__times_all_parts(capsys):
-    rgb, everything = benchmark.loader(argparse.Namespace(data=None, count=4, feed=100.0))
-    for r in (rgb, everything):
+    args = argparse.Namespace(data=None, count=4, feed=100.0, short_side=230)
+    rows = benchmark.loader(args)
+    everything, reduced = tuple(data.GRANULARITIES), "packed, short side 230"
+    assert [(r["source"], r["granularities"]) for r in rows] == [
+        ("folder", ("rgb",)), ("folder", everything), ("folder, palette maps", everything),
+        ("packed", ("rgb",)), ("packed", everything), (reduced, ("rgb",)), (reduced, everything),
+    ]  # fmt: skip
+    for r in rows:
         assert set(r["parts"]) == {"read", "decode", "crop", "collate"}
-        assert r["images_per_s"] > 0
-    assert rgb["classic"] > 0 and rgb["bare_decode"] > 0
+        assert r["images_per_s"] > 0 and abs(sum(r["parts"].values()) - 1) < 1e-9
+    assert rows[0]["classic"] > 0 and rows[0]["bare_decode"] > 0
+    assert rows[0]["bytes"] == rows[3]["bytes"] < rows[1]["bytes"] == rows[4]["bytes"]
+    assert 0 <= rows[0]["enlarged"] == rows[4]["enlarged"] < rows[6]["enlarged"] < 1
     assert "cores feed 100 images/s" in capsys.readouterr().out
 
 
@@ -309,20 +320,20 @@ def photographs(root, broken=(), kind="jpg"):
         Image.new("RGB", (70, 50), (200, 60 * i, 30)).save(root / "train" / f"{i}.{kind}")
     for i in broken:
         (root / "train" / f"{i}.{kind}").write_bytes(b"\xff\xd8\xff")
-    return argparse.Namespace(data=str(root), count=4, feed=None)
+    return argparse.Namespace(data=str(root), count=4, feed=None, short_side=40)
 
 
 def test_loader__leaves_out_what_cannot_be_read(capsys, tmp_path):
-    (rgb,) = benchmark.loader(photographs(tmp_path / "some", broken=[0, 2]))
+    rgb, *_ = benchmark.loader(photographs(tmp_path / "some", broken=[0, 2]))
     assert rgb["images_per_s"] > 0
     said = capsys.readouterr().out
-    assert "left out 2 images that cannot be read, e.g. 0.jpg" in said and "2 images of" in said
+    assert "left out 2 images that cannot be read, e.g. 0.jpg" in said and "2 images; PIL" in said
     with pytest.raises(UserError, match="none of 4 images can be read, e.g. 0.jpg"):
         benchmark.loader(photographs(tmp_path / "none", broken=range(4)))
 
 
 def test_loader__png(capsys, tmp_path):
-    (rgb,) = benchmark.loader(photographs(tmp_path, kind="png"))
+    rgb, *_ = benchmark.loader(photographs(tmp_path, kind="png"))
     assert rgb["classic"] > 0 and "bare_decode" not in rgb
     assert "no bare decode_jpeg" in capsys.readouterr().out
 

@@ -15,8 +15,11 @@ import common
 import engine
 from downstream import encoders
 from downstream.encoders import METHODS, UserError, open_encoder
+from engine import reader
 from test_encoders import KINDS, TIMM, our_checkpoint, pretraining_model
+from tools import charts
 from tools.export import export, timm_constructor, timm_state
+import vit
 
 PLAIN = [kind for kind in KINDS if kind[0] != "mcmae" and kind != ("coma_dyvit", {})]
 IMGS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -76,9 +79,9 @@ def test_timm__the_line_it_prints_gives_the_same_features(method, changes, tmp_p
 
 def test_timm_constructor__names_the_usual_sizes():
     with torch.device("meta"):
-        base = common.ViT()
-        wide = common.ViT((384, 256), class_token=False, reg_tokens=8, init_values=0.1)
-        odd = common.ViT((64, 64), 8, 32, 2, 2, mlp_ratio=2)
+        base = vit.ViT()
+        wide = vit.ViT((384, 256), class_token=False, reg_tokens=8, init_values=0.1)
+        odd = vit.ViT((64, 64), 8, 32, 2, 2, mlp_ratio=2)
     assert timm_constructor(base) == (
         'timm.create_model("vit_base_patch16_224", global_pool="", num_classes=0)')  # fmt: skip
     assert timm_constructor(wide) == (
@@ -224,3 +227,92 @@ def test_command__one_line_and_status_2(tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"export: error: --checkpoint {tmp_path / 'none.pt'}: no such file\n"
+
+
+# -------------------------------------------------------------------------------- safetensors
+
+
+@pytest.mark.parametrize("method, changes", [("semanticmim", {}), ("coma_dyvit", {})])
+def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
+    """The same as a file of torch's: by --checkpoint, by the script, in a picture's caption."""
+    our_checkpoint(tmp_path / "last.pt", method, **changes)
+    for name in ("e.pt", "e.safetensors"):
+        export(tmp_path / "last.pt", tmp_path / name)
+    (ours, one, _), (theirs, other, report) = (
+        open_encoder(checkpoint=tmp_path / f"e.{suffix}") for suffix in ("pt", "safetensors")
+    )
+    assert one == other and "fresh: nothing" in report
+    assert torch.equal(features(theirs), features(ours))
+    script = METHODS[method].load_encoder(tmp_path / "e.safetensors")
+    assert torch.equal(features(script), features(ours))
+    assert charts.peek(tmp_path / "e.safetensors") == charts.peek(tmp_path / "e.pt") != {}
+    with pytest.raises(UserError, match="--checkpoint"):
+        open_encoder(init=tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_timm__init_reads_heads_mean_and_deviation_off_the_file(suffix, tmp_path):
+    """Three heads of 32: a width of 96 alone would not tell."""
+    our_checkpoint(tmp_path / "a.pt", "semanticmim")
+    encoder, description, _ = open_encoder(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.4, 0.3))
+    transfer(tmp_path / "last.pt", encoder, description, 64)
+    said = export(tmp_path / "last.pt", tmp_path / f"vit.{suffix}", "timm")
+    assert encoder.blocks[0].attn.num_heads == 3 and f"vit.{suffix}" in said
+    theirs, found, report = open_encoder(init=tmp_path / f"vit.{suffix}")
+    assert theirs.blocks[0].attn.num_heads == 3 and "does not tell" not in report
+    assert found["mean"] == [0.5, 0.4, 0.3] and found["std"] == description["std"]
+    wanted = features(open_encoder(checkpoint=tmp_path / "last.pt")[0])
+    assert_close(features(theirs), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_full__into_safetensors(tmp_path):
+    model = our_checkpoint(tmp_path / "last.pt", "mcmae")
+    export(tmp_path / "last.pt", tmp_path / "full.safetensors", "full")
+    state = engine.read(tmp_path / "full.safetensors")
+    model.load_state_dict(state)  # strict
+    assert list(state)[0] in dict(model.state_dict())
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is optional")
+    theirs = safetensors.load_file(tmp_path / "full.safetensors")
+    assert theirs.keys() == state.keys()
+    assert all(torch.equal(theirs[k], v) for k, v in model.state_dict().items())
+
+
+def test_write_safetensors__every_dtype_bit_for_bit(tmp_path):
+    """Also what is empty, has no axes, is transposed or has a name in another script."""
+    state = {f"x.{k}": (100 * torch.rand(3, 5) - 20).to(v) for k, v in reader.DTYPES.items()}
+    state |= {"none": torch.zeros(0, 4), "one": torch.tensor(7), "Überlänge": torch.rand(4, 6).T}
+    state["odd"] = torch.arange(3, dtype=torch.uint8)  # the next one would not be aligned
+    reader.write_safetensors(tmp_path / "x.safetensors", state)
+    found = engine.read(tmp_path / "x.safetensors")
+    assert found.keys() == state.keys() and len(reader.DTYPES) == 10
+    for k, v in state.items():
+        assert found[k].dtype == v.dtype and torch.equal(found[k], v), k
+    assert int.from_bytes((tmp_path / "x.safetensors").read_bytes()[:8], "little") % 8 == 0
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is optional")
+    theirs = safetensors.load_file(tmp_path / "x.safetensors")
+    assert theirs.keys() == state.keys()
+    assert all(theirs[k].dtype == v.dtype and torch.equal(theirs[k], v) for k, v in state.items())
+    whole = {k: v.contiguous() for k, v in state.items()}
+    words = {"format": "pt", reader.OURS: "{}"}
+    assert theirs_and_ours_differ_by(safetensors.save(whole, words), tmp_path) == 0
+
+
+def theirs_and_ours_differ_by(raw, tmp_path):
+    """Bytes of the tensors that differ, and entries of the header."""
+    ours = (tmp_path / "x.safetensors").read_bytes()
+    starts = [8 + int.from_bytes(x[:8], "little") for x in (raw, ours)]
+    headers = [json.loads(x[8:n]) for x, n in zip((raw, ours), starts)]
+    return (headers[0] != headers[1]) + (raw[starts[0] :] != ours[starts[1] :])
+
+
+def test_safetensors__a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    our_checkpoint(tmp_path / "last.pt", "mae")
+
+    def full(*args):
+        args[0].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tools.export.write_safetensors", full)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        export(tmp_path / "last.pt", tmp_path / "x.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

@@ -13,6 +13,7 @@ from downstream.encoders import METHODS
 from engine import UserError
 from pictures import hide
 from tools import attention, figures, models, reconstruct, visualize
+import vit
 
 TINY = {
     "mae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
@@ -120,7 +121,7 @@ def test_open__weights_that_are_not_finite(checkpoints, tmp_path):
 
 def test_attention__no_weight_on_patches(checkpoints, tmp_path, monkeypatch):
     """Where all of a query's attention is on prefix tokens, its map is black, not an error."""
-    monkeypatch.setattr(common.ViT, "attention",
+    monkeypatch.setattr(vit.ViT, "attention",
                         lambda self, x, i: torch.eye(18)[:1].expand(1, 3, 18, 18))  # fmt: skip
     words = ["attention", "--checkpoint", checkpoints["semanticmim"], "--images", "0"]
     assert visualize.main([*words, "--output", str(tmp_path / "x.png")]) == 0

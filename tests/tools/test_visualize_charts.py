@@ -1,5 +1,6 @@
 """Charts of logs, schedules, distances and results: matplotlib draws them, where it is there."""
 
+import csv
 import json
 import sys
 
@@ -9,6 +10,7 @@ from PIL import Image
 from test_visualize import fresh
 
 import engine
+from downstream.encoders import METHODS
 from engine import UserError
 from tools import charts, masks, visualize
 from tools.charts import Series
@@ -121,6 +123,44 @@ def test_log__values(logs, drawn):
     assert [s.dots for s in drawn["lr"][1]] == [False]
 
 
+def test_log__beside_a_healthy_run(logs, drawn):
+    visualize.main(["log", str(logs / "a"), "--healthy", "mae", "--output", "x.png"])
+    ours, healthy = ([s for s in drawn["loss"][1] if s.colour == n] for n in (0, 1))
+    assert [s.label for s in ours] == ["", "a"] and list(ours[1].y) == [2.0, 1.0]
+    assert [s.label for s in healthy] == ["", "healthy mae"] and healthy[0].dots
+    assert list(healthy[1].x)[:2] == [20, 40] and healthy[1].x[-1] == 625
+
+
+def test_log__as_a_table(logs, tmp_path):
+    out = tmp_path / "x.csv"
+    visualize.main(["log", str(logs / "a"), str(logs / "b"), "--output", str(out)])
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(r["run"], r["step"]) for r in rows][:3] == [("a", "0"), ("a", "20"), ("a", "40")]
+    assert [r["loss"] for r in rows[:3]] == ["", "2.0", "1.0"] and rows[0]["val/loss"] == "3.0"
+    assert {r["run"] for r in rows} == {"a", "b"} and rows[1]["val/loss"] == ""
+
+
+def test_log__a_panel_for_each_run(logs, drawn):
+    runs = [str(logs / "a"), str(logs / "b")]
+    visualize.main(["log", *runs, "--apart", "--keys", "loss", "--output", "x.png"])
+    assert {k: [list(s.y) for s in v[1]] for k, v in drawn.items()} == {
+        "a: loss": [[3.0], [2.0, 1.0]], "b: loss": [[3.0], [1.0, 1.0]]}  # fmt: skip
+    assert not any(s.label for _, series in drawn.values() for s in series)
+
+
+@pytest.mark.parametrize("method", [p.stem for p in sorted(charts.CURVES.glob("*.jsonl"))])
+def test_curves__are_whole_runs_that_learned(method):
+    """Of the tiny preset as it is: 20,000 scenes, its epochs and batch, a line each 20 steps."""
+    script = METHODS[method]
+    cfg = engine.parse(script.Config, script.PRESETS, "", ["--model", "tiny"])
+    lines = charts.read_log(charts.CURVES / f"{method}.jsonl")
+    steps = [r["step"] for r in lines if "loss" in r]
+    total = cfg.epochs * (20_000 // cfg.batch_size)
+    assert steps == [*range(20, total, 20), total] and cfg.data == "shapes"
+    val = [r["val"]["loss"] for r in lines if "val" in r]
+    assert val[-1] < 0.7 * val[0] and lines[-1]["step"] == total
+
+
 def test_log__bad_input(tmp_path):
     (tmp_path / "log.jsonl").write_text("{}\n")
     (tmp_path / "list.jsonl").write_text("[{}\n5}\n")
@@ -131,6 +171,18 @@ def test_log__bad_input(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             run(tmp_path, "log", tmp_path / name)
+    healthy = ("--healthy", "mae", "--keys", "none")
+    with pytest.raises(UserError, match="--keys none: the log has .*loss"):
+        run(tmp_path, "log", charts.CURVES / "mae.jsonl", *healthy)
+
+
+def test_log__without_the_curves(logs, tmp_path, monkeypatch):
+    monkeypatch.setattr(charts, "CURVES", tmp_path)
+    (tmp_path / "mae.jsonl").write_text("")
+    for found in ("mae$", "no curves$"):
+        with pytest.raises(UserError, match=f"--healthy cfmae: {tmp_path} has {found}"):
+            run(tmp_path, "log", logs / "a", "--healthy", "cfmae")
+        (tmp_path / "mae.jsonl").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------ results

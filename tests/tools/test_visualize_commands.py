@@ -139,6 +139,55 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
         run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
 
 
+def test_one_photograph(tmp_path, checkpoints, monkeypatch):
+    """--data is a file: that image alone, with every command that needs no maps."""
+    for i in range(2):
+        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(tmp_path / f"{i}.jpg")
+    flags = ("--data", tmp_path / "1.jpg")
+    cfmae, mcmae = checkpoints["cfmae"], checkpoints["mcmae"]
+    for words in (
+        ("attention", "--checkpoint", cfmae),
+        ("features", "--checkpoint", mcmae),
+        ("reconstruct", "--checkpoint", mcmae, "--side", 100),
+        ("masks", "--method", "mcmae", "--image-size", "64"),
+    ):
+        assert 100 < run(tmp_path, *words, *flags)[1] < 260, words  # one row
+    args = argparse.Namespace(data=str(tmp_path / "1.jpg"), split="val", images=None, seed=0)
+    ((name, batch),) = figures.open_images(args, 64, 8)
+    assert name == "1.jpg" and abs(int(batch["rgb"][0, 1, 5, 5]) - 90) < 3
+    with pytest.raises(UserError, match="1.jpg has no instance and semantic map"):
+        run(tmp_path, "reconstruct", "--checkpoint", cfmae, *flags)
+    with pytest.raises(UserError, match="no maps"):
+        run(tmp_path, "dataset", *flags)
+
+
+def test_reconstruct__of_rgb_alone_needs_no_maps(tmp_path, checkpoints, monkeypatch):
+    """Maps that are hidden whole may be missing: the prediction is the same, the truth black."""
+    (tmp_path / "photos").mkdir()
+    Image.effect_mandelbrot((64, 64), (-2, -1.2, 1, 1.2), 9).convert("RGB").save(
+        tmp_path / "photos" / "a.png"
+    )
+    shown = []
+    monkeypatch.setattr("tools.reconstruct.sheet", lambda *args: shown.append(args[3]))
+    flags = ("--checkpoint", checkpoints["cfmae"], "--output", tmp_path / "x.png")
+    folder, hidden = tmp_path / "photos", ("--hide", "semantic", "instance")
+    for data, only in ((folder, ("--only", "rgb")), (folder / "a.png", hidden)):
+        visualize.main([*map(str, ("reconstruct", *flags, "--data", data, *only))])
+    with_maps = tmp_path / "maps" / "val"
+    for name in ("rgb", "instance", "semantic"):
+        (with_maps / name).mkdir(parents=True)
+        Image.new("L", (64, 64), 3).save(with_maps / name / "a.png")
+    (with_maps / "rgb" / "a.png").write_bytes((tmp_path / "photos/a.png").read_bytes())
+    flags = (*flags, "--data", tmp_path / "maps", "--only", "rgb")
+    visualize.main([*map(str, ("reconstruct", *flags))])
+    for rows in shown[:2]:
+        assert len(rows) == 3 == len(shown[2])
+        for row, other in zip(rows, shown[2]):
+            assert torch.equal(row[2], other[2])
+        black = [int(row[0].max()) == 0 for row in rows]
+        assert sum(black) == 2 and not any(int(row[0].max()) == 0 for row in shown[2])
+
+
 def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
     """It is left out with a line, once, and no other image is shown twice in its place."""
     figures.left_out.cache_clear()

@@ -1,0 +1,340 @@
+"""Fine-tuning on clips: VideoMCMAE's encoder and a linear layer trained on classes, many-view test.
+
+    python -m downstream.finetune_clips --data shapes --model tiny --checkpoint runs/.../last.pt
+    torchrun --nproc_per_node=8 -m downstream.finetune_clips --data data/k400 --checkpoint ...
+    torchrun --nproc_per_node=8 -m downstream.finetune_clips --model ssv2 --data data/ssv2 ...
+
+Instead of a checkpoint's weights: --random, fresh ones; without a checkpoint: --encoder base. With
+`--stride 0` all frames of a clip are one and the same: what a single picture tells.
+
+Settings are VideoMAE's, which the paper leaves them to, but for what Sec. 3.4 names: 50 epochs and
+no flips on SSv2, 3 x 5 and 3 x 2 test views. `Config` has them, docs/decisions.md what is silent.
+
+Map: `Augmented`                    one RandAugment and one erasing for all frames of a clip
+     `Classifier`                   encoder, mean of tokens, norm, linear layer, loss
+     `main`                         the loop, and the test over all views of all of val
+
+Data: ROOT/{train,val}/CLASS/CLIP/000001.jpg, see clips.py. A run leaves result.json and
+per_class.csv beside engine.Run's files. Mixing is within a micro-batch, as in finetune.py.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import engine  # before torch: it sets how threads wait
+import engine.config
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import clips
+import motion
+import videomcmae
+from common import IMAGENET_MEAN, IMAGENET_STD, Normalize, init_weights
+from downstream.augment import RandAugment, draw_mix, mix, soft_targets
+from downstream.scores import count_hits, shares, tally, write_result
+from downstream.transfer import in_classes
+from engine import UserError, arg, cosine, layer_decay_groups, require
+from engine.folder import open_data
+
+
+@dataclass
+class Config(engine.config.Config):
+    """Settings of a run; those without a source are VideoMAE's (its commands and defaults)."""
+
+    data: str = arg("data/k400", "folder of clips in class folders, or shapes, in motion")
+    model: str = arg("k400", "preset: of a data set")
+    checkpoint: str | None = arg(None, "the encoder, from a run of videomcmae.py")
+    random: bool = arg(False, "fresh weights in the architecture of --checkpoint")
+    encoder: str | None = arg(None, "instead: a fresh one of this preset", [*videomcmae.PRESETS])
+    image_size: int | None = arg(None, "pixels; default: pre-training's")
+    patch_size: int | None = arg(None, "the encoder's; set by the run")
+    frames: int | None = arg(None, "of a clip; default: pre-training's", group="data")
+    stride: int = arg(4, "frames from one to the next", within="[0, inf)", group="data")
+    sampling: str = arg("dense", "or one frame a segment", ["dense", "segments"], group="data")
+    views: str = arg("5x3", "test views in time x in space; Sec. 3.4", group="data")
+    flip: bool = arg(True, "half of the clips; off for SSv2, Sec. 3.4", group="data")
+    epochs: int = arg(100, "Sec. 3.1; 50 on SSv2, Sec. 3.4")
+    warmup_epochs: float = arg(5, "VideoMAE")
+    batch_size: int = arg(512, "VideoMAE: 64 devices x 8")
+    micro_batch: int = arg(16, "most clips that one device takes at a time")
+    base_lr: float = arg(1e-3, "VideoMAE; 5e-4 on SSv2")
+    min_lr: float = arg(1e-6, "VideoMAE")
+    weight_decay: float = arg(0.05, "VideoMAE")
+    beta2: float = arg(0.999, "VideoMAE")
+    layer_decay: float = arg(
+        0.75, "rate of a layer / of the next; VideoMAE", within="[0, 1]", group="optimisation"
+    )
+    drop_path: float = arg(0.1, "VideoMAE", within="[0, 0.99]", group="optimisation")
+    crop_scale_min: float = arg(0.08, "VideoMAE")
+    mixup: float = arg(0.8, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]", group="data")
+    cutmix: float = arg(1.0, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]", group="data")
+    switch_prob: float = arg(0.5, "share of cutmix; VideoMAE", within="[0, 1]", group="data")
+    smoothing: float = arg(0.1, "label smoothing; VideoMAE", within="[0, 0.99]", group="data")
+    rand_augment: float = arg(
+        7.0, "magnitude of 10, 0 = off; four operations (rand-m7-n4-mstd0.5-inc1); VideoMAE",
+        within="[0, 10]", group="data",
+    )  # fmt: skip
+    rand_augment_std: float = arg(0.5, "of that magnitude", within="[0, inf)", group="data")
+    reprob: float = arg(0.25, "random erasing; VideoMAE", within="[0, 1]", group="data")
+    head_std: float = arg(2e-5, "first weights of the classifier; VideoMAE: 0.02 x 0.001")
+    val_samples: int = arg(1024, "evenly spaced clips of val that are looked at while training")
+
+    SET: typing.ClassVar = ("patch_size", "preview_epochs")
+    FURTHER: typing.ClassVar = (*engine.config.Config.FURTHER, *(
+        "crop_scale_min min_lr beta1 beta2 clip_grad switch_prob rand_augment_std head_std"
+    ).split())  # fmt: skip
+
+    def resolve(self) -> None:
+        """Read what the encoder is, fill in its sizes, refuse what cannot work."""
+        self.described = describe(self)
+        for name in ("image_size", "frames", "patch_size"):
+            if getattr(self, name) is None:
+                setattr(self, name, self.described[name])
+        super().resolve()
+        c, n = self.described["cube_frames"], self.frames
+        require(
+            (n > 0 and n % c == 0, "frames", f"{n} must be a multiple of the encoder's {c}"),
+            (len(self.test_views) == 2, "views", f"{self.views}: two numbers above 0, as 5x3"),
+        )
+
+    @property
+    def test_views(self) -> tuple[int, ...]:
+        """Views in time, in space; not two numbers where `views` is none such."""
+        words = self.views.split("x")
+        return tuple(int(n) for n in words if n.isdecimal() and int(n)) if words[2:] == [] else ()
+
+
+def kept_facts(cfg: Config) -> dict | None:
+    """The facts of the run that `cfg` continues, or None: it needs no other file."""
+    path = f"{cfg.output}/last.pt"
+    if not (cfg.resume and cfg.output) or not Path(path).exists():
+        return None
+    return engine.load(path, "finetune_clips")["facts"]
+
+
+def describe(cfg: Config) -> dict:
+    """Settings of the encoder's pre-training, of which it has its architecture; UserError."""
+    if kept := kept_facts(cfg):
+        return kept["encoder"]
+    if (cfg.checkpoint is None) == (cfg.encoder is None):
+        raise UserError("where is the encoder from? give one of --checkpoint, --encoder")
+    if cfg.encoder:
+        found = videomcmae.Config(**{"model": cfg.encoder, **videomcmae.PRESETS[cfg.encoder]})
+        return dataclasses.asdict(found)
+    return engine.load(cfg.checkpoint, "videomcmae")["config"]
+
+
+# ----------------------------------------------------------------------------------- augmentation
+
+
+class Augmented(torch.utils.data.Dataset):
+    """A training split with RandAugment and random erasing, alike in all frames of a clip.
+
+    They run on the uint8 frames, under torch's CPU generator seeded from the sample and put back.
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, cfg: Config):
+        from torchvision.transforms import v2 as T
+
+        self.dataset, self.reprob = dataset, cfg.reprob
+        self.classes, self.granularities = dataset.classes, dataset.granularities
+        self.files = getattr(dataset, "files", None)
+        fill = tuple(round(255 * x) for x in IMAGENET_MEAN)
+        self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, fill)
+        self.erase = T.RandomErasing(
+            cfg.reprob, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"
+        )
+        self.mean, self.std = (
+            torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def distort(self, frame: Tensor, seed: int) -> Tensor:
+        torch.default_generator.manual_seed(seed)  # so that all frames draw the same
+        im = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
+        im = self.rand_augment(self.rand_augment(im))  # two operations each
+        return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        sample = self.dataset[key]
+        if "error" in sample:
+            return sample
+        seed = int(sample["seed"])
+        with torch.random.fork_rng(devices=[]):
+            if self.rand_augment.magnitude:
+                frames = [self.distort(frame, seed) for frame in sample["rgb"]]
+                sample["rgb"] = torch.stack(frames).contiguous()
+            if self.reprob:
+                torch.default_generator.manual_seed(seed + 1)
+                rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
+                sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
+        return sample
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+class Classifier(nn.Module):
+    """Encoder, mean over tokens, fresh norm, linear layer, as VideoMAE; the encoder's own final
+    norm has no part in it and stays frozen.
+    """
+
+    def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
+        super().__init__()
+        self.cfg, self.encoder, self.classes, self.normalize = cfg, encoder, classes, Normalize()
+        encoder.norm.requires_grad_(False)
+        dim = encoder.embed_dim
+        self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))
+        nn.init.trunc_normal_(self.head.weight, std=cfg.head_std)
+        nn.init.zeros_(self.head.bias)
+
+    def logits(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Logits (B, classes) of normalised clips (B, T, 3, H, W); `seed` (B,): drop path."""
+        last = len(self.encoder.blocks)
+        ((tokens, _),) = self.encoder.forward_features(imgs, [last], seed)
+        return self.head(self.fc_norm(tokens.mean(1)))
+
+    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["rgb"]
+
+    def classify(self, rgb: Tensor) -> Tensor:
+        """Logits (B, classes) of clips (B, T, 3, H, W) uint8; of views of them, (B, n, T, 3, H, W),
+        one view at a time, the logarithm of their mean probability.
+        """
+        if rgb.ndim == 6:
+            views = [self.classify(view).float().softmax(-1) for view in rgb.unbind(1)]
+            return torch.stack(views).mean(0).log()
+        return self.logits(self.normalize(rgb))
+
+    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
+        """Cross-entropy with smoothed, mixed targets of a batch (see clips.py for its keys)."""
+        cfg, imgs, lam = self.cfg, self.normalize(batch["rgb"]), None
+        if cfg.mixup or cfg.cutmix:
+            size = imgs.shape[-2:]
+            lam, blend, box = draw_mix(batch["seed"], size, cfg.mixup, cfg.cutmix, cfg.switch_prob)
+            imgs = mix(imgs.flatten(1, 2), blend, box).view_as(imgs)
+        logits = self.logits(imgs, batch["seed"]).float()
+        target = soft_targets(batch["label"], lam, logits.shape[1], cfg.smoothing)
+        return -(target * logits.log_softmax(-1)).sum(-1).mean(), {}
+
+
+def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifier, str]:
+    """The model of a run, and a report of its encoder's weights; `load`: whether from the file."""
+    pretrained = engine.load_config(cfg.checkpoint or "--encoder", videomcmae.Config, cfg.described)
+    size = (cfg.frames, cfg.image_size, cfg.image_size)
+    encoder, report = videomcmae.make_encoder(pretrained, size=size, drop_path=cfg.drop_path), ""
+    init_weights(encoder)
+    if load and cfg.checkpoint and not cfg.random:
+        _, state = engine.load_encoder(cfg.checkpoint, "videomcmae", videomcmae.Config)
+        report = engine.load_weights(encoder, state, cfg.checkpoint)
+    return Classifier(cfg, encoder, classes), f"encoder     {report or 'fresh weights'}"
+
+
+@torch.no_grad()
+def evaluate(model: Classifier, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy and the shares of top-1 and top-5 hits in a batch, one view of each clip."""
+    logits = model.classify(model.inputs(batch)).float()
+    _, top1, top5 = tally(logits, batch["label"]).sum(0) / len(logits)
+    return {"loss": F.cross_entropy(logits, batch["label"]), "top1": top1, "top5": top5}
+
+
+def test(run: engine.Run, model: Classifier, loading: dict) -> None:
+    """Test all of val by the mean probability over its views; result.json, per_class.csv."""
+    cfg, world = run.cfg, run.world
+    views = open_data(cfg, world, run.out, "val", views=cfg.test_views, **loading)
+    counts, unreadable = count_hits(model.eval(), views, cfg, world)
+    if run.lead:
+        facts = {"protocol": "finetune_clips", "source": cfg.checkpoint or cfg.encoder}
+        facts |= {"random": cfg.random or not cfg.checkpoint, "data": cfg.data, "views": cfg.views}
+        facts |= {"epochs": cfg.epochs, "steps": cfg.steps, "unreadable": unreadable}
+        write_result(run.out, model.classes, counts, facts)
+        x = shares(counts)
+        print(
+            f"val         {x['images']} clips, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
+            f"{run.out / 'result.json'}",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------------------------- presets, loop
+
+
+def class_names(root: str) -> list[str]:
+    """The classes of a data set; UserError where there are not two."""
+    names = list(motion.MOTIONS) if root == "shapes" else clips.class_names(root)
+    if len(names) < 2:
+        raise UserError(f"{root} has no two class folders with clips{clips.LAYOUT}")
+    return names
+
+
+def settle(run: engine.Run, classes: list[str]) -> None:
+    """Refuse classes without a training clip, and what a resumed run's config does not tell."""
+    cfg, listed = run.cfg, getattr(run.train_set, "files", None)
+    lacking = {} if listed is None else set(range(len(classes))) - set(listed.labels.tolist())
+    if lacking:
+        shown = ", ".join(classes[n] for n in sorted(lacking)[:5])
+        raise UserError(f"{len(lacking)} classes have no clip in {cfg.data}/train: {shown}")
+    if cfg.mixup or cfg.cutmix:
+        run.facts["mix_batch"] = run.micro
+    kept = run.checkpoint["facts"] if run.checkpoint else run.facts
+    if kept["classes"] != classes:
+        raise UserError(f"{cfg.data} has other classes than when {run.out} was begun")
+    if (mixed := kept.get("mix_batch")) != run.facts.get("mix_batch"):
+        raise UserError(
+            f"{run.out}: mixup and cutmix mixed {mixed} clips with one another, now it would be "
+            f"{run.micro}; continue with --micro-batch {mixed}, on a number of ranks that divides "
+            f"{cfg.batch_size // mixed}"
+        )
+
+
+PRESETS = {
+    "k400": dict(),
+    "ssv2": dict(epochs=50, base_lr=5e-4, sampling="segments", views="2x3", flip=False),
+    # Ours: moving ShapeScenes, minutes on two cores.
+    "tiny": dict(
+        data="shapes", stride=1, epochs=1, warmup_epochs=0.1, batch_size=16, base_lr=2e-2,
+        drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment=0.0, reprob=0.0, views="1x1",
+    ),
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = engine.parse(Config, PRESETS, __doc__, argv)
+    classes = class_names(cfg.data)
+    loading = {"source": clips, "frames": cfg.frames, "stride": cfg.stride}
+    loading |= {"sampling": cfg.sampling, "crop": "resized", "flip": cfg.flip}
+
+    def augmented(dataset: torch.utils.data.Dataset, train: bool) -> torch.utils.data.Dataset:
+        dataset = in_classes(dataset)
+        return Augmented(dataset, cfg) if train and (cfg.rand_augment or cfg.reprob) else dataset
+
+    facts = {"encoder": cfg.described, "classes": classes}
+    with engine.Run("finetune_clips", cfg, wrap=augmented, facts=facts, **loading) as run:
+        settle(run, classes)
+        classifier, words = build(cfg, classes, load=run.checkpoint is None)
+        if run.checkpoint is None:
+            run.say(words)
+        model = run.place(classifier)
+        heads = [classifier.fc_norm, classifier.head]
+        groups = layer_decay_groups(classifier.encoder, heads, cfg.weight_decay, cfg.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+        for step in run.steps(model, optimizer, evaluate):
+            for batch in step.micro_batches():  # rgb (B, T, 3, H, W) uint8; label, seed (B,)
+                with run.autocast():
+                    loss, logs = model(batch, step.progress)
+                step.backward(loss, logs)
+            step.update(cosine(cfg, step))
+        if run.lacks("result.json") and run.val_set is not None:
+            test(run, classifier, loading)
+
+
+if __name__ == "__main__":
+    engine.command("finetune_clips", main)

@@ -1,0 +1,344 @@
+"""clips.py and motion.py: lists, frames, sampling in time and space, bad clips, moving scenes."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import smooth, write
+
+import clips
+import data
+from clips import ClipDataset, Frames, dense, multi_scale_crop, segments, side_crops
+from data import FileList, UserError
+from files import Unreadable
+from motion import MIRROR, MOTIONS, MovingScenes
+
+
+def write_clip(folder, frames, height=40, width=56, first=1):
+    """Frame n is plain but for its number: red is 10 n."""
+    for n in range(frames):
+        array = np.full((height, width, 3), 100, np.uint8)
+        array[..., 0] = 10 * n
+        write(f"{folder}/{first + n:06d}.png", array)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for i, name in enumerate(("a/x", "a/y", "b/deep/z", "b/w")):
+        write_clip(f"{tmp_path}/train/{name}", 5 + 4 * i)
+    write_clip(f"{tmp_path}/val/c/v", 3)
+    return str(tmp_path)
+
+
+def dataset(root, split="train", files=None, **options):
+    options = {"frames": 4, "stride": 1, **options}
+    return ClipDataset(root, split, files, 16, **options)
+
+
+def times(sample) -> list[int]:
+    """Which frames a sample of `write_clip`'s holds."""
+    return (sample["rgb"][..., 0, 8, 8] / 10).round().int().tolist()
+
+
+# --------------------------------------------------------------------------------- lists of clips
+
+
+def test_scan__clips_classes_links_and_what_is_skipped(root):
+    write_clip(f"{root}/train/loose", 2)
+    for name in ("a/.hidden/1.png", "a/.x.part/1.png"):
+        write(f"{root}/train/{name}", smooth(8, 8))
+    os.makedirs(f"{root}/train/empty/nothing")
+    open(f"{root}/train/a/notes.txt", "w").close()
+    os.symlink(f"{root}/train", f"{root}/train/b/loop")
+    os.symlink(f"{root}/train/a/x", f"{root}/train/b/link")
+    files = clips.scan(root, "train")
+    names = [files.name(i) for i in range(len(files))]
+    assert names == ["a/x", "a/y", "b/deep/z", "b/link", "b/w", "loose"]
+    assert files.classes == ["a", "b", "c"]  # of train and val together
+    assert files.labels.tolist() == [0, 0, 1, 1, 1, -1]
+    assert clips.scan(root, "val").labels.tolist() == [2]
+    saved = files.save(f"{root}/list")
+    assert [pickle.loads(pickle.dumps(saved)).name(i) for i in range(6)] == names
+    assert FileList.open(f"{root}/list").folders == {"rgb": "train"}
+
+
+def test_scan__says_what_it_looked_for(root, tmp_path):
+    os.makedirs(f"{root}/void/train")
+    write(f"{root}/flat/train/1.jpg", smooth(8, 8))
+    for place, words in (
+        (f"{root}/none", "there is no folder .*none/train"),
+        (f"{root}/void", "no folders of frames .jpg"),
+        (f"{root}/flat", "frames lie in .*flat/train itself"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            clips.scan(place, "train")
+        assert "CLIP/000001.jpg" in str(error.value) and "--data shapes" in str(error.value)
+
+
+def test_frames__by_number_or_by_name(tmp_path):
+    write_clip(f"{tmp_path}/nine", 4, first=8)  # 8, 9, 10, 11 in order, though not as words
+    for name in ("8", "9", "10", "11"):
+        os.rename(f"{tmp_path}/nine/{int(name):06d}.png", f"{tmp_path}/nine/{name}.png")
+    frames = Frames(f"{tmp_path}/nine")
+    assert len(frames) == 4
+    assert [int(frames[i][0, 0, 0]) for i in range(4)] == [0, 10, 20, 30]
+    os.remove(f"{tmp_path}/nine/9.png")
+    frames = Frames(f"{tmp_path}/nine")
+    assert len(frames) == 4 and int(frames[2][0, 0, 0]) == 20  # its neighbours stay
+    with pytest.raises(Unreadable, match="frame 9 is missing"):
+        frames[1]
+    write_clip(f"{tmp_path}/named", 3)
+    for n, name in enumerate("bca"):
+        os.rename(f"{tmp_path}/named/{n + 1:06d}.png", f"{tmp_path}/named/{name}.png")
+    frames = Frames(f"{tmp_path}/named")
+    assert [int(frames[i][0, 0, 0]) for i in range(3)] == [20, 0, 10]
+    with pytest.raises(Unreadable, match="No such file"):
+        Frames(f"{tmp_path}/none")
+
+
+# ------------------------------------------------------------------------------ sampling in time
+
+
+def test_dense__is_videomae_s_on_kinetics():
+    """Training: start in 0..n - 64; testing: of every 4th frame, int(view * (m - 16) / 4) on."""
+    for length in (64, 65, 100, 301):
+        room = length - 64
+        starts = {dense(length, 16, 4, s / 1000)[0] for s in range(1000)}
+        assert starts == set(range(room + 1))
+        assert dense(length, 16, 4, 0.999)[0] == room
+        found = dense(length, 16, 4, 0.37)
+        assert found == list(range(found[0], found[0] + 64, 4))
+        strided = list(range(0, length, 4))
+        for view in range(5):
+            start = int(view * max((len(strided) - 16) / 4, 0))
+            assert dense(length, 16, 4, view / 4, True) == strided[start : start + 16]
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 63])
+def test_dense__a_short_clip_repeats_its_last_frame(length):
+    strided = list(range(0, length, 4))
+    expected = (strided + strided[-1:] * 16)[:16]
+    for share in (0.0, 0.5, 0.999):
+        assert dense(length, 16, 4, share) == dense(length, 16, 4, share, True) == expected
+    assert dense(length, 16, 0, 0.999) == [length - 1] * 16  # one frame, again and again
+
+
+def test_segments__is_videomae_s_on_ssv2():
+    """Testing, 2 views: int(n / 16 * x) and int(n / 32 + n / 16 * x); training: one a part."""
+    for length in (16, 37, 48, 200):
+        tick = length / 16
+        assert segments(length, 16, [0.0] * 16) == [int(tick * x) for x in range(16)]
+        assert segments(length, 16, [0.5] * 16) == [int(tick / 2 + tick * x) for x in range(16)]
+        drawn = segments(length, 16, [0.999] * 16)
+        assert all(int(i * tick) <= at < (i + 1) * tick for i, at in enumerate(drawn))
+    assert segments(3, 8, [0.5] * 8) == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_clip_dataset__times(root):
+    files = clips.scan(root, "train")
+    long = next(i for i in range(4) if files.name(i) == "b/w")  # 17 frames
+    middle = dataset(root, files=files, train=False)[0, long]
+    assert times(middle) == [6, 7, 8, 9]
+    views = dataset(root, files=files, train=False, views=(3, 2))[0, long]
+    assert views["rgb"].shape == (6, 4, 3, 16, 16)
+    assert times(views) == [[0, 1, 2, 3], [6, 7, 8, 9], [13, 14, 15, 16]] * 2
+    spread = dataset(root, files=files, train=False, views=(2, 1), sampling="segments")[0, long]
+    assert times(spread) == [[0, 4, 8, 12], [2, 6, 10, 14]]
+    drawn = [times(dataset(root, files=files)[e, long]) for e in range(20)]
+    assert all(t == list(range(t[0], t[0] + 4)) for t in drawn) and len({t[0] for t in drawn}) > 5
+    drawn = [times(dataset(root, files=files, sampling="segments")[e, long]) for e in range(20)]
+    assert all(int(i * 4.25) <= at < (i + 1) * 4.25 for t in drawn for i, at in enumerate(t))
+    still = dataset(root, files=files, stride=0)
+    assert all(len(set(times(still[e, long]))) == 1 for e in range(5))
+    assert len({times(still[e, long])[0] for e in range(20)}) > 5
+
+
+# ------------------------------------------------------------------------------ sampling in space
+
+
+def test_multi_scale_crop__is_videomae_s():
+    """Its 10 pairs of sides, at most one step apart, and 13 places in quarters of the room."""
+    rng = np.random.default_rng(0)
+    found = {multi_scale_crop(rng.random, 240, 320) for _ in range(4000)}
+    sides = [240, 210, 180, 158]
+    pairs = {(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) < 2}
+    assert {box[2:] for box in found} == pairs and len(pairs) == 10
+    places = {(top, left) for top, left, h, w in found if (h, w) == (180, 180)}
+    down, right = 15, 35  # quarters of 60 and 140
+    corners = [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (2, 0), (4, 2), (2, 4)]
+    corners += [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert places == {(a * down, b * right) for a, b in corners}
+    assert multi_scale_crop(lambda: 0.999, 1, 1) == (0, 0, 1, 1)
+
+
+def test_side_crops__three_along_the_longer_side():
+    assert side_crops(240, 320, 3) == [(0, 0, 240, 240), (0, 40, 240, 240), (0, 80, 240, 240)]
+    assert side_crops(50, 20, 3) == [(0, 0, 20, 20), (15, 0, 20, 20), (30, 0, 20, 20)]
+    assert side_crops(30, 30, 1) == [(0, 0, 30, 30)] and side_crops(20, 50, 1) == [(0, 15, 20, 20)]
+
+
+@pytest.mark.parametrize("crop", ["multi-scale", "resized"])
+def test_clip_dataset__one_crop_and_flip_for_all_frames(tmp_path, crop):
+    still = smooth(48, 64, 3)
+    for n in range(6):
+        write(f"{tmp_path}/train/s/{n:03d}.png", still)
+    found = [dataset(str(tmp_path), crop=crop)[e, 0]["rgb"] for e in range(12)]
+    assert all(torch.equal(clip, clip[:1].expand_as(clip)) for clip in found)
+    assert len({clip.numpy().tobytes() for clip in found}) == 12 or crop == "multi-scale"
+    plain = [dataset(str(tmp_path), crop=crop, flip=False)[e, 0]["rgb"] for e in range(12)]
+    same = [torch.equal(a, b) for a, b in zip(found, plain)]
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(found, plain)]
+    assert all(a or b for a, b in zip(same, mirrored)) and any(same) and any(mirrored)
+
+
+def test_clip_dataset__crops_equal_pillow_s(tmp_path):
+    for n in range(4):
+        write(f"{tmp_path}/val/s/{n:03d}.png", smooth(48, 64, n))
+    for views, boxes in (
+        (None, [(8, 0, 56, 48)]),
+        ((1, 3), [(0, 0, 48, 48), (8, 0, 56, 48), (16, 0, 64, 48)]),
+    ):
+        rgb = dataset(str(tmp_path), "val", train=False, views=views)[0, 0]["rgb"]
+        rgb = rgb if views else rgb[None]
+        for view, box in zip(rgb, boxes, strict=True):
+            for n in range(4):
+                want = Image.fromarray(smooth(48, 64, n)).crop(box)
+                want = want.resize((16, 16), Image.BILINEAR)
+                error = view[n].permute(1, 2, 0).int() - torch.from_numpy(np.array(want)).int()
+                assert error.abs().max() <= 1
+
+
+# ----------------------------------------------------------------------------------- bad clips
+
+
+def test_clip_dataset__a_bad_clip_is_replaced_under_its_own_seed(root):
+    good = dataset(root)
+    seed = good[2, 0]["seed"]
+    for damage in ("corrupt", "missing", "sizes", "gone"):
+        place = f"{root}/train/a/x"
+        write_clip(place, 5)
+        files = clips.scan(root, "train")
+        if damage == "corrupt":
+            with open(f"{place}/000003.png", "r+b") as f:
+                f.truncate(40)
+        elif damage == "missing":
+            os.remove(f"{place}/000003.png")
+        elif damage == "sizes":
+            write(f"{place}/000003.png", smooth(20, 20))
+        else:
+            for name in os.listdir(place):
+                os.remove(f"{place}/{name}")
+        sample = dataset(root, files=files)[2, 0]
+        assert sample["bad"] == 0 and sample["label"] == 0 and sample["seed"] == seed, damage
+        fresh = dataset(root, files=files)
+        assert torch.equal(sample["rgb"], fresh.clip(*fresh.load(1), int(seed))["rgb"])
+        assert dataset(root, files=files)[2, 1]["bad"] == -1
+
+
+def test_check__counts_and_refuses_nothing_but_bad_clips(root):
+    assert clips.check(dataset(root)).startswith("4 of 4 samples checked, 0 images unreadable")
+    for place, _, names in os.walk(f"{root}/train"):
+        for name in names:
+            open(f"{place}/{name}", "w").close()
+    with pytest.raises(UserError, match="none of 4 .* can be read"):
+        clips.check(dataset(root))
+    assert "in a row cannot be read" in dataset(root)[0, 0]["error"]
+
+
+def test_clip_dataset__workers_and_order_do_not_matter(root):
+    def batches(workers):
+        sampler = data.BatchSampler(4, 2, 0, stop_step=4)
+        return list(
+            torch.utils.data.DataLoader(
+                dataset(root), batch_sampler=sampler, collate_fn=data.collate,
+                num_workers=workers, worker_init_fn=data.worker_init,
+            )
+        )  # fmt: skip
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert a["rgb"].shape == (2, 4, 3, 16, 16) and a["rgb"].dtype == torch.uint8
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------- moving scenes
+
+
+def test_moving_scenes__keys_determinism_and_splits():
+    a, b = MovingScenes("train", 32, 4), MovingScenes("train", 32, 4)
+    sample = a[1, 3]
+    assert list(sample) == ["rgb", "label", "seed", "bad"]
+    assert sample["rgb"].shape == (4, 3, 32, 32) and sample["rgb"].dtype == torch.uint8
+    assert all(torch.equal(sample[k], b[1, 3][k]) for k in sample)
+    assert not torch.equal(sample["rgb"], a[2, 3]["rgb"])
+    fixed = MovingScenes("train", 32, 4, train=False)
+    assert torch.equal(fixed[0, 5]["rgb"], fixed[3, 5]["rgb"])
+    val = MovingScenes("val", 32, 4, train=False)
+    assert not torch.equal(fixed[0, 5]["rgb"], val[0, 5]["rgb"])
+    labels = np.bincount([int(val[0, i]["label"]) for i in range(140)], minlength=7)
+    assert len(labels) == len(MOTIONS) == len(val.classes) == 7 and labels.min() > 8
+    wide = MovingScenes("val", (24, 40), 2, train=False)[0, 0]["rgb"]
+    assert wide.shape == (2, 3, 24, 40)
+
+
+def test_moving_scenes__single_frames_are_distributed_alike():
+    """A motion adds to phases that are uniform, and nothing that is drawn depends on it."""
+    scenes, size = MovingScenes("val", 32, 8, train=False), 3
+    for kind in MOTIONS.values():
+        poses = []
+        for at in (0.0, 0.4):
+            grid = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+            speed = [6.0 * n for n in kind]
+            poses.append([scenes._pose(at, [p] * 4, speed, size) for p in grid])
+        first, later = (np.array(p) for p in poses)
+        for axis in (0, 1, 3):  # the same values, in another order, up to the grid's step
+            assert np.abs(np.sort(first[:, axis]) - np.sort(later[:, axis])).max() < 0.05 * size
+        turned = (later[:, 2] - first[:, 2]) / 6.0
+        assert np.allclose(turned, 0.4 * kind[2])
+
+
+def test_moving_scenes__the_labelled_object_is_the_largest():
+    scenes = MovingScenes("val", 32, 4, train=False)
+    rng = np.random.default_rng(0)
+    front = [scenes._object(rng.random, True)[-1] for _ in range(50)]
+    others = [scenes._object(rng.random, False)[-1] for _ in range(200)]
+    swell = 0.2  # and a shape's own size is drawn from 0.09 to 0.18
+    assert min(front) * 0.09 * (1 - swell) >= max(others) * 0.18 * (1 + swell) - 1e-9
+
+
+def test_moving_scenes__a_still_view_and_mirrored_labels():
+    still = MovingScenes("val", 32, 4, stride=0, train=False)
+    moving = MovingScenes("val", 32, 4, train=False)
+    for i in range(6):
+        a, b = still[0, i]["rgb"].int(), moving[0, i]["rgb"].int()
+        assert (a - a[:1]).abs().max() <= 13 < (b - b[:1]).abs().max()  # the grain alone
+        assert still[0, i]["label"] == moving[0, i]["label"]
+    names = list(MOTIONS)
+    assert {names[a]: names[b] for a, b in MIRROR.items() if a != b} == {
+        "spin left": "spin right", "spin right": "spin left",
+    }  # fmt: skip
+    train, fixed = MovingScenes("train", 32, 4), MovingScenes("train", 32, 4, train=False)
+    for i in range(60):
+        true = int(fixed[0, i]["label"])
+        seen = {int(train[e, i]["label"]) for e in range(12)}
+        assert seen == {true, MIRROR[true]}
+        if i > 8 and true in (4, 5):
+            break
+
+
+def test_moving_scenes__spins_turn_the_way_their_names_say():
+    """A rotation by the pose's angle takes the x axis towards y, which points down: clockwise."""
+    scenes = MovingScenes("val", 64, 2, train=False)
+    y = x = ((np.arange(72) + 0.5) / 64).astype(np.float32)
+
+    def bar(angle):
+        canvas = np.zeros((3, 72, 72), np.float32)
+        draws = iter([0.95, 0.5, 0.5, angle / (2 * np.pi), 0.5, 1.0] + [0.5] * 20)
+        _, window, cover = scenes._paint(lambda: next(draws), y, x, canvas, 0.0, 0.2)
+        rows, cols = np.nonzero(cover)
+        rows, cols = rows - rows.mean(), cols - cols.mean()
+        return 0.5 * np.arctan2(2 * (rows * cols).mean(), (cols**2 - rows**2).mean())
+
+    assert 0.2 < bar(0.5) - bar(0.1) < 0.6 and MOTIONS["spin right"][2] == 1

@@ -1,0 +1,241 @@
+"""Fine-tuning on clips: gradients, augmentation, views, runs, bad input."""
+
+import dataclasses
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_clips import write_clip
+from tiny_run import checkpoint, lines, same_result
+from torch.testing import assert_close
+
+import clips
+import engine
+import videomcmae
+from data import collate
+from downstream import finetune_clips as tuning
+from motion import MovingScenes
+
+SMALL = dict(image_size=16, frames=4, embed_dims="8,12,16", depths="1,1,2", num_heads=2,
+             decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+FLAGS = "--model tiny --workers 0 --device cpu --precision fp32 --val-samples 4 --log-every 1"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """A checkpoint of a small model that has not been trained."""
+    cfg = videomcmae.Config(**{**videomcmae.PRESETS["tiny"], **SMALL})
+    torch.manual_seed(1)
+    model = videomcmae.VideoMCMAE(cfg)
+    state = {"format": 1, "method": "videomcmae", "step": 1, "window": {}, "optimizer": {}}
+    path = tmp_path_factory.mktemp("source") / "last.pt"
+    engine.save(path, state | {"config": dataclasses.asdict(cfg), "model": model.state_dict()})
+    return str(path)
+
+
+def parse(*flags) -> tuning.Config:
+    return engine.parse(tuning.Config, tuning.PRESETS, "", [*FLAGS.split(), *map(str, flags)])
+
+
+def build(cfg) -> tuning.Classifier:
+    torch.manual_seed(0)
+    model = tuning.build(cfg, tuning.class_names("shapes"))[0]
+    torch.nn.init.normal_(model.head.weight)  # at 2e-5 nothing but the head sees much
+    return model
+
+
+def batch_of(n: int = 4) -> dict:
+    scenes = MovingScenes("train", 16, 4)
+    return collate([scenes[0, i] for i in range(n)])
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+def test_classifier__gradients_and_layer_decay(source):
+    cfg = parse("--checkpoint", source, "--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2)
+    model = build(cfg)
+    model(batch_of(), torch.zeros(()))[0].backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
+    assert not missing
+    heads = [model.fc_norm, model.head]
+    groups = engine.layer_decay_groups(model.encoder, heads, 0.05, cfg.layer_decay)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    assert scale[id(model.head.weight)] == 1  # VideoMAE's for two blocks: 3 layers, the embedding 0
+    assert scale[id(model.encoder.blocks3[1].attn.qkv.weight)] == pytest.approx(0.75)
+    assert scale[id(model.encoder.blocks1[0].attn.weight)] == pytest.approx(0.75**3)
+
+
+def test_build__takes_the_encoder_or_fresh_weights(source):
+    own = engine.load(source, "videomcmae")["model"]
+    model, words = tuning.build(parse("--checkpoint", source), ["a", "b"])
+    state = model.encoder.state_dict()
+    assert all(torch.equal(v, own[f"encoder.{k}"]) for k, v in state.items())
+    assert "tensors loaded" in words
+    other, words = tuning.build(parse("--checkpoint", source, "--random"), ["a", "b"])
+    assert not torch.equal(other.encoder.patch_embed4.weight, model.encoder.patch_embed4.weight)
+    assert "fresh weights" in words
+    larger = parse("--checkpoint", source, "--image-size", 32, "--frames", 8)
+    assert tuning.build(larger, ["a", "b"])[0].encoder.grid == (4, 4, 4)
+    fresh = parse("--encoder", "tiny")
+    assert (fresh.image_size, fresh.frames, fresh.patch_size) == (48, 8, 8)
+
+
+def test_classifier__norm_after_the_mean_and_mean_of_probabilities(source):
+    model, batch = build(parse("--checkpoint", source)).eval(), batch_of(6)
+    x = model.encoder.run(model.encoder.tokens(model.normalize(batch["rgb"])))[0].mean(1)
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    logits = model.classify(model.inputs(batch))
+    assert_close(logits, model.head(x), atol=1e-4, rtol=1e-4)
+    views = model.classify(batch["rgb"].unflatten(0, (2, 3)))
+    assert_close(views.exp(), logits.softmax(-1).unflatten(0, (2, 3)).mean(1))
+
+
+def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
+    model, batch = build(parse("--checkpoint", source, "--mixup", 0, "--cutmix", 1)), batch_of()
+    seen = []
+    with mock.patch.object(
+        model, "logits", lambda imgs, seed: seen.append(imgs) or imgs.new_ones(4, 7)
+    ):
+        model(batch, None)
+    imgs = model.normalize(batch["rgb"])
+    pasted = (seen[0] != imgs).any(2)  # (B, T, H, W)
+    inside = (seen[0] == imgs.flip(0)).all(2)
+    assert (pasted <= inside).all() and pasted.any()
+    boxes = pasted.any(1)
+    for b in range(4):
+        rows, cols = boxes[b].any(1).nonzero(), boxes[b].any(0).nonzero()
+        if len(rows):
+            whole = inside[b, :, rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
+            assert whole.all()  # one box for all frames
+    dropping = build(parse("--checkpoint", source, "--drop-path", 0.9))
+    x, seed = dropping.normalize(batch["rgb"]), batch["seed"]
+    assert torch.equal(dropping.logits(x, seed), dropping.logits(x, seed))
+    assert not torch.equal(dropping.logits(x, seed), dropping.logits(x))
+
+
+def test_augmented__frames_alike_and_from_the_seed(source):
+    cfg = parse("--checkpoint", source, "--rand-augment", 7, "--reprob", 1)
+
+    class Still(MovingScenes):
+        def __getitem__(self, key):
+            sample = super().__getitem__(key)
+            sample["rgb"] = sample["rgb"][:1].expand(4, -1, -1, -1)
+            return sample
+
+    plain, state = Still("train", 16, 4), torch.get_rng_state()
+    dataset = tuning.Augmented(plain, cfg)
+    changed = []
+    for i in range(12):
+        sample = dataset[0, i]
+        rgb = sample["rgb"]
+        assert rgb.shape == (4, 3, 16, 16) and rgb.dtype == torch.uint8
+        assert torch.equal(rgb, rgb[:1].expand_as(rgb))
+        assert torch.equal(rgb, dataset[0, i]["rgb"])
+        changed.append(not torch.equal(rgb, plain[0, i]["rgb"]))
+    assert all(changed) and torch.equal(torch.get_rng_state(), state)
+    operations = []
+    with mock.patch.object(dataset, "rand_augment", lambda im: operations.append(1) or im):
+        dataset.distort(plain[0, 0]["rgb"][0], 5)
+    assert len(operations) == 2  # of two operations each: n4
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> str:
+    """Two classes of clips, of which one becomes brighter; one clip of val is broken."""
+    place = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", 4), ("val", 3)):
+        for i in range(count):
+            write_clip(f"{place}/{split}/up/{i}", 6 + i)
+            write_clip(f"{place}/{split}/down/{i}", 6 + i)
+            for n in range(6 + i):
+                array = np.full((40, 56, 3), 100, np.uint8)
+                array[..., 0] = 100 - 10 * n
+                Image.fromarray(array).save(f"{place}/{split}/down/{i}/{n + 1:06d}.png")
+    open(f"{place}/val/up/2/000001.png", "w").close()
+    return str(place)
+
+
+def train(out, *flags) -> None:
+    torch.set_num_threads(1)
+    line = [*FLAGS.split(), "--output", out, "--batch-size", 4, "--epochs", 3, *flags]
+    tuning.main([*map(str, line)])
+
+
+@pytest.mark.slow
+def test_run__result_resume_and_all_views(source, root, tmp_path):
+    path = tmp_path / "source.pt"
+    path.write_bytes(open(source, "rb").read())
+    flags = ("--data", root, "--checkpoint", path, "--views", "2x3", "--mixup", 0.8)
+    flags += ("--rand-augment", 7, "--reprob", 0.25)
+    train(tmp_path / "one", *flags)
+    result = json.loads((tmp_path / "one/result.json").read_text())
+    assert (result["images"], result["unreadable"], result["views"]) == (5, 1, "2x3")
+    assert checkpoint(tmp_path / "one")["facts"]["classes"] == ["down", "up"]
+    train(tmp_path / "two", *flags, "--steps", 2)
+    path.unlink()  # a run needs the encoder's file no more
+    with pytest.raises(engine.UserError, match="mixed 4 clips with one another, now it would be 2"):
+        train(tmp_path / "two", *flags, "--resume", "--micro-batch", 2)
+    train(tmp_path / "two", *flags, "--resume", "--workers", 1)
+    assert same_result(tmp_path / "one", tmp_path / "two")
+    assert lines(tmp_path / "one") == lines(tmp_path / "two")
+
+
+def test_test__averages_what_the_views_say(source, root, tmp_path):
+    """The result of a run is that of its own weights over all views, one clip at a time."""
+    flags = ("--data", root, "--checkpoint", source, "--views", "2x3", "--steps", 1)
+    train(tmp_path / "run", *flags, "--micro-batch", 2)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    cfg = parse(*flags)
+    model = tuning.build(cfg, ["down", "up"])[0].eval()
+    model.load_state_dict(checkpoint(tmp_path / "run")["model"])
+    views = clips.open_dataset(root, "val", 16, 8, ("rgb",), (1, 1), False, 0, frames=4, stride=1,
+                               views=(2, 3))  # fmt: skip
+    hits = []
+    for i in range(6):
+        sample = views[0, i]
+        if sample["bad"] < 0:
+            rgb = model.normalize(sample["rgb"])
+            probability = sum(model.logits(view[None]).softmax(-1) for view in rgb)
+            hits.append(int(probability.argmax()) == int(sample["label"]))
+    assert len(hits) == 5 and result["top1"] == pytest.approx(100 * sum(hits) / 5)
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("line, words", [
+    ("", "where is the encoder from"),
+    ("--encoder tiny --checkpoint x.pt", "where is the encoder from"),
+    ("--checkpoint none.pt", "none.pt"),
+    ("--encoder tiny --frames 5", "--frames 5 must be a multiple of the encoder's 2"),
+    ("--encoder tiny --image-size 50", "--image-size 50 is not divisible by --patch-size 8"),
+    ("--encoder tiny --views 5", "--views 5: two numbers above 0, as 5x3"),
+    ("--encoder tiny --views 0x3", "two numbers above 0"),
+    ("--encoder tiny --views 1x2x3", "two numbers above 0"),
+    ("--encoder tiny --sampling some", "invalid choice"),
+])  # fmt: skip
+def test_config__refuses_what_cannot_work(line, words):
+    with pytest.raises(engine.UserError, match=words):
+        parse(*line.split())
+
+
+def test_main__refuses_data_without_classes(root, source, tmp_path):
+    write_clip(f"{tmp_path}/train/one", 4)
+    with pytest.raises(engine.UserError, match="no two class folders"):
+        train(tmp_path / "run", "--data", tmp_path, "--checkpoint", source)
+    for split, names in (("train", ("a/x", "b/y", "loose")), ("val", ("a/x", "c/z"))):
+        for name in names:
+            write_clip(f"{tmp_path}/more/{split}/{name}", 4)
+    line = ("--data", tmp_path / "more", "--checkpoint", source, "--batch-size", 1)
+    with pytest.raises(engine.UserError, match="loose lies in no class folder"):
+        train(tmp_path / "run", *line)
+    (tmp_path / "more/train/loose").rename(tmp_path / "more/train/b/loose")
+    with pytest.raises(engine.UserError, match="1 classes have no clip in .*train: c"):
+        train(tmp_path / "again", *line)

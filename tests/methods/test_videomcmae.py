@@ -1,0 +1,469 @@
+"""VideoMCMAE's model: two forms of one network, leaks, tubes, loss, inflation, and runs of it."""
+
+import json
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_clips import write_clip
+from test_compile import BACKEND
+from tiny_run import checkpoint, lines, same_result
+from torch import nn
+from torch.testing import assert_close
+
+import clips
+import engine
+import mcmae
+import videomcmae
+from common import split
+from data import collate
+from motion import MovingScenes
+from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
+
+MINI = (
+    "--model tiny --image-size 32 --frames 4 --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 "
+    "--decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1 --norm-pix-loss"
+)
+
+
+def parse(line: str) -> videomcmae.Config:
+    return engine.parse(videomcmae.Config, videomcmae.PRESETS, "", line.split())
+
+
+def build(line: str = "") -> videomcmae.VideoMCMAE:
+    """A small model whose biases and norms are not at their neutral start."""
+    torch.manual_seed(0)
+    model = videomcmae.VideoMCMAE(parse(f"{MINI} {line}"))
+    for p in model.parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, p.mean().item(), 0.2)
+    return model
+
+
+def masked(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.normalize(batch["rgb"]), videomcmae.make_mask(model.cfg, batch, None)
+
+
+def encode(model, imgs, mask) -> torch.Tensor:
+    """What the decoder is given, (B, V*t, C3)."""
+    latent = []
+    hook = model.encoder.norm.register_forward_hook(lambda m, x, y: latent.append(y))
+    model.predict(imgs, mask)
+    hook.remove()
+    return latent[0]
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    scenes = MovingScenes("train", 32, 4)
+    return collate([scenes[0, i] for i in range(3)])
+
+
+# ------------------------------------------------------------------------------------- two forms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("line", ["", "--kernel-size 3", "--kernel-size 7 --no-multi-scale"])
+def test_sparse__equals_dense_in_outputs_and_gradients(batch, line, dtype):
+    results = []
+    for form in ("--sparse", "--no-sparse"):
+        model = build(f"{line} {form}").to(dtype)
+        imgs, mask = masked(model, batch)
+        imgs = imgs.to(dtype)
+        pred, latent = model.predict(imgs, mask), encode(model, imgs, mask)
+        (pred.square().mean() + latent.sin().mean()).backward()
+        results.append((pred, latent, {k: p.grad for k, p in model.named_parameters()}))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for found, expected in zip(results[0][:2], results[1][:2]):
+        assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    scale = max(g.abs().max().item() for g in results[1][2].values())
+    assert scale > 1e-3
+    assert_close(results[0][2], results[1][2], atol=tolerance * scale, rtol=tolerance)
+
+
+@pytest.mark.parametrize("k, K", [(4, 5), (2, 5), (2, 3), (4, 7), (1, 5)])
+def test_tubes__both_convolutions_are_torch_s_of_a_map_with_zeros(k, K):
+    B, C, (t, h, w) = 2, 3, (3, 4, 5)
+    conv = nn.Conv3d(C, C, K, padding=K // 2, groups=C).double()
+    mask = torch.zeros(B, h * w, dtype=torch.bool)
+    mask[0, [0, 3, 7, 8, 19]] = mask[1, [1, 4, 5, 11, 16]] = True  # corners, neighbours, row ends
+    ids = split(~mask, 5)[0]
+    x = torch.randn(B, h * w, t, k * k, C, dtype=torch.float64)
+    maps = torch.zeros(B, C, t, h * k, w * k, dtype=torch.float64)
+    for b in range(B):
+        for l in mask[b].nonzero().flatten().tolist():
+            rows, cols = l // w * k, l % w * k
+            cube = x[b, l].view(t, k, k, C).permute(3, 0, 1, 2)
+            maps[b, :, :, rows : rows + k, cols : cols + k] = cube
+    full = conv(maps)
+    expected = torch.empty_like(x)
+    for l in range(h * w):
+        rows, cols = l // w * k, l % w * k
+        tube = full[..., rows : rows + k, cols : cols + k]
+        expected[:, l] = tube.permute(0, 2, 3, 4, 1).flatten(2, 3)
+    seen = mask[..., None, None, None]
+    assert_close(all_tubes((t, h, w), k, seen)(conv, x), expected)
+    found = visible_tubes((t, h, w), k, K, ids)(conv, pick(x, ids))
+    assert_close(found, pick(expected, ids))
+
+
+def test_cut__equals_naive_loop_and_paste_undoes_it():
+    imgs = torch.randn(2, 4, 3, 8, 12)
+    x = cut(imgs, 4, 2)  # 2 x 3 tubes of 2 cubes
+    assert x.shape == (2, 6, 2, 16, 6)
+    for l, t, i, n in ((0, 0, 0, 0), (4, 1, 6, 4), (5, 0, 15, 2), (2, 1, 9, 5)):
+        frame, row, col = 2 * t + n // 3, l // 3 * 4 + i // 4, l % 3 * 4 + i % 4
+        assert torch.equal(x[:, l, t, i, n], imgs[:, frame, n % 3, row, col])
+    assert torch.equal(paste(x, 4, 2, (2, 2, 3)), imgs)
+    halves = merge(x, 2)  # each row of four: top-left, top-right, bottom-left, bottom-right
+    assert halves.shape == (2, 6, 2, 4, 24)
+    assert torch.equal(halves[:, :, :, 3], x[:, :, :, [10, 11, 14, 15]].flatten(3))
+
+
+# --------------------------------------------------------------------------------- masks and leaks
+
+
+def hidden_pixels(model, mask) -> torch.Tensor:
+    """(B, 1, 1, H, W) bool."""
+    _, h, w = model.cfg.grid
+    size = (model.cfg.image_size,) * 2
+    return F.interpolate(mask.view(-1, 1, h, w).float(), size)[:, None].bool()
+
+
+@pytest.mark.parametrize("line", ["--sparse", "--no-sparse", "--kernel-size 7"])
+def test_predict__no_hidden_pixel_of_any_frame_reaches_it(batch, line):
+    model = build(line)
+    imgs, mask = masked(model, batch)
+    hidden = hidden_pixels(model, mask)
+    other = torch.where(hidden, 5 * torch.randn_like(imgs), imgs)
+    assert torch.equal(encode(model, other, mask), encode(model, imgs, mask))
+    assert torch.equal(model.predict(other, mask), model.predict(imgs, mask))
+    for frame in range(4):  # while every visible frame does
+        seen = imgs.clone()
+        seen[:, frame] += 0.1 * ~hidden[:, 0]
+        assert not torch.equal(encode(model, seen, mask), encode(model, imgs, mask))
+
+
+def test_make_mask__counts_and_tubes():
+    seed = torch.arange(50) * 7919
+    for line, tubes, visible in (
+        ("", 196, 20),
+        ("--model tiny", 36, 9),
+        ("--mask-ratio 0.5", 196, 98),
+    ):
+        cfg = parse(line)
+        assert cfg.num_visible == visible
+        mask = videomcmae.make_mask(cfg, {"seed": seed}, None)
+        assert mask.shape == (50, tubes) and ((~mask).sum(1) == visible).all()
+        assert torch.equal(videomcmae.make_mask(cfg, {"seed": seed[7:8]}, None), mask[7:8])
+        assert len(mask.unique(dim=0)) == 50
+
+
+def test_reconstruct__the_same_patches_are_hidden_in_every_frame(batch):
+    model = build()
+    ((truth, hidden, pred),) = videomcmae.reconstruct(model, batch).values()
+    assert truth.shape == pred.shape == (3, 3, 32, 4 * 32) and hidden.shape == (3, 4, 4 * 4)
+    frames = hidden.unflatten(2, (4, 4))
+    assert all(torch.equal(frames[:, :, 0], frames[:, :, n]) for n in range(4))
+    assert torch.equal(frames[:, :, 0].flatten(1), masked(model, batch)[1])
+    assert torch.equal(truth.unflatten(-1, (4, 32))[..., 2, :], batch["rgb"][:, 2])
+
+
+def test_reconstruct__puts_true_statistics_back(batch):
+    """With the target itself as prediction the picture is the clip."""
+    model = build()
+    cubes = cut(model.normalize(batch["rgb"]), 8, 2)
+    mean, std = cube_statistics(cubes)
+    with mock.patch.object(model, "predict", lambda *_: (cubes - mean) / std):
+        ((truth, _, pred),) = videomcmae.reconstruct(model, batch).values()
+    assert (truth.int() - pred.int()).abs().max() <= 1
+
+
+# ------------------------------------------------------------------------------ positions and loss
+
+
+def test_sincos_1d__is_videomae_s_table():
+    """position / 10000^(2 (j // 2) / d), sines at even j, cosines at odd ones; frames first."""
+    encoder = build().encoder
+    assert encoder.pos_embed.shape == (16, 2, 16)  # 4 x 4 tubes, 2 steps
+    for tube, t, j in ((0, 0, 0), (5, 1, 3), (15, 1, 8), (10, 0, 15)):
+        angle = (t * 16 + tube) / 10000 ** (2 * (j // 2) / 16)
+        expected = math.cos(angle) if j % 2 else math.sin(angle)
+        assert encoder.pos_embed[tube, t, j].item() == pytest.approx(expected, abs=1e-5)
+    larger = encoder.table(16, (4, 8, 8))  # laid over the trained grid: -1/4, 1/4, 3/4 ...
+    index = ((1 / 4) * 4 - 1 / 4) * 4 + 5 / 4  # second step, first row, fourth column
+    assert larger[3, 1, 0].item() == pytest.approx(math.sin(index), abs=1e-5)
+
+
+@pytest.mark.parametrize("line", ["", "--no-norm-pix-loss"])
+def test_loss__equals_naive_loop(batch, line):
+    model = build(line)
+    imgs, mask = masked(model, batch)
+    imgs, p = imgs.double(), 8
+    pred, losses = torch.randn(3, 16, 2, 64, 6), []
+    for b in range(3):
+        total, count = 0.0, 0
+        for l in mask[b].nonzero().flatten().tolist():
+            rows, cols = slice(l // 4 * p, l // 4 * p + p), slice(l % 4 * p, l % 4 * p + p)
+            for t in range(2):
+                for c in range(3):
+                    target = imgs[b, 2 * t : 2 * t + 2, c, rows, cols]  # (2, p, p)
+                    if model.cfg.norm_pix_loss:
+                        target = (target - target.mean()) / (target.std() + 1e-6)
+                    found = pred[b, l, t, :, [c, 3 + c]].T.reshape(2, p, p)
+                    total += ((found - target) ** 2).sum().item()
+                    count += target.numel()
+        losses.append(total / count)
+    expected = torch.tensor(sum(losses) / 3)
+    assert_close(model.loss(pred, imgs.float(), mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_evaluate__guesses(batch):
+    model = build()
+    found = videomcmae.evaluate(model, batch)
+    n = 2 * 8 * 8  # pixels of a cube and channel: the unbiased variance leaves 1 - 1/n
+    assert found["loss_flat"].item() == pytest.approx(1 - 1 / n, abs=2e-3)
+    assert found["loss"] == model(batch, None)[0] != found["loss_other"]
+    raw = build("--no-norm-pix-loss")
+    imgs, mask = masked(raw, batch)
+    cubes = cut(imgs, 8, 2).unflatten(-1, (2, 3))
+    spread = (cubes - cubes.mean((3, 4), keepdim=True)).square().mean((2, 3, 4, 5))
+    expected = ((spread * mask).sum(1) / mask.sum(1)).mean()
+    assert_close(videomcmae.evaluate(raw, batch)["loss_flat"], expected)
+
+
+# -------------------------------------------------------------------------------- encoder, weights
+
+
+def test_encoder__features_sizes_and_drop_path(batch):
+    model = build()
+    encoder, imgs = model.encoder, model.normalize(batch["rgb"])
+    (one, prefix), (two, _) = encoder.forward_features(imgs, [1, 2])
+    assert one.shape == two.shape == (3, 32, 16) and prefix.shape[1] == 0
+    assert_close(encoder.forward_features(imgs)[0][0], encoder.norm(two))
+    every = torch.arange(16).expand(3, -1)  # all tubes by the sparse form
+    assert_close(encoder.stages(imgs, every), encoder.stages(imgs), atol=1e-5, rtol=1e-5)
+    wide = encoder.forward_features(torch.randn(1, 6, 3, 16, 48))[0][0]
+    assert wide.shape == (1, 3 * 2 * 6, 16)
+    for shape in ((1, 3, 3, 32, 32), (1, 4, 3, 32, 36)):
+        with pytest.raises(ValueError, match="not divisible by 2 and 8"):
+            encoder.forward_features(torch.randn(shape))
+    encoder.drop_path = 0.9
+    seed = torch.arange(3)
+    dropped = encoder.forward_features(imgs, seed=seed)[0][0]
+    assert torch.equal(dropped, encoder.forward_features(imgs, seed=seed)[0][0])
+    assert not torch.equal(dropped, encoder.forward_features(imgs, seed=seed + 9)[0][0])
+    alone = encoder.forward_features(imgs[1:2], seed=seed[1:2])[0][0]
+    assert_close(alone, dropped[1:2], atol=1e-5, rtol=1e-5)
+    ids = encoder.layer_ids()
+    assert ids["blocks3.1.attn.qkv.weight"] == 2 and ids["norm.weight"] == 3
+    assert ids["blocks1.0.attn.weight"] == ids["patch_embed4.weight"] == 0
+
+
+def test_init__first_weights():
+    torch.manual_seed(0)
+    model = videomcmae.VideoMCMAE(parse("--model tiny --embed-dims 64,96,128 --depths 1,1,1"))
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            n_out, n_in = m.weight.shape
+            bound = math.sqrt(6 / (n_in + n_out))
+            assert 0.97 * bound < m.weight.abs().max() <= bound and (m.bias == 0).all(), name
+        if isinstance(m, nn.Conv3d):
+            assert 0.95 * 125**-0.5 < m.weight.abs().max() <= 125**-0.5, name
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.25)
+
+
+def save(model, method, path) -> str:
+    state = {"format": 1, "method": method, "step": 1, "window": {}, "optimizer": {}}
+    engine.save(path, state | {"config": vars(model.cfg), "model": model.state_dict()})
+    return str(path)
+
+
+def test_load_init__an_image_model_on_a_clip_that_stands_still(tmp_path):
+    """Stages 1 and 2 and the way into 3, but for positions, are mcmae.py's on each frame."""
+    sizes = "--image-size 32 --patch-size 8 --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2"
+    line = f"{sizes} --decoder-embed-dim 24 --decoder-num-heads 2 --decoder-depth 1"
+    torch.manual_seed(1)
+    image = mcmae.MCMAE(engine.parse(mcmae.Config, mcmae.PRESETS, "", line.split()))
+    model = build()
+    assert "inflated" in videomcmae.load_init(model, save(image, "mcmae", tmp_path / "image.pt"))
+    frame = torch.randn(2, 3, 32, 32)
+    E1, E2, x = image.encoder.stages(frame)
+    F1, F2, y = model.encoder.stages(frame[:, None].expand(-1, 4, -1, -1, -1))
+    x, y = x - image.encoder.pos_embed, y - model.encoder.pos_embed
+    for t in range(2):
+        assert_close(F1[:, :, t], E1, atol=1e-5, rtol=1e-5)
+        assert_close(F2[:, :, t], E2, atol=1e-5, rtol=1e-5)
+        assert_close(y[:, :, t], x, atol=1e-5, rtol=1e-5)
+    for a, b in zip(image.encoder.blocks3.parameters(), model.encoder.blocks3.parameters()):
+        assert torch.equal(a, b)
+    E = torch.randn(2, 16, 16, 8)
+    found = model.stage1_output_decode(merge(E, 4))
+    assert_close(found, mcmae.strided(image.stage1_output_decode, E), atol=1e-5, rtol=1e-5)
+
+
+def test_load_init_and_load_encoder__ours_or_a_word(tmp_path):
+    model, other = build(), build()
+    nn.init.normal_(other.decoder_pred.weight)
+    nn.init.normal_(other.encoder.blocks1[0].attn.weight)
+    path = save(other, "videomcmae", tmp_path / "own.pt")
+    videomcmae.load_init(model, path)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    encoder = videomcmae.load_encoder(path, drop_path=0.5)
+    own = other.encoder.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in encoder.state_dict().items())
+    assert encoder.drop_path == 0.5
+    with pytest.raises(engine.UserError, match="wanted a checkpoint of videomcmae.py or mcmae.py"):
+        videomcmae.load_init(model, save(other, "mae", tmp_path / "mae.pt"))
+    with pytest.raises(engine.UserError, match="does not fit the model, nothing was loaded"):
+        videomcmae.load_init(build("--depths 1,1,1"), path)
+
+
+# ----------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--frames 5", "--frames 5 is not divisible by --cube-frames 2; nearest that work: 4 or 6"),
+    ("--image-size 30", "--image-size 30 is not divisible by --patch-size 8"),
+    ("--mask-ratio 0.01", "--mask-ratio 0.01 must hide some of 36 tubes"),
+    ("--mask-ratio 1.0", "--mask-ratio 1.0 is outside"),
+    ("--embed-dims 16,48", "--embed-dims must be three positive integers"),
+    ("--depths 1,x,2", "--depths must be three positive integers"),
+    ("--num-heads 5", "--embed-dims 96 is not divisible by 5; nearest: 95 or 100"),
+    ("--patch-size 6", "--patch-size 6 is not divisible by 4"),
+    ("--stride -1", "--stride -1 must be 0"),
+    ("--kernel-size 4", "invalid choice: 4"),
+    ("--decoder-num-heads 3", "--decoder-embed-dim 64 is not divisible"),
+])  # fmt: skip
+def test_config__refuses_what_cannot_work(line, words):
+    with pytest.raises(engine.UserError, match=words):
+        parse(f"--model tiny {line}")
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("line", ["", "--no-sparse", "--no-multi-scale", "--no-norm-pix-loss"])
+def test_forward__gradients_reach_every_parameter(batch, line):
+    model = build(line)
+    model(batch, torch.tensor(0.5))[0].backward()
+    idle = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_forward__loss_is_the_mean_over_micro_batches(batch):
+    model = build()
+    whole = model(batch, torch.tensor(0.5))[0]
+    single = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+    parts = [model(one, torch.tensor(0.5))[0] for one in single]
+    assert_close(whole, torch.stack(parts).mean(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["--sparse", "--no-sparse"])
+def test_forward__bf16_is_finite_and_near_fp32(batch, form):
+    model = build(form)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(batch, torch.tensor(0.5))[0]
+    low.backward()
+    assert low.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert_close(low, model(batch, torch.tensor(0.5))[0], rtol=0.02, atol=0.0)
+
+
+@pytest.mark.slow
+def test_compiled_step__equals_the_step_as_written(batch):
+    torch._dynamo.reset()
+    results = []
+    for wrap in (lambda m: m, lambda m: torch.compile(m, backend=BACKEND)):
+        model = build("--depths 1,1,1")
+        loss, _ = wrap(model)(batch, torch.tensor(0.5))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
+
+
+FLAGS = (
+    f"{MINI} --data shapes --batch-size 4 --epochs 3 --warmup-epochs 0.5 --log-every 2 --workers 0"
+)
+FLAGS = f"{FLAGS} --device cpu --precision fp32 --val-samples 4 --base-lr 0.3".split()
+
+
+def train(out, *flags) -> None:
+    """Three epochs of four steps."""
+    original = clips.open_dataset
+
+    def short(*args, **kwargs):
+        dataset = original(*args, **kwargs)
+        dataset.length = 16
+        return dataset
+
+    torch.set_num_threads(1)
+    with mock.patch.object(clips, "open_dataset", short):
+        videomcmae.main([*FLAGS, "--output", str(out), *map(str, flags)])
+
+
+def rank(number, store, out) -> None:
+    import os
+
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    train(out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
+    train(tmp_path / "one")
+    assert checkpoint(tmp_path / "one")["step"] == 12
+    assert (tmp_path / "one/preview-0000012.png").exists()
+    val = [r["val"] for r in map(json.loads, open(tmp_path / "one/log.jsonl")) if "val" in r]
+    assert set(val[0]) == {"loss", "loss_flat", "loss_other"}
+    train(tmp_path / "resumed", "--steps", 6)
+    train(tmp_path / "resumed", "--resume", "--workers", 1)
+    assert same_result(tmp_path / "one", tmp_path / "resumed")
+    assert lines(tmp_path / "one") == lines(tmp_path / "resumed")
+    train(tmp_path / "micro", "--micro-batch", 1)
+    torch.multiprocessing.spawn(rank, (str(tmp_path / "store"), tmp_path / "two"), nprocs=2)
+    expected = [r["loss"] for r in lines(tmp_path / "one")]
+    for other in ("micro", "two"):
+        found = [r["loss"] for r in lines(tmp_path / other)]
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < 0.95 * expected[0]  # a run that stands still is easy to repeat
+    with pytest.raises(engine.UserError, match="--frames was 4, is 8"):
+        train(tmp_path / "one", "--resume", "--frames", 8)
+
+
+@pytest.mark.slow
+def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path):
+    for name in "abcdefgh":
+        write_clip(f"{tmp_path}/data/train/{name}", 9, 40, 40)
+    open(f"{tmp_path}/data/train/c/000008.png", "w").close()
+    line = [*FLAGS, "--data", f"{tmp_path}/data", "--output", f"{tmp_path}/run", "--stride", "2"]
+    torch.set_num_threads(1)
+    videomcmae.main(line)
+    bad = (tmp_path / "run/bad_files.txt").read_text().split()
+    assert 1 <= len(bad) <= 3 and set(bad) == {"c"}  # where its end is drawn
+    assert checkpoint(tmp_path / "run")["step"] == 6
+    log = [json.loads(line) for line in open(tmp_path / "run/log.jsonl")]
+    assert max(r.get("unreadable_files", 0) for r in log) == 1
+
+
+@pytest.mark.slow
+def test_training__tiny_preset_learns():
+    """Invariant 6: in 25 steps of 16 clips the loss falls below half of where it began."""
+    cfg, scenes = parse("--model tiny"), MovingScenes("train", 48, 8)
+    torch.manual_seed(0)
+    model, losses = videomcmae.VideoMCMAE(cfg), []
+    optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3, betas=(0.9, 0.95))
+    for step in range(25):
+        batch = collate([scenes[0, 16 * step + i] for i in range(16)])
+        loss, _ = model(batch, torch.tensor(0.0))
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) / 3 < 0.5 * losses[0], losses

@@ -1,0 +1,445 @@
+"""The claims' runner and judge; only the last test trains."""
+
+import fcntl
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import engine  # noqa: F401  first: it sets how threads wait
+
+import pytest
+import torch
+
+import mae
+from downstream import recipes
+from engine import UserError
+from tools import claims, claims_lab, claims_report, claims_table
+from tools.claims_table import Arm, Claim
+
+CLAIM = Claim(
+    "T. 1", "a beats b", {"a": Arm("mae"), "b": Arm("mae --mask-ratio 0.6")}, [("a", "b")],
+    ("linear", "linear CLS", "finetuned", "loss"),
+)  # fmt: skip
+
+
+PAGE = Path("results.md")  # in the folder of a test
+
+
+class FakeLab(claims_lab.Lab):
+    """A lab whose commands write what the real ones would, from a seed and the arm's flags."""
+
+    def spawn(self, command, log):
+        out = Path(command[command.index("--output") + 1])
+        self.commands = [*getattr(self, "commands", ()), command]
+        value = lambda flag: command[command.index(flag) + 1] if flag in command else None  # noqa: E731
+        seed, plain = int(value("--seed") or 0), "--mask-ratio" not in command
+        epochs = float(value("--epochs") or 1)
+        if "downstream.probe" in command:
+            sweep = [("1/patch", 20), ("2/patch", 30), ("2/prefix", 40 + seed), ("norm/prefix", 5)]
+            sweep = [{"features": k, "top1": v} for k, v in sweep]
+            (out / "result.json").write_text(json.dumps({"sweep": sweep}))
+        elif "downstream.finetune" in command:
+            rate = float(value("--base-lr") or 8e-3)
+            top = 50 + seed - 1000 * abs(rate - 4e-3) - 10 * ("--random" in command)
+            (out / "result.json").write_text(json.dumps({"top1": top}))
+            line = {
+                "step": int(value("--steps") or 100),
+                "epoch": int(value("--steps") or 100) / 20,
+            }
+            (out / "log.jsonl").write_text(json.dumps(line) + "\n")
+        else:
+            steps = int(value("--steps") or epochs * 10)
+            line = {"step": steps, "epoch": steps / 10, "val": {"loss": 1.0 if plain else 2 + seed}}
+            (out / "log.jsonl").write_text(json.dumps(line) + "\n")
+            config = {"epochs": epochs, "steps": None}
+            torch.save({"step": steps, "config": config}, out / "last.pt")
+        share = int(value("--steps")) / 10 if value("--steps") else epochs
+        each = 4.0 if "downstream.finetune" in command else 2.0 if plain else 6.0
+        return each * share, 0.5
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """(make, lab): `make(claim)` is a trial of two seeds' budget unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    PAGE.write_text(f"before\n{claims_report.BEGIN}\nold\n{claims_report.END}\nafter\n")
+    args = claims.options().parse_args(["--runs", "runs", "--data", "elsewhere"])
+    lab = FakeLab(args)
+
+    def make(claim=CLAIM, wanted=None, **budget):
+        budget = {"epochs": 2, "tuned": 1, "seeds": 3, "most": None} | budget
+        return claims.Trial("x", claim, lab, budget, tmp_path / "results", wanted)
+
+    return make, lab
+
+
+def rows(tmp_path):
+    return json.loads((tmp_path / "results" / "x.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------ judge
+
+
+@pytest.mark.parametrize(
+    "a, b, verdict",
+    [
+        ([3, 4, 5], [0, 1, 2], "seen"),  # difference 3, error sqrt(2/3)
+        ([0, 1, 2], [3, 4, 5], "opposite"),
+        ([1.5, 2.5, 3.5], [0, 1, 2], "not seen"),  # difference 1.5 < 2 x 0.816
+        ([3, 4], [0, 1, 2], "unfinished"),
+        ([2, 2, 2], [2, 2, 2], "not seen"),
+    ],
+)
+def test_judge__verdict_is_by_two_standard_errors(a, b, verdict):
+    assert claims_report.judge(a, b)["verdict"] == verdict
+    turned = {"seen": "opposite", "opposite": "seen"}.get(verdict, verdict)
+    assert claims_report.judge(a, b, lower=True)["verdict"] == turned
+
+
+def test_judge__error_is_that_of_two_samples():
+    a, b = [3.0, 4.0, 9.0], [0.0, 1.0, 2.0, 7.0]
+    found = claims_report.judge(a, b)
+    by_hand = math.sqrt(statistics.stdev(a) ** 2 / 3 + statistics.stdev(b) ** 2 / 4)
+    assert found["se"] == pytest.approx(by_hand, abs=1e-4)
+    assert found["difference"] == pytest.approx(16 / 3 - 2.5, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+def test_claims__compare_arms_that_are_there_by_measures_that_are_known():
+    for name, claim in claims_table.CLAIMS.items():
+        named = {x for pair in claim.better for x in pair}
+        named |= {a.as_long_as for a in claim.arms.values() if a.as_long_as}
+        assert named <= claim.arms.keys(), name
+        assert set(claim.measures) <= claims_report.MEASURES.keys(), name
+        assert claim.data in claims_table.DATA
+        programs = {claims_report.MEASURES[m].program for m in claim.measures} - {""}
+        assert programs <= claims.PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("name", claims_table.CLAIMS)
+def test_claims__every_arm_is_a_command_its_script_takes(name, bench, tmp_path, monkeypatch):
+    make, lab = bench
+    trial = make(claims_table.CLAIMS[name], epochs=8)
+    for label, arm in trial.claim.arms.items():
+        if not arm.as_long_as or arm.random:
+            program, flags = trial.train_flags(label, 0)
+            assert lab.folder(program, flags).name.startswith(program)  # parsed, and no UserError
+
+
+def test_claims__arms_differ(bench):
+    make, lab = bench
+    for claim in claims_table.CLAIMS.values():
+        trial = make(claim, epochs=8)
+        plain = [k for k, a in claim.arms.items() if not a.as_long_as and not a.random]
+        places = {lab.folder(*trial.train_flags(k, 0)) for k in plain}
+        assert len(places) == len(plain), claim.sentence
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
+    make, lab = bench
+    make().finish(PAGE)
+    content = rows(tmp_path)
+    assert [(r["arm"], r["seed"]) for r in content["runs"]] == [
+        (a, s) for s in range(3) for a in "ab"
+    ]
+    first = content["runs"][0]
+    assert first["values"]["linear"] == 40 and first["values"]["linear patch"] == 30
+    assert first["values"]["loss"] == 1.0
+    command = first["commands"]["pretrain"]["command"]
+    assert command.startswith("python mae.py --model tiny --data data/tiny_imagenet_40 --epochs 2 ")
+    assert "elsewhere" not in json.dumps(content)  # where the data lies here is nobody's business
+    assert all("elsewhere" in c for c in lab.commands)
+    by_measure = {v["measure"]: v for v in content["verdicts"]}
+    assert by_measure["loss"]["difference"] == pytest.approx((2 + 3 + 4) / 3 - 1)  # lower is better
+    assert by_measure["loss"]["verdict"] == "seen" and by_measure["linear"]["verdict"] == "not seen"
+
+
+def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path):
+    make, lab = bench
+    make().finish(PAGE)
+    before = rows(tmp_path)
+    for place in (tmp_path / "runs").glob("*"):
+        place.rename(tmp_path / place.name)
+    lab.commands = []
+    make().finish(PAGE)
+    assert not lab.commands and rows(tmp_path) == before
+    make(seeds=4).finish(PAGE)
+    assert {c[c.index("--seed") + 1] for c in lab.commands} == {"3"}
+    assert len(rows(tmp_path)["runs"]) == 8
+
+
+def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
+    make, lab = bench
+    make().finish(PAGE)
+    lab.commands = []
+    monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
+    make().finish(PAGE)
+    assert sum(c[1] == "mae.py" for c in lab.commands) == 6
+    assert len(rows(tmp_path)["runs"]) == 6
+    lab.commands = []
+    tiny = recipes.TINY | {"linear": {}}
+    monkeypatch.setattr(recipes, "TINY", tiny)  # the one of fine-tuning and probes
+    make().finish(PAGE)
+    assert {c[2] for c in lab.commands} == {"downstream.probe", "downstream.finetune"}
+
+
+def test_finish__some_measures_now_and_others_later(bench, tmp_path):
+    make, lab = bench
+    make(wanted=["loss"]).finish(PAGE)
+    assert all(c[1] == "mae.py" for c in lab.commands)
+    kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
+    assert kinds["linear"] == kinds["finetuned"] == "unfinished" and kinds["loss"] == "seen"
+    for measure, program in ("finetuned", "downstream.finetune"), ("linear", "downstream.probe"):
+        lab.commands = []
+        make(wanted=[measure]).finish(PAGE)
+        assert {c[2] for c in lab.commands} == {program}
+    row = rows(tmp_path)["runs"][0]
+    assert {"linear", "loss", "finetuned"} <= row["values"].keys()
+    assert {"pretrain", "linear", "finetuned"} <= {k.partition(" ")[0] for k in row["commands"]}
+    kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
+    assert "unfinished" not in kinds.values()
+
+
+def test_finish__another_budget_is_refused(bench, tmp_path):
+    make, _ = bench
+    make().finish(PAGE)
+    with pytest.raises(UserError, match="has epochs 2"):
+        make(epochs=3)
+
+
+SCRATCH = Claim(
+    "all", "pre-training helps",
+    {"pre-trained": Arm("mae", tries=("--base-lr 8e-3", "--base-lr 4e-3")),
+     "from scratch": Arm("mae", as_long_as="pre-trained", random=True, tries=("--base-lr 4e-3",))},
+    [("pre-trained", "from scratch")], ("finetuned",),
+)  # fmt: skip
+
+
+def test_epochs__from_scratch_costs_as_much_as_its_partner_in_all(bench, tmp_path):
+    make, lab = bench
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    # 6 epochs of pre-training at 2 s and 5 of fine-tuning at 4 s, in epochs of 4 s
+    assert rows(tmp_path)["budget"]["epochs_of"] == {"from scratch": 8}
+    last = [c for c in lab.commands if "--random" in c]
+    assert all(c[c.index("--epochs") + 1] == "8" for c in last) and len(last) == 3
+
+
+def test_epochs__are_found_again_once_a_preset_has_changed(bench, tmp_path, monkeypatch):
+    make, _ = bench
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    content = rows(tmp_path)
+    content["budget"] |= {"epochs_of": {"from scratch": 3}, "tries": {"pre-trained": "--base-lr 1"}}
+    (tmp_path / "results" / "x.json").write_text(json.dumps(content))
+    monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    assert rows(tmp_path)["budget"]["epochs_of"] == {"from scratch": 8}
+    assert rows(tmp_path)["budget"]["tries"]["pre-trained"] == "--base-lr 4e-3"
+
+
+def test_epochs__a_share_of_the_claim_s_or_what_costs_as_much(bench):
+    make, _ = bench
+    curve = make(claims_table.CLAIMS["mcmae-mae"], epochs=40)
+    assert [curve.epochs(k) for k in curve.claim.arms if k.startswith("mae")] == [5, 10, 20, 40]
+    longer = {"a": Arm("mae --mask-ratio 0.6"), "b": Arm("mae", as_long_as="a")}
+    trial = make(CLAIM._replace(arms=longer), epochs=4)
+    assert trial.epochs("b") == 12  # 4 epochs at 6 s, in epochs of 2 s
+    assert trial.order() == ["a", "b"] and trial.known["epochs_of"] == {"b": 12}
+
+
+def test_tries__all_on_the_first_seed_the_best_on_the_others(bench, tmp_path):
+    make, lab = bench
+    make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
+    content = rows(tmp_path)
+    assert content["budget"]["tries"]["pre-trained"] == "--base-lr 4e-3"
+    tuned = [c for c in lab.commands if "downstream.finetune" in c and "--random" not in c]
+    assert [c[c.index("--base-lr") + 1] for c in tuned] == ["8e-3", "4e-3", "4e-3", "4e-3"]
+    assert content["runs"][0]["values"]["finetuned"] == pytest.approx(50)
+
+
+def test_tries__no_more_than_asked_for(bench):
+    make, lab = bench
+    make(SCRATCH, epochs=6, tuned=5, most=1).finish(PAGE)
+    tuned = [c for c in lab.commands if "downstream.finetune" in c and "--random" not in c]
+    assert {c[c.index("--base-lr") + 1] for c in tuned} == {"8e-3"}
+
+
+def test_rate__is_of_forty_steps_less_ten(bench):
+    make, lab = bench
+    trial = make()
+    assert trial.rate(CLAIM.arms["b"], "pretrain") == pytest.approx(6.0)  # seconds an epoch
+    assert trial.rate(CLAIM.arms["b"], "finetuned") == pytest.approx(2.0 * 4)  # 20 steps an epoch
+    count = len(lab.commands)
+    trial.rate(CLAIM.arms["b"], "pretrain")
+    assert len(lab.commands) == count  # kept
+    assert json.loads((lab.runs / "rates.json").read_text()) == lab.rates
+
+
+def test_run__a_second_process_waits_for_the_first(bench, tmp_path):
+    _, lab = bench
+    lab.run("mae", "--model tiny --data shapes")
+    (out,) = (p for p in (tmp_path / "runs").glob("mae-*") if p.is_dir())
+    (out / "done.json").unlink()
+    begun = threading.Event()
+
+    def other():
+        begun.set()
+        lab.run("mae", "--model tiny --data shapes")
+
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=other)
+        thread.start()
+        begun.wait()
+        thread.join(0.3)
+        assert thread.is_alive() and len(lab.commands) == 1
+        (out / "done.json").write_text("{}")  # the first one ends
+    thread.join(30)
+    assert len(lab.commands) == 1
+
+
+def test_hours__are_of_what_is_left(bench):
+    make, lab = bench
+    trial = make(CLAIM._replace(measures=("finetuned",)), seeds=3)
+    lab.rates |= {trial.key(a, "pretrain"): 100.0 for a in CLAIM.arms.values()}
+    lab.rates |= {trial.key(a, "finetuned"): 60.0 for a in CLAIM.arms.values()}
+    assert trial.hours() == pytest.approx(3 * 2 * (2 * 100 + 1 * 60) / 3600)
+
+
+def test_main__list_says_what_a_claim_lacks(bench, tmp_path, monkeypatch, capsys):
+    def refuse(self, program, flags):
+        raise UserError("mae ended with status 2: there is no folder elsewhere/train")
+
+    monkeypatch.setattr(claims_lab.Lab, "run", refuse)
+    claims.main(["--list", "scratch-mae", "--results", str(tmp_path), "--runs", "runs"])
+    out = capsys.readouterr().out
+    assert "scratch-mae" in out and "0 / 6" in out and "no folder elsewhere/train" in out
+
+
+def test_main__goes_on_where_a_claim_has_no_data_and_says_so_at_the_end(tmp_path, monkeypatch):
+    done = []
+
+    def finish(self, page):
+        if self.claim.data == "regions":
+            raise UserError("no folder")
+        done.append(self.name)
+
+    monkeypatch.setattr(claims.Trial, "finish", finish)
+    names = ["cfmae-modalities", "scratch-mae"]
+    with pytest.raises(UserError, match="^cfmae-modalities: no folder$"):
+        claims.main([*names, "--results", str(tmp_path), "--runs", str(tmp_path)])
+    assert done == ["scratch-mae"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["no-such"], "choose from scratch-mae"),
+        (["scratch-mae", "--measures", "taste"], "--measures taste: of linear"),
+        (["--write", "--results", "nowhere"], "no results in nowhere"),
+    ],
+)
+def test_main__refuses_in_words(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        claims.main(argv)
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path):
+    make, _ = bench
+    make().finish(PAGE)
+    found = claims_report.read_results(tmp_path / "results")
+    assert claims_report.tables(found) in PAGE.read_text()  # kept up while it runs
+    claims_report.write_page(PAGE, found)
+    text = PAGE.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| a | b | fine-tuned, top-1 % |") == 1 and "**not seen**" in text
+    assert "| x | a | 3 | 41.0 ± 0.6 |" in text  # 40, 41, 42: deviation 1, over sqrt(3)
+    PAGE.write_text("no marks")
+    with pytest.raises(UserError, match="lacks the lines"):
+        claims_report.write_page(PAGE, found)
+
+
+def test_plot__needs_three_seeds(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    make, _ = bench
+    make(seeds=2).finish(PAGE)
+    with pytest.raises(UserError, match="3 seeds"):
+        claims_report.plot(claims_report.read_results(tmp_path / "results"), tmp_path / "x.png")
+    make(seeds=3).finish(PAGE)
+    claims_report.plot(claims_report.read_results(tmp_path / "results"), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
+def test_page__of_the_project_is_what_its_json_says():
+    """The tables of docs/results.md are those that the JSON files beside it make."""
+    docs = Path(claims.__file__).parents[1] / "docs"
+    if not list((docs / "results").glob("*.json")):
+        pytest.skip("no results so far")
+    text = (docs / "results.md").read_text()
+    inner = text.partition(claims_report.BEGIN)[2].partition(claims_report.END)[0]
+    assert inner.strip() == claims_report.tables(claims_report.read_results(docs / "results"))
+
+
+# ------------------------------------------------------------------------------ real processes
+
+
+def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
+    lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
+    work = "import time\nwhile time.process_time() < 0.3: pass"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    cpu, wall = lab.spawn([sys.executable, "-c", nested], tmp_path / "log")
+    assert cpu >= 0.3 and wall >= 0.3
+    cpu, wall = lab.spawn([sys.executable, "-c", "import time; time.sleep(0.5)"], tmp_path / "log")
+    assert cpu < 0.4 and wall >= 0.5
+
+
+def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
+    lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
+    command = [sys.executable, "-c", "print('much'); print('no such folder'); exit(2)"]
+    with pytest.raises(UserError, match="ended with status 2: no such folder"):
+        lab.spawn(command, tmp_path / "log")
+    command[-1] = "print('mae: error: no such folder'); print('Expected: ...'); exit(2)"
+    with pytest.raises(UserError, match="ended with status 2: no such folder"):
+        lab.spawn(command, tmp_path / "log")
+
+
+@pytest.mark.slow
+def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path):
+    """SIGTERM ends the tool and the run below, which saves; the next call takes it up there."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); from tools import claims, claims_lab\n"
+        "args = claims.options().parse_args(['--runs', sys.argv[1]])\n"
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "flags = '--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 '\n"
+        "flags += '--steps 60 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8'\n"
+        "print(claims_lab.Lab(args).run('mae', flags)[1]['continued_from'])\n"
+    )
+    command, root = [sys.executable, "-c", code, str(tmp_path)], Path(claims.__file__).parents[1]
+    first = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not any('"step": 5,' in p.read_text() for p in tmp_path.glob("*/log.jsonl")):
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    first.terminate()
+    first.communicate()
+    (out,) = (p for p in tmp_path.glob("mae-*") if p.is_dir())
+    assert first.returncode == 143 and (out / "last.pt").exists()
+    assert not (out / "done.json").exists()
+    again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    share = float(again.stdout.splitlines()[-1])
+    assert 0 < share < 1 and f"from {share:.0%} on" in again.stdout
+    assert "resumed" in (out / "output.txt").read_text()
+    assert json.loads((out / "done.json").read_text())["continued_from"] == share

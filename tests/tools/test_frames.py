@@ -1,0 +1,171 @@
+"""tools/frames.py: rates, folders that are whole or absent, broken videos, going on."""
+
+import os
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clips
+from tools import frames
+from tools.frames import SETTINGS, at_rate, main
+
+
+def write_video(path, count=12, rate=10, size=(64, 48), codec="mpeg4"):
+    """Frame n is plain, of brightness 20 n."""
+    av = pytest.importorskip("av")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for n in range(count):
+            array = np.full((size[1], size[0], 3), 20 * min(n, 12), np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def shades(folder) -> list[int]:
+    """Which frames of `write_video`'s lie in a folder."""
+    pictures = [Image.open(f"{folder}/{name}") for name in sorted(os.listdir(folder))]
+    return [round(np.asarray(picture).mean() / 20) for picture in pictures]
+
+
+def run(*words) -> int:
+    return main([*map(str, words), "--workers", "1"])
+
+
+# rates
+
+
+def test_at_rate__takes_the_last_frame_that_has_begun():
+    times = [(0.1 * n + 5, n) for n in range(10)]  # 10 a second, from second 5 on
+    assert list(at_rate(times, None)) == list(range(10))
+    assert list(at_rate(times, 10)) == list(range(10))
+    assert list(at_rate(times, 5)) == [0, 2, 4, 6, 8]
+    assert list(at_rate(times, 20)) == [n for n in range(10) for _ in range(2)]
+    for fps in (3, 7, 24):
+        naive = []
+        while len(naive) / fps < 1 - 1e-6:  # the tenth frame ends at second 6
+            naive.append(int(len(naive) / fps / 0.1 + 1e-6))
+        assert list(at_rate(times, fps)) == naive
+    uneven = [(0.0, "a"), (0.5, "b"), (0.6, "c")]
+    assert list(at_rate(uneven, 10)) == ["a"] * 5 + ["b", "c"]
+    assert list(at_rate([(3.0, "alone")], 25)) == ["alone"] and list(at_rate([], 25)) == []
+
+
+# folders
+
+
+def test_main__makes_the_layout_of_clips(tmp_path, capsys):
+    write_video(tmp_path / "videos/a/x.mp4")
+    write_video(tmp_path / "videos/b/deep/y.mkv", 6, size=(48, 96))
+    out = tmp_path / "data/train"
+    assert run(tmp_path / "videos", out, "--short-side", 32) == 0
+    assert "2 clips written, 0 videos" in capsys.readouterr().out
+    files = clips.scan(str(tmp_path / "data"), "train")
+    assert [files.name(i) for i in range(2)] == ["a/x", "b/deep/y"]
+    assert files.labels.tolist() == [0, 1]
+    assert shades(out / "a/x") == list(range(12)) and shades(out / "b/deep/y") == list(range(6))
+    assert sorted(os.listdir(out / "a/x"))[0] == "000001.jpg"
+    assert Image.open(out / "a/x/000001.jpg").size == (43, 32)
+    assert Image.open(out / "b/deep/y/000001.jpg").size == (32, 64)
+    assert run(tmp_path / "videos", tmp_path / "slow", "--fps", 5) == 0
+    assert shades(tmp_path / "slow/a/x") == [0, 2, 4, 6, 8, 10]
+    assert Image.open(tmp_path / "slow/a/x/000001.jpg").size == (64, 48)  # never enlarged
+
+
+def test_main__goes_on_where_it_was_interrupted(tmp_path, capsys):
+    for name in "abc":
+        write_video(tmp_path / f"videos/{name}.mp4", 4)
+    out = tmp_path / "out"
+    assert run(tmp_path / "videos", out) == 0
+    first = os.stat(out / "a/000001.jpg").st_mtime_ns
+    for name in os.listdir(out / "b"):  # as a kill leaves it: hidden, in part
+        os.makedirs(out / ".b.part", exist_ok=True)
+        os.rename(out / "b" / name, out / ".b.part" / f"9{name}")
+    os.rmdir(out / "b")
+    capsys.readouterr()
+    assert run(tmp_path / "videos", out) == 0
+    assert "3 videos, 2 done before" in capsys.readouterr().out
+    assert shades(out / "b") == [0, 1, 2, 3] and not (out / ".b.part").exists()
+    assert os.stat(out / "a/000001.jpg").st_mtime_ns == first
+    assert run(tmp_path / "videos", out, "--fps", 3) == 2
+    assert "was begun with" in capsys.readouterr().err
+
+
+def test_write__an_interruption_leaves_no_half_clip(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4")
+    job, save = (tmp_path / "x.mp4", tmp_path / "x"), Image.Image.save
+
+    def stop(self, path, **options):
+        if path.name == "000005.jpg":
+            raise KeyboardInterrupt
+        save(self, path, **options)
+
+    with monkeypatch.context() as m:
+        m.setattr(Image.Image, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            frames.write(job, None, None, 90)
+    assert not (tmp_path / "x").exists()
+    assert frames.write(job, None, None, 90) == "" and shades(tmp_path / "x") == list(range(12))
+
+
+def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
+    for name in ("good", "cut", "empty", "text"):
+        write_video(tmp_path / f"videos/{name}.avi", 60, codec="mpeg4")
+    size = os.path.getsize(tmp_path / "videos/cut.avi")
+    os.truncate(tmp_path / "videos/cut.avi", size // 3)
+    os.truncate(tmp_path / "videos/empty.avi", 0)
+    (tmp_path / "videos/text.avi").write_text("not a video " * 50)
+    assert run(tmp_path / "videos", tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    assert "1 clips written, 3 videos cannot be read" in said
+    assert all(f"{name}.avi: " in said for name in ("cut", "empty", "text"))
+    assert sorted(os.listdir(tmp_path / "out")) == [SETTINGS, "good"]
+
+
+class Turned:
+    """A frame as PyAV has it, wider than high, which is to be displayed upright."""
+
+    rotation = -90  # counter-clockwise
+
+    def to_image(self):
+        array = np.zeros((20, 40, 3), np.uint8)
+        array[:, :10] = 200  # the left end
+        return Image.fromarray(array)
+
+
+def test_picture__is_turned_as_displayed():
+    found = np.asarray(frames.picture(Turned(), None))
+    assert found.shape == (40, 20, 3) and found[:10].min() == 200 and found[10:].max() == 0
+    assert frames.picture(Turned(), 10).size == (10, 20)
+
+
+# bad input
+
+
+def test_main__says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(frames.importlib.util, "find_spec", lambda name: object())
+    (tmp_path / "none").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("x.mp4", "x.avi"):
+        (tmp_path / "two" / name).touch()
+    (tmp_path / "full/thing").mkdir(parents=True)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/x.mp4").touch()
+    for line, words in (
+        ((tmp_path / "gone", tmp_path / "out"), "is no folder of videos"),
+        ((tmp_path / "none", tmp_path / "out"), "no videos (mp4 "),
+        ((tmp_path / "two", tmp_path / "out"), "x.avi and x.mp4 would be one clip"),
+        ((tmp_path / "one", tmp_path / "full"), "holds something else"),
+        ((tmp_path / "one", tmp_path / "out", "--fps", 0), "--fps 0.0 must be above 0"),
+        ((tmp_path / "one", tmp_path / "out", "--short-side", -1), "--short-side -1 must be"),
+    ):
+        assert run(*line) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(frames.importlib.util, "find_spec", lambda name: None)
+    assert run(tmp_path / "one", tmp_path / "out") == 2
+    assert "pip install av" in capsys.readouterr().err
