@@ -110,7 +110,7 @@ def test_paste__gives_back_what_crops_took():
     assert (found & mask).sum() / (found | mask).sum() > 0.95
 
 
-def naive_rpn_losses(rpn, maps, boxes, seed, size):
+def naive_rpn_losses(rpn, maps, boxes, seed):
     """The RPN's losses with a loop over samples and anchors."""
     scores, deltas = rpn.head(maps)
     scores = torch.cat([s.permute(0, 2, 3, 1).flatten(1) for s in scores], 1)
@@ -136,22 +136,23 @@ def naive_rpn_losses(rpn, maps, boxes, seed, size):
     return sum(objectness) / len(boxes), sum(moved) / len(boxes)
 
 
-def test_rpn__losses_are_a_loop_s():
+@pytest.mark.parametrize("size", [128, 32])  # at 32 the first has fewer than 256 to train on
+def test_rpn__losses_are_a_loop_s(size):
     torch.manual_seed(0)
     rpn, strides = RPN(8, (4, 8, 16, 32, 64), 20), (4, 8, 16, 32, 64)
     for p in rpn.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    maps = [torch.randn(3, 8, 128 // s, 128 // s) for s in strides]
+    maps = [torch.randn(3, 8, *[max(1, size // s)] * 2) for s in strides]
     boxes = [
-        torch.tensor([[10.0, 10, 42, 44], [60, 5, 127, 70]]), torch.zeros(0, 4),
+        torch.tensor([[0.0, 0, 32, 31], [60, 5, 127, 70]])[: size // 64 + 1], torch.zeros(0, 4),
         torch.tensor([[3.0, 3, 4, 4]]),
     ]  # fmt: skip
     seed = torch.tensor([5, 6, 7])
-    proposals, losses = rpn(maps, (128, 128), boxes, seed)
-    a, b = naive_rpn_losses(rpn, maps, boxes, seed, 128)
+    proposals, losses = rpn(maps, (size, size), boxes, seed)
+    a, b = naive_rpn_losses(rpn, maps, boxes, seed)
     torch.testing.assert_close(losses["loss_objectness"], a)
     torch.testing.assert_close(losses["loss_proposals"], b)
-    assert all(len(p) <= 20 and (p >= 0).all() and (p <= 128).all() for p in proposals)
+    assert all(len(p) <= 20 and (p >= 0).all() and (p <= size).all() for p in proposals)
 
 
 def test_rpn__anchors_are_eight_strides_wide_around_every_place():

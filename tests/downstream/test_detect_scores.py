@@ -137,15 +137,15 @@ def test_fit__boxes_and_masks_in_the_pixels_of_the_image():
     boxes = torch.tensor([[8.0, 4, 16, 12], [-4, 0, 4, 8], [50, 0, 64, 32]])
     found = fit(
         {"boxes": boxes, "masks": masks, "labels": torch.tensor([1, 2, 3]),
-         "scores": torch.rand(3)}, [32, 48], [64, 96],
+         "scores": torch.rand(3)}, [32, 48], [64, 144],
     )  # fmt: skip
-    assert found["boxes"].tolist() == [[16, 8, 32, 24], [0, 0, 8, 16]]  # the third was padding
-    assert found["labels"].tolist() == [1, 2] and found["masks"].shape == (2, 64, 96)
-    want = torch.zeros(64, 96, dtype=torch.bool)
-    want[8:24, 16:32] = True
+    assert found["boxes"].tolist() == [[24, 8, 48, 24], [0, 0, 12, 16]]  # the third was padding
+    assert found["labels"].tolist() == [1, 2] and found["masks"].shape == (2, 64, 144)
+    want = torch.zeros(64, 144, dtype=torch.bool)
+    want[8:24, 24:48] = True
     assert torch.equal(found["masks"][0], want)
     row = entries(found, 77, [[5, "a"], [9, "b"], [11, "c"]], tools)[0]
-    assert row["bbox"] == [16, 8, 16, 16] and (row["image_id"], row["category_id"]) == (77, 5)
+    assert row["bbox"] == [24, 8, 24, 16] and (row["image_id"], row["category_id"]) == (77, 5)
     assert (tools.decode({**row["segmentation"]}) == want.numpy()).all()
     json.dumps(row)
 
