@@ -221,6 +221,7 @@ def test_finetune__resumes_bit_for_bit_and_is_evaluated_without_the_source(tmp_p
 def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
     """mixup's partner is the micro-batch's, so a run goes on with its own or not at all."""
     flags = ["--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--epochs", 1]
+    flags += ["--warmup-epochs", 0.1]
     mixed, plain = ([*flags, "--cutmix", x, "--output", tmp_path / name]
                     for x, name in ((1, "mixed"), (0, "plain")))  # fmt: skip
     for run_flags in (mixed, plain):

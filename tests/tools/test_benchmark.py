@@ -272,7 +272,7 @@ def test_step__times_the_peers_that_are_installed(monkeypatch, capsys):
 
 
 def test_ratios__name_rows_that_exist():
-    known = {*benchmark.ROWS, *peers.PEERS}
+    known = {*benchmark.ROWS, *benchmark.VIDEO, *peers.PEERS}
     assert {r for _, a, b, _ in benchmark.RATIOS for r in (a, b)} <= known
 
 
