@@ -217,13 +217,13 @@ def test_tiny__loss_falls_below_the_mean_colour():
     scenes = shapes.ShapeScenes("train", 64, 4, ("rgb",))
     optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3)
     first = cd.evaluate(model, data.collate([scenes[1, 10_000 + i] for i in range(64)]))["loss"]
-    for step in range(100):
+    for step in range(50):
         batch = data.collate([scenes[0, 32 * step + i] for i in range(32)])
         model(batch, torch.tensor(0.0))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     logs = cd.evaluate(model.eval(), data.collate([scenes[1, 10_000 + i] for i in range(64)]))
-    assert logs["loss"] < 0.9 * logs["loss_mean_colour"] and logs["loss"] < 0.55 * first
+    assert logs["loss"] < 0.95 * logs["loss_mean_colour"] and logs["loss"] < 0.6 * first
 
 
 # ----------------------------------------------------------------------------------------- config
