@@ -146,6 +146,15 @@ def test_predict__no_hidden_pixel_of_any_frame_reaches_it(batch, line):
         assert not torch.equal(encode(model, seen, mask), encode(model, imgs, mask))
 
 
+def test_predict__hidden_cubes_differ_by_place_and_time(batch):
+    """A mask token knows nothing but its position."""
+    model = build()
+    imgs, mask = masked(model, batch)
+    pred, hidden = model.predict(imgs, mask)[0], mask[0].nonzero().flatten()
+    assert (pred[hidden[0]] - pred[hidden[1]]).abs().max() > 1e-3
+    assert (pred[hidden[0], 0] - pred[hidden[0], 1]).abs().max() > 1e-3
+
+
 def test_make_mask__counts_and_tubes():
     seed = torch.arange(50) * 7919
     for line, tubes, visible in (
@@ -186,8 +195,10 @@ def test_reconstruct__puts_true_statistics_back(batch):
 
 def test_sincos_1d__is_videomae_s_table():
     """position / 10000^(2 (j // 2) / d), sines at even j, cosines at odd ones; frames first."""
-    encoder = build().encoder
+    model = build()
+    encoder = model.encoder
     assert encoder.pos_embed.shape == (16, 2, 16)  # 4 x 4 tubes, 2 steps
+    assert torch.equal(model.decoder_pos_embed.view(16, 2, 16), encoder.pos_embed)
     for tube, t, j in ((0, 0, 0), (5, 1, 3), (15, 1, 8), (10, 0, 15)):
         angle = (t * 16 + tube) / 10000 ** (2 * (j // 2) / 16)
         expected = math.cos(angle) if j % 2 else math.sin(angle)
@@ -260,6 +271,16 @@ def test_encoder__features_sizes_and_drop_path(batch):
     ids = encoder.layer_ids()
     assert ids["blocks3.1.attn.qkv.weight"] == 2 and ids["norm.weight"] == 3
     assert ids["blocks1.0.attn.weight"] == ids["patch_embed4.weight"] == 0
+
+
+def test_conv_block__drop_scales_each_branch_of_each_sample():
+    block, x = build().encoder.blocks1[0], torch.randn(2, 16, 2, 16, 8)
+    convolve = all_tubes((2, 4, 4), 4, None)
+    drop = torch.tensor([[1.0, 0.0], [0.0, 2.0]])[..., None, None]  # (branch, sample, 1, 1)
+    found = block(x, convolve, drop)
+    first = x[:1] + block.conv2(convolve(block.attn, block.conv1(block.norm1(x[:1]))))
+    second = x[1:] + 2 * block.mlp(block.norm2(x[1:]))
+    assert_close(found, torch.cat([first, second]), atol=1e-5, rtol=1e-5)
 
 
 def test_init__first_weights():
