@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
+from tqdm import tqdm
 
 from files import LAYOUT, FileList, Unreadable, UserError, class_folders, decode_image  # noqa: F401
 from files import decode_map, layout, read_bytes, scan  # noqa: F401
@@ -332,7 +333,8 @@ def check(dataset: Dataset, limit: int | None = 1000) -> str:
             found[type(error)].append(str(error))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(picks), 1024):  # a bounded queue
+        starts = range(0, len(picks), 1024)  # a bounded queue
+        for start in tqdm(starts, "checking", disable=len(starts) < 2, unit=" x 1024 samples"):
             list(pool.map(load, picks[start : start + 1024]))
     unreadable, misfits = sorted(found[Unreadable]), sorted(found[UserError])
     if misfits:

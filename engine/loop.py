@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import data
 from engine import checkpoint
