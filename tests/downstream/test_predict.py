@@ -119,13 +119,33 @@ def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path,
         with Image.open((out / name).with_name(f"{stem}-overlay.jpg")) as over:
             assert over.size == size
     assert len(np.unique(ids)) > 1
-    rgb = torch.from_numpy(np.asarray(Image.open(album / "in/b.jpg").convert("RGB")).copy())
-    size = predict.pixels.cover((64, 64), cfg.crop)
+    rgb = torch.from_numpy(np.asarray(Image.open(album / "in/a.png")).copy()).permute(2, 0, 1)
+    size = predict.pixels.cover((90, 50), cfg.crop)  # not square, so windows slide over it
+    assert cfg.evaluation == "slide" and size[0] > cfg.crop[0]
     with torch.no_grad():
-        imgs = predict.pixels.scaled(rgb.permute(2, 0, 1), size)[None]
-        y = resize(predict.pixels.slide(model.eval().logits, imgs, cfg.crop), (64, 64))
-    assert (y.argmax(1)[0].numpy() == ids).mean() > 0.99  # JPEG decoders differ by a value or two
+        imgs = predict.pixels.scaled(rgb, size)[None]
+        y = resize(predict.pixels.slide(model.eval().logits, imgs, cfg.crop), (90, 50))
+    assert torch.equal(y.argmax(1)[0], torch.from_numpy(np.array(Image.open(out / "in/a.png"))))
     assert data.decode_map(np.fromfile(out / "in/b.png", np.uint8)).shape == (64, 64)
+
+
+def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
+    """Images of one size go through the network together."""
+    model, cfg = segment.open_run(segmenter / "last.pt")
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((40, 32), (32, 32), (40, 32))
+    samples = [
+        {"rgb": torch.randint(0, 256, (3, *s), dtype=torch.uint8, generator=generator)}
+        for s in sizes
+    ]
+    world = engine.World("cpu", "fp32")
+    found = list(predict.pixels.predict(model.eval(), samples, cfg, world))
+    assert len(found) == 3
+    for sample, logits in found:
+        ((_, alone),) = predict.pixels.predict(model, [sample], cfg, world)
+        assert logits.shape == (1, cfg.classes, *sample["rgb"].shape[1:])
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0][1], found[1][1], atol=1e-3)
 
 
 def data_names():
