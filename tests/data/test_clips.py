@@ -266,6 +266,7 @@ def test_clip_dataset__workers_and_order_do_not_matter(root):
 # --------------------------------------------------------------------------------- moving scenes
 
 
+@pytest.mark.slow
 def test_moving_scenes__keys_determinism_and_splits():
     a, b = MovingScenes("train", 32, 4), MovingScenes("train", 32, 4)
     sample = a[1, 3]
@@ -308,6 +309,7 @@ def test_moving_scenes__the_labelled_object_is_the_largest():
     assert min(front) * 0.09 * (1 - swell) >= max(others) * 0.18 * (1 + swell) - 1e-9
 
 
+@pytest.mark.slow
 def test_moving_scenes__a_still_view_and_mirrored_labels():
     still = MovingScenes("val", 32, 4, stride=0, train=False)
     moving = MovingScenes("val", 32, 4, train=False)

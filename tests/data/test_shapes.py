@@ -112,6 +112,7 @@ def test_scenes__are_fixed_by_split_and_index():
     assert len(train) == len(val) == 300 and not train & val
 
 
+@pytest.mark.slow
 def test_scenes__views_differ_by_epoch_and_repeat_by_seed():
     a, b = ShapeScenes("train"), ShapeScenes("train")
     for i in range(5):

@@ -157,6 +157,7 @@ def test_ours__mae_weights_as_from_the_public_file(tmp_path):
         assert description["trained_size"] == [size, size]  # resized, they belong to this grid
 
 
+@pytest.mark.slow
 def test_train_position__of_fixed_ones(tmp_path):
     our_checkpoint(tmp_path / "a.pt", "cfmae")
     fixed, _, _ = open_encoder(checkpoint=tmp_path / "a.pt", image_size=96)

@@ -280,6 +280,7 @@ def test_build__positions_are_trained_as_in_public_fine_tuning(method, tmp_path)
     assert group["weight_decay"] == 0 and group["lr_scale"] == lowest  # MAE: no_weight_decay, 0
 
 
+@pytest.mark.slow
 def test_evaluate__a_run_from_before_positions_were_trained(tmp_path):
     path, out = write_checkpoint(tmp_path, "cfmae"), tmp_path / "old"
     flags = ["--checkpoint", path, "--no-train-position", "--batch-size", 8, "--steps", 1]

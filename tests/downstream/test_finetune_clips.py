@@ -187,6 +187,7 @@ def test_run__result_resume_and_all_views(source, root, tmp_path):
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_test__averages_what_the_views_say(source, root, tmp_path):
     """The result of a run is that of its own weights over all views, one clip at a time."""
     flags = ("--data", root, "--checkpoint", source, "--views", "2x3", "--steps", 1)

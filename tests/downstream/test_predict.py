@@ -100,6 +100,7 @@ def test_likeliest__argmax_of_the_resized_logits(few):
     assert torch.equal(found.long(), resize(logits, (40, 33)).argmax(1)[0])
 
 
+@pytest.mark.slow
 def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path, capsys):
     out = tmp_path / "out"
     run(segmenter, album / "a.jpg", album / "in", "--output", out)

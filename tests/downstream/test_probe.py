@@ -156,6 +156,7 @@ def test_Heads__running_statistics_are_the_means_over_all_batches():
     assert torch.allclose(heads.norm.running_var, batches.var(1).mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
     rows, labels = toy(256)
     cfg = settings(probe="adamw", epochs=40)
@@ -243,6 +244,7 @@ def test_pooled_norm__is_the_encoders_where_it_was_trained():
     assert features.pooled_norm(encoder_of("cfmae"), {}) is None
 
 
+@pytest.mark.slow
 def test_knn__of_a_finetuned_encoder_takes_the_norm_that_was_trained(tmp_path):
     finetune("--checkpoint", write_checkpoint(tmp_path, "cfmae"), "--batch-size", 8, "--steps", 1,
              "--output", tmp_path / "run")  # fmt: skip
@@ -280,6 +282,7 @@ def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
 # ------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     path, cache = write_checkpoint(tmp_path, "semanticmim"), tmp_path / "cache"
     calls, extract = [], features.extract

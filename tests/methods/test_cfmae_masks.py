@@ -208,6 +208,7 @@ def test_visible_counts__are_dirichlet_shares_rounded():
     assert (cfmae.visible_counts(seed, 49, 1) == 49).all()
 
 
+@pytest.mark.slow
 def test_random_mask__is_uniform_over_patches_and_granularities():
     cfg = config("--masking", "RD", "--model", "tiny")
     nothing = torch.zeros(20000, 64, dtype=torch.int64)

@@ -310,6 +310,7 @@ def test_main__resumes_and_logs_the_frozen_branch(tmp_path):
         assert x["loss_assembled"] > x["loss"] and x["loss_evaluation"] > 0
 
 
+@pytest.mark.slow
 def test_load_init__an_exported_encoder_starts_a_run_and_a_resumed_run_does_not_need_it(tmp_path):
     flags = "--data shapes --model tiny --device cpu --precision fp32 --workers 0 --batch-size 4"
     flags = [*flags.split(), "--val-samples", "2", "--output"]

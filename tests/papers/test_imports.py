@@ -1,5 +1,6 @@
 """What starting a script costs: no import that only a folder of photographs needs."""
 
+import pytest
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_scripts__import_without_torchvision():
     names = "mae, cfmae, semanticmim, mcmae, coma_dyvit, videomcmae"
     code = f"import sys, {names}; print('torchvision' in sys.modules)"

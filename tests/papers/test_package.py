@@ -43,6 +43,7 @@ def run(python, folder, *words, **env):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_package__neither_takes_nor_hides_the_users_modules(folder):
     place = folder.parent / "site"
     place.mkdir()

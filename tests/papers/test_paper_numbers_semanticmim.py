@@ -112,6 +112,7 @@ def test_training_flops__skipping_the_last_img_rows_saves_2_6_percent():
     assert round(100 * (skipped / training_flops("--proxies", 0) - 1), 1) == -0.4
 
 
+@pytest.mark.slow
 def test_inference__costs_3_7_percent_more():
     flops = []
     for proxies in (8, 0):

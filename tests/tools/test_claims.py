@@ -164,6 +164,7 @@ def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
     assert by_measure["loss"]["verdict"] == "seen" and by_measure["linear"]["verdict"] == "not seen"
 
 
+@pytest.mark.slow
 def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path):
     make, lab = bench
     make().finish(PAGE)
@@ -178,6 +179,7 @@ def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path)
     assert len(rows(tmp_path)["runs"]) == 8
 
 
+@pytest.mark.slow
 def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     make, lab = bench
     make().finish(PAGE)
@@ -234,6 +236,7 @@ def test_epochs__from_scratch_costs_as_much_as_its_partner_in_all(bench, tmp_pat
     assert all(c[c.index("--epochs") + 1] == "8" for c in last) and len(last) == 3
 
 
+@pytest.mark.slow
 def test_epochs__are_found_again_once_a_preset_has_changed(bench, tmp_path, monkeypatch):
     make, _ = bench
     make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
@@ -396,6 +399,7 @@ def test_page__of_the_project_is_what_its_json_says():
 # ------------------------------------------------------------------------------ real processes
 
 
+@pytest.mark.slow
 def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     work = "import time\nwhile time.process_time() < 0.3: pass"

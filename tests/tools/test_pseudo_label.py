@@ -233,6 +233,7 @@ def test_main__a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_run__killed_at_ten_random_moments_and_continued_is_undisturbed(kind, tmp_path):
     torch.set_num_threads(1)
     photographs(tmp_path, [f"train/rgb/c/{i}.png" for i in range(60)])

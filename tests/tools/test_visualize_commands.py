@@ -124,6 +124,7 @@ def test_masks__methods_below_each_other(tmp_path, monkeypatch):
     assert width < 900 and 6 * 132 < height < 6 * (132 + 40) + 60
 
 
+@pytest.mark.slow
 def test_folder_of_bare_images(tmp_path, checkpoints):
     """A folder without train/ and val/ is itself a split."""
     (tmp_path / "photos").mkdir()
@@ -139,6 +140,7 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
         run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
 
 
+@pytest.mark.slow
 def test_one_photograph(tmp_path, checkpoints, monkeypatch):
     """--data is a file: that image alone, with every command that needs no maps."""
     for i in range(2):
@@ -204,6 +206,7 @@ def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
         run(tmp_path, "masks", "--method", "mcmae", *flags[:2], "--images", "1")
 
 
+@pytest.mark.slow
 def test_bad_input__one_line(tmp_path, checkpoints):
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "log.jsonl").write_text("{}\n")
