@@ -1,9 +1,10 @@
 """What starting a script costs: no import that only a folder of photographs needs."""
 
-import pytest
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
