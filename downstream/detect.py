@@ -42,7 +42,7 @@ from engine import UserError, parse
 from engine.ranks import World
 from pictures import colorize
 
-SHOWN = 0.5  # least score of what a picture shows
+SHOWN = 0.3  # least score of what a picture shows
 VAL_SCENES = 500  # of --data shapes, some 2,000 objects
 LEAST = 320  # least side of a picture, for its lines and names
 
