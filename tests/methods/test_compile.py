@@ -27,7 +27,6 @@ CASES = [
     (semanticmim, "SemanticMIM", ""),
     (mcmae, "MCMAE", ""),
     (coma_dyvit, "CoMA", "--evaluation none"),
-    (coma_dyvit, "CoMA", "--evaluation shared"),
     (coma_dyvit, "CoMA", ""),
     (mae, "MAE", ""),
 ]

@@ -96,5 +96,4 @@ def test_pip__installs_what_python_m_runs(flags, folder):
     run(python, folder, "-c", MORE)
     flags = "--data shapes --model tiny --steps 1 --batch-size 2 --val-samples 2 --workers 1"
     run(python, folder, "-m", f"{NAME}.mae", *flags.split(), "--device", "cpu", "--output", "out")
-    export = ("-m", f"{NAME}.tools.export", "out/last.pt", "encoder.pt")
-    assert "mae, step 1: encoder" in run(python, folder, *export)
+    assert (folder / "out" / "last.pt").exists()
