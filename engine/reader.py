@@ -82,10 +82,8 @@ def read_safetensors(path: str | Path) -> dict:
     header, body = json.loads(raw[8:start]), memoryview(raw)[start:]
     words, out = header.pop("__metadata__", None) or {}, collections.OrderedDict()
     for name, t in header.items():
-        (begin, end), out[name] = (
-            t["data_offsets"],
-            torch.empty(t["shape"], dtype=DTYPES[t["dtype"]]),
-        )
+        begin, end = t["data_offsets"]
+        out[name] = torch.empty(t["shape"], dtype=DTYPES[t["dtype"]])
         if end > begin:  # frombuffer refuses nothing at all
             x = torch.frombuffer(bytearray(body[begin:end]), dtype=out[name].dtype)
             out[name] = x.reshape(t["shape"])
