@@ -1,6 +1,7 @@
 """What a run looks at while it trains: the val split's means, and a picture."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,9 +82,15 @@ def learned(out: Path) -> str:
     if len(looks) < 2:
         return ""
     first, last = looks[0], looks[-1]
-    guesses = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if k.endswith(GUESSES))
-    words = f"\nlearned     loss on held-out images {first['loss']:.4g} -> {last['loss']:.4g}"
-    return words + (f"; guesses that learn nothing: {guesses}" if guesses else "")
+    words, guesses = f"\nlearned     loss {first['loss']:.4g} -> {last['loss']:.4g}", {}
+    for k, v in last.items():
+        for ending in (x for x in GUESSES if k.endswith(x)):
+            found = guesses.setdefault(k.removesuffix(ending), [])
+            found.append(f"{ending[1:].replace('_', ' ')} {v:.3g}")
+    for k, found in guesses.items():
+        own = "" if k == "loss" else f"; {k} {last.get(k, math.nan):.3g}"
+        words += f"{own} (by guesses that learn nothing: {', '.join(found)})"
+    return f"{words}, on held-out images"
 
 
 def evenly(length: int, count: int) -> list[int]:

@@ -242,15 +242,16 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
 def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
     def evaluate(model, batch):
         zero = torch.zeros(())
-        return {"loss": zero + 3 - 2 * evaluate.calls.pop(), "loss_flat": zero + 4, "other": zero}
+        loss = zero + 3 - 2 * evaluate.calls.pop()
+        return {"loss": loss, "loss_flat": zero + 4, "other": zero, "hits": zero + 0.7,
+                "hits_nearest": zero + 0.5, "hits_mean_colour": zero + 0.1}  # fmt: skip
 
     evaluate.calls = [1, 0]
     assert tiny_run.train(tmp_path, "--steps", 1, evaluate=evaluate) == 0
     said = capsys.readouterr().out
-    assert (
-        "learned     loss on held-out images 3 -> 1; guesses that learn nothing: loss_flat 4\n"
-        in said
-    )
+    guesses = "by guesses that learn nothing:"
+    words = f"learned     loss 3 -> 1 ({guesses} flat 4); hits 0.7 ({guesses} nearest 0.5, mean "
+    assert words + "colour 0.1), on held-out images\n" in said
     assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
     assert f"python -m downstream.probe --data shapes --checkpoint {tmp_path}/last.pt\n" in said
     assert "warning" not in said
