@@ -429,15 +429,15 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, PRESETS, __doc__, argv)
     loading = {"source": clips, "frames": cfg.frames, "stride": cfg.stride, "flip": cfg.flip}
-    with engine.Run("videomcmae", cfg, **loading) as run:
-        videomcmae = VideoMCMAE(cfg)
+    then = ("downstream.finetune_clips {data} --checkpoint {last}",)
+    with engine.Run("videomcmae", cfg, then=then, **loading) as run:
+        video = VideoMCMAE(cfg)
         if cfg.init and run.checkpoint is None:
-            run.say(f"init        {load_init(videomcmae, cfg.init)}")
-        model = run.place(videomcmae)
+            run.say(f"init        {load_init(video, cfg.init)}")
+        model = run.place(video)
         optimizer = torch.optim.AdamW(
-            decay_groups(videomcmae, cfg.weight_decay), lr=0.0,
-            betas=(cfg.beta1, cfg.beta2), fused=True,
-        )  # fmt: skip
+            decay_groups(video, cfg.weight_decay), lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True
+        )
         for step in run.steps(model, optimizer, evaluate, reconstruct):
             for batch in step.micro_batches():  # rgb (B, T, 3, H, W) uint8, seed (B,)
                 with run.autocast():

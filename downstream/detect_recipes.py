@@ -23,6 +23,7 @@ from torch import nn
 from downstream import encoders, transfer
 from downstream.objects import CANVAS
 from engine import UserError, arg, require
+from engine.field import data_arg, optim_arg
 
 # detectron2's mask_rcnn_vitdet_b_100ep: 100 epochs at 64, drops at 163,889 and 177,546.
 VITDET = dict(
@@ -65,36 +66,28 @@ PRESETS = {
 }
 
 
-def _data(*args, **kwargs):
-    return arg(*args, group="data", **kwargs)
-
-
-def _optim(*args, **kwargs):
-    return arg(*args, group="optimisation", **kwargs)
-
-
 @dataclass
 class Config(transfer.SourceConfig):
     """Settings of a run. None: what RECIPES has for the encoder's method."""
 
-    data: str = _data(
+    data: str = data_arg(
         "data/coco", "folder with {train,val}2017 and annotations/instances_*.json, or shapes"
     )
-    train_images: str | None = _data(None, "folder of images, in place of DATA/train2017 ...")
-    train_json: str | None = _data(None, "... and their objects, in COCO's format")
-    val_images: str | None = _data(None, "folder of images, in place of DATA/val2017 ...")
-    val_json: str | None = _data(None, "... and theirs")
-    image_size: int | None = _data(
+    train_images: str | None = data_arg(None, "folder of images, in place of DATA/train2017 ...")
+    train_json: str | None = data_arg(None, "... and their objects, in COCO's format")
+    val_images: str | None = data_arg(None, "folder of images, in place of DATA/val2017 ...")
+    val_json: str | None = data_arg(None, "... and theirs")
+    image_size: int | None = data_arg(
         None, "side of the crop. 1024: public code of MCMAE; 768: CoMA Table 3; CFMAE: around 1333"
     )
-    augmentation: str | None = _data(
+    augmentation: str | None = data_arg(
         None,
         "lsj: scaled by 0.1 to 2, crop, flip (public code of MCMAE, ViTDet); short: short side 480 "
         "to 800, long one at most 1333, flip (CFMAE Sec. E.3)",
         ["lsj", "short"],
     )
-    scale_min: float = _data(0.1, "lsj: smallest scale; public code of MCMAE", within="(0, inf)")
-    scale_max: float = _data(2.0, "lsj: largest scale; the same code", within="(0, inf)")
+    scale_min: float = data_arg(0.1, "lsj: smallest scale; public code of MCMAE", within="(0, inf)")
+    scale_max: float = data_arg(2.0, "lsj: largest scale; the same code", within="(0, inf)")
 
     neck: str | None = arg(
         None,
@@ -123,38 +116,38 @@ class Config(transfer.SourceConfig):
         None, "0.2: CFMAE Table 9; 0.1: public code of MCMAE, ViTDet", within="[0, 0.99]"
     )
 
-    iterations: int | None = _optim(
+    iterations: int | None = optim_arg(
         None, "length. 92,187: 25 epochs, MCMAE Sec. 3.2; 184,375: ViTDet's 100", within="(0, inf)"
     )
-    epochs: int | None = _optim(
+    epochs: int | None = optim_arg(
         None, "length in another unit. 12: CFMAE Table 9", within="(0, inf)"
     )
-    schedule: str | None = _optim(
+    schedule: str | None = optim_arg(
         None, "cosine: MCMAE Sec. 3.2; steps: CFMAE Table 9, ViTDet", ["cosine", "steps"]
     )
-    drops: str | None = _optim(
+    drops: str | None = optim_arg(
         None, "steps: where the rate falls to a tenth, shares of the length: 9/12,11/12"
     )
-    warmup_steps: int | None = _optim(
+    warmup_steps: int | None = optim_arg(
         None, "from 0.001 of the rate; public code of MCMAE, ViTDet, CAE", within="[0, inf)"
     )
-    batch_size: int | None = _optim(
+    batch_size: int | None = optim_arg(
         None, "16: CFMAE Table 9; 32: public code of MCMAE; 64: ViTDet", within="(0, inf)"
     )
     micro_batch: int = arg(2, "most samples that one device takes at a time")
-    lr: float | None = _optim(
+    lr: float | None = optim_arg(
         None,
         "peak rate, not scaled by the batch. 8e-5: MCMAE Sec. 3.2; 1e-4: ViTDet; CFMAE Table 9: "
         "3e-3, here 3e-4",
         within="(0, inf)",
     )
-    layer_decay: float | None = _optim(
+    layer_decay: float | None = optim_arg(
         None, "rate of a layer / of the next. 0.75: CFMAE Table 9; 0.7: ViTDet", within="[0, 1]"
     )
-    weight_decay: float | None = _optim(
+    weight_decay: float | None = optim_arg(
         None, "0.05: CFMAE Table 9; 0.1: MCMAE Sec. 3.2, ViTDet", within="[0, inf)"
     )
-    beta2: float = _optim(0.999, "CFMAE Table 9; public code of MCMAE", within="[0, 1)")
+    beta2: float = optim_arg(0.999, "CFMAE Table 9; public code of MCMAE", within="[0, 1)")
 
     # No flags: the rate is --lr, its warm-up --warmup-steps, patches are the encoder's.
     SET: typing.ClassVar = tuple(

@@ -20,6 +20,7 @@ from torch import nn
 from data import UNLABELLED
 from downstream import encoders, transfer
 from engine import UserError, arg, require
+from engine.field import data_arg, optim_arg
 from shapes import ShapeScenes
 
 UPERNET = dict(
@@ -63,14 +64,6 @@ PRESETS = {
 }
 
 
-def _data(*args, **kwargs):
-    return arg(*args, group="data", **kwargs)
-
-
-def _optim(*args, **kwargs):
-    return arg(*args, group="optimisation", **kwargs)
-
-
 @dataclass
 class Config(transfer.SourceConfig):
     """Settings of a run. None: what RECIPES has for the protocol and the encoder's method."""
@@ -111,84 +104,86 @@ class Config(transfer.SourceConfig):
         0.1, "share of channels dropped before the classifiers; the same code", within="[0, 0.99]"
     )
 
-    classes: int | None = _data(None, "of the maps. UperNet: 150 (ADE20K); linear: 21 (VOC)")
-    image_size: int | None = _data(
+    classes: int | None = data_arg(None, "of the maps. UperNet: 150 (ADE20K); linear: 21 (VOC)")
+    image_size: int | None = data_arg(
         None,
         "height of the crop. 512: CFMAE Sec. E.4, CoMA Table 3; 640: SemanticMIM Table 4; linear: "
         "448, SemanticMIM Table 6",
     )
-    crop_width: int | None = _data(None, "width of the crop; default: its height")
-    scale_min: float = _data(
+    crop_width: int | None = data_arg(None, "width of the crop; default: its height")
+    scale_min: float = data_arg(
         0.5,
         "UperNet: random scale, as a factor of the size that covers the crop; public code of "
         "SemanticMIM and MCMAE",
         within="(0, inf)",
     )
-    scale_max: float = _data(2.0, "the largest one; the same code", within="(0, inf)")
-    crop_scale_min: float | None = _data(
+    scale_max: float = data_arg(2.0, "the largest one; the same code", within="(0, inf)")
+    crop_scale_min: float | None = data_arg(
         None, "linear: smallest area of a random resized crop; 0.8: SemanticMIM's public code"
     )
-    photometric: bool | None = _data(
+    photometric: bool | None = data_arg(
         None,
         "random brightness, contrast, saturation, hue; UperNet: public code of SemanticMIM and "
         "MCMAE",
     )
-    evaluation: str | None = _data(
+    evaluation: str | None = data_arg(
         None,
         "slide: windows over the image as it is (UperNet); whole: the image resized to the crop; "
         "crop: its labels, too (linear)",
         ["slide", "whole", "crop"],
     )
 
-    recipe: str = _optim(
+    recipe: str = optim_arg(
         "public",
         "of the linear probe: SemanticMIM's public code, or Table 6 as it is printed (rate, decay, "
         "layer)",
         ["public", "table6"],
     )
-    iterations: int | None = _optim(
+    iterations: int | None = optim_arg(
         None,
         "length. UperNet: 160,000 (CFMAE Table 10, SemanticMIM Table 4; MCMAE's text says 16,000)",
         within="(0, inf)",
     )
-    epochs: int | None = _optim(
+    epochs: int | None = optim_arg(
         None, "length in another unit. Linear: 25, SemanticMIM Table 6", within="(0, inf)"
     )
-    warmup_steps: int = _optim(
+    warmup_steps: int = optim_arg(
         1500,
         "CFMAE Table 10, SemanticMIM Table 4; at most a tenth of the run. Linear: none",
         within="[0, inf)",
     )
-    batch_size: int | None = _optim(
+    batch_size: int | None = optim_arg(
         None, "16: CFMAE Table 10, SemanticMIM Table 4; linear: 120, SemanticMIM Table 6"
     )
     micro_batch: int = arg(
         16, "most samples that one device takes at a time; UperNet's BatchNorm depends on it"
     )
-    lr: float | None = _optim(
+    lr: float | None = optim_arg(
         None,
         "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table 4; "
         "1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01 x batch / 60, SemanticMIM's public code, or "
         "0.01, its Table 6",
         within="(0, inf)",
     )
-    layer_decay: float | None = _optim(
+    layer_decay: float | None = optim_arg(
         None,
         "rate of a layer / of the next. 0.65: CFMAE Table 10, MAE; 0.75: MCMAE Sec. 3.3; 0.9: "
         "SemanticMIM's public code",
         within="[0, 1]",
     )
-    weight_decay: float | None = _optim(
+    weight_decay: float | None = optim_arg(
         None,
         "0.05: CFMAE Table 10, SemanticMIM Table 4, MCMAE Sec. 3.3; linear: 1e-4, SemanticMIM's "
         "public code, or 0, its Table 6",
     )
-    beta2: float = _optim(0.999, "CFMAE Table 10, SemanticMIM Table 4")
-    momentum: float = _optim(0.9, "of SGD, linear; SemanticMIM's public code", within="[0, 0.99]")
-    aux_weight: float = _optim(
+    beta2: float = optim_arg(0.999, "CFMAE Table 10, SemanticMIM Table 4")
+    momentum: float = optim_arg(
+        0.9, "of SGD, linear; SemanticMIM's public code", within="[0, 0.99]"
+    )
+    aux_weight: float = optim_arg(
         0.4, "weight of the auxiliary loss; public code of SemanticMIM and MCMAE", within="[0, inf)"
     )
-    loss_size: int = _optim(
+    loss_size: int = optim_arg(
         100, "linear: short side at which the loss is taken, SemanticMIM Table 6", within="(0, inf)"
     )
 

@@ -1,6 +1,7 @@
 """Fields of a configuration: a value's source, what it may be, and the answer to a wrong one."""
 
 import dataclasses
+import functools
 import typing
 
 from data import UserError
@@ -26,6 +27,11 @@ def arg(
     """
     metadata = {"help": source, "choices": choices, "within": within, "group": group}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+data_arg = functools.partial(arg, group="data")
+optim_arg = functools.partial(arg, group="optimisation")
+run_arg = functools.partial(arg, group="run")
 
 
 def flag(name: str) -> str:

@@ -74,10 +74,10 @@ def steps(
     validate(run, evaluate, preview)
     run.say(f"finished: {run.where()}{learned(run.out)}")
     if not run.facts:  # of pre-training; a transfer keeps facts of its encoder
-        run.say(
-            f"next        python -m tools.visualize reconstruct --checkpoint {run.last}\n"
-            f"            python -m downstream.probe --data {cfg.data} --checkpoint {run.last}"
-        )
+        tiny = " --model tiny" if cfg.model == "tiny" else ""  # of the next task's presets, too
+        words = {"last": run.last, "data": f"--data {cfg.data}{tiny}"}
+        commands = [f"python -m {line.format(**words)}" for line in run.then]
+        run.say("next        " + "\n            ".join(commands))
 
 
 def warn_of_size(run: object) -> None:

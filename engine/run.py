@@ -21,7 +21,7 @@ import inspect
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,12 @@ from engine.step import Stopped
 from engine.validate import picture
 
 
+NEXT = (
+    "tools.visualize reconstruct --checkpoint {last}",
+    "downstream.probe {data} --checkpoint {last}",
+)
+
+
 class Run:
     """A run in its folder, on this rank.
 
@@ -47,6 +53,7 @@ class Run:
         cfg: settings.
         iterations: length of the schedule in steps; None: `cfg.epochs`.
         wrap: (data set, whether it is train's) -> data set; a method's own augmentation.
+        then: what to do with a pre-trained checkpoint, as `python -m` takes it, see NEXT.
         facts: plain values that checkpoints keep beside the settings, e.g. what an encoder is.
         options: of both data sets, see `data.open_dataset`; `train` and `val` hold those of one;
             `source`: clips, for clips.
@@ -60,10 +67,11 @@ class Run:
         self, method: str, cfg: Config, iterations: int | None = None,
         wrap: Callable | None = None,
         facts: dict | None = None,
+        then: Sequence[str] = NEXT,
         train: dict | None = None, val: dict | None = None, **options,
     ):  # fmt: skip
         self.method, self.cfg, self.world = method, cfg, World(cfg.device, cfg.precision)
-        self.wrap, self.facts = wrap, facts or {}
+        self.wrap, self.facts, self.then = wrap, facts or {}, then
         self.lead, self.device = self.world.rank == 0, self.world.device
         self.accum, self.micro = self.world.split_batch(cfg.batch_size, cfg.micro_batch)
         if cfg.deterministic:

@@ -253,7 +253,8 @@ def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
     words = f"learned     loss 3 -> 1 ({guesses} flat 4); hits 0.7 ({guesses} nearest 0.5, mean "
     assert words + "colour 0.1), on held-out images\n" in said
     assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
-    assert f"python -m downstream.probe --data shapes --checkpoint {tmp_path}/last.pt\n" in said
+    words = "python -m downstream.probe --data shapes --model tiny --checkpoint"
+    assert f"{words} {tmp_path}/last.pt\n" in said
     assert "warning" not in said
 
 

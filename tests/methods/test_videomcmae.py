@@ -460,13 +460,16 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path):
+def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path, capsys):
     for name in "abcdefgh":
         write_clip(f"{tmp_path}/data/train/{name}", 9, 40, 40)
     open(f"{tmp_path}/data/train/c/000008.png", "w").close()
     line = [*FLAGS, "--data", f"{tmp_path}/data", "--output", f"{tmp_path}/run", "--stride", "2"]
     torch.set_num_threads(1)
     videomcmae.main(line)
+    said = capsys.readouterr().out.partition("next        ")[2]  # what takes clips, and no more
+    assert said.startswith(f"python -m downstream.finetune_clips --data {tmp_path}/data --model")
+    assert "downstream.probe" not in said
     bad = (tmp_path / "run/bad_files.txt").read_text().split()
     assert 1 <= len(bad) <= 3 and set(bad) == {"c"}  # where its end is drawn
     assert checkpoint(tmp_path / "run")["step"] == 6
