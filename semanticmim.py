@@ -345,14 +345,15 @@ def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss on held-out images, beside guesses that learn nothing of the image.
 
     `loss_other`: the model's own, where it sees the visible patches of the next image of the batch.
-    HOG: `loss_position`, the mean HOG at that position in the batch's other images (what the
-    training set's mean would score, worse by one in the batch's size), and the nearest visible
-    patch. Codes: accuracy of the most frequent code among the batch's hidden ones, and of the
-    nearest visible patch's. A batch of one has no others: `loss_other` is the loss.
+    HOG: `loss_visible`, the mean HOG of the image's visible patches; `loss_position`, that at the
+    same position in the batch's other images (what the training set's mean would score, worse by
+    one in the batch's size); the nearest visible patch. Codes: accuracy of the most frequent one
+    among the batch's hidden patches, and of the nearest visible patch's. A batch of one has no
+    others: `loss_other` is the loss.
     """
     cfg, imgs, label = model.cfg, model.normalize(batch["rgb"]), model.label
     mask, target = make_mask(cfg, batch, None), model.make_target(batch["rgb"])
-    ids_mask = split(mask, cfg.num_visible)[1]
+    ids_keep, ids_mask, _ = split(mask, cfg.num_visible)
     truth = gather(target, ids_mask)
     loss, logs = model.loss(model.predict(imgs, mask), truth)
     logs = {"loss": loss, **logs}
@@ -366,6 +367,7 @@ def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logs[f"{label}accuracy_nearest"] = (truth == nearest).float().mean()
     else:
         others = (target.sum(0) - target) / max(len(target) - 1, 1)  # (B, N, 108), all but its own
+        logs["loss_visible"] = model.loss(gather(target, ids_keep).mean(1, True), truth)[0]
         logs["loss_position"] = model.loss(gather(others, ids_mask), truth)[0]
         logs["loss_nearest"] = model.loss(nearest, truth)[0]
     return logs

@@ -72,7 +72,7 @@ def picture(run: object, preview: Callable) -> None:
 
 
 # How `evaluate` of the scripts calls what scores without having learned anything of an image.
-GUESSES = ("_flat", "_mean_colour", "_position", "_nearest", "_frequent", "_other")
+GUESSES = ("_flat", "_mean_colour", "_visible", "_position", "_nearest", "_frequent", "_other")
 
 
 def learned(out: Path) -> str:

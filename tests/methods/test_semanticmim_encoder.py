@@ -130,21 +130,22 @@ def make_batch(B=2):
 
 def test_evaluate__guesses_match_a_loop():
     model, batch, B = make(), make_batch(3), 3
-    errors = {"position": 0.0, "nearest": 0.0, "other": 0.0}
+    errors = {"visible": 0.0, "position": 0.0, "nearest": 0.0, "other": 0.0}
     mask, target = semanticmim.make_mask(model.cfg, batch, None), model.make_target(batch["rgb"])
     for b in range(B):
         visible = [n for n in range(64) if not mask[b, n]]
         # the model where it sees the visible patches of another image, one image by itself
         other = model.normalize(batch["rgb"][[b - 1]])
         pred = iter(model.decoder_pred(model.tokens(other, mask[[b]]))[0])
+        seen = sum(target[b, v] for v in visible) / len(visible)
         for n in sorted(set(range(64)) - set(visible)):
             near = min(visible, key=lambda v: (v // 8 - n // 8) ** 2 + (v % 8 - n % 8) ** 2)
             mean = sum(target[i, n] for i in range(B) if i != b) / (B - 1)
-            for name, guess in (("position", mean), ("nearest", target[b, near]),
-                                ("other", next(pred))):  # fmt: skip
+            for name, guess in (("visible", seen), ("position", mean),
+                                ("nearest", target[b, near]), ("other", next(pred))):  # fmt: skip
                 errors[name] += (target[b, n] - guess).square().mean().item() / (39 * B)
     result = semanticmim.evaluate(model, batch)
-    assert set(result) == {"loss", "loss_other", "loss_position", "loss_nearest"}
+    assert set(result) == {"loss", *(f"loss_{name}" for name in errors)}
     for name, error in errors.items():
         assert result[f"loss_{name}"].item() == pytest.approx(error, rel=1e-4)
     assert result["loss"] == model(batch, torch.tensor(1.0))[0] != result["loss_other"]
