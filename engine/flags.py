@@ -18,6 +18,7 @@ class Parser(argparse.ArgumentParser):
         near = [difflib.get_close_matches(w, known, 1) for w in words]
         near = ", ".join(x for found in near for x in found)
         meant = f"; did you mean {near}?" if near else ""
+        meant += ": a Mac trains on its CPU here, MPS was never tried" if "'mps'" in message else ""
         meant += ": images are square here, one number" if "--image-size:" in message else ""
         raise UserError(f"{message}{meant} (--help lists every flag)")
 

@@ -258,13 +258,55 @@ def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
     assert "warning" not in said
 
 
-@pytest.mark.parametrize("million, device, warned", [(21, "cpu", True), (19, "cpu", False),
-                                                     (21, "cuda", False)])  # fmt: skip
-def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys):
-    model = torch.nn.Linear(1000, 1000 * million, bias=False, device="meta")
-    warn_of_size(SimpleNamespace(device=torch.device(device), model=model))
+class Wide(nn.Module):
+    """Many parameters, of which a few have a part in the loss; a buffer that a pass changes."""
+
+    def __init__(self, million, device="cpu"):
+        super().__init__()
+        self.most = nn.Parameter(torch.empty(int(1e6 * million), device=device))
+        self.gain, self.passes = nn.Parameter(torch.ones(1)), nn.Buffer(torch.zeros(1))
+
+    def forward(self, batch, progress):
+        self.passes += 1
+        x = batch["rgb"].float() + 0 * torch.rand(1)
+        return (x * self.gain).sum(), {}
+
+
+def large(model, device="cpu", batch_size=64):
+    world, sampler = World("cpu", "fp32"), data.BatchSampler(100, 8, 0)
+    sample = {"rgb": torch.zeros(3, 512, 512, dtype=torch.uint8), "seed": torch.tensor(1)}
+    return SimpleNamespace(
+        device=torch.device(device), model=model, collate=data.collate, sampler=sampler, stop=110,
+        train_set={pair: sample for pair in sampler.indices(0)}, world=world, number=10, micro=32,
+        autocast=world.autocast, cfg=SimpleNamespace(batch_size=batch_size),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "million, device, warned", [(21, "cpu", True), (19, "cpu", False), (21, "cuda", False)]
+)
+def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, monkeypatch):
+    now = iter(range(0, 1000, 9))  # the trial takes nine seconds
+    monkeypatch.setattr("engine.loop.time.perf_counter", lambda: next(now))
+    warn_of_size(large(Wide(million), device))
     said = capsys.readouterr().out
-    assert bool(said) == warned and ("0.3 GiB" in said) == warned  # 4 numbers of 4 bytes
+    if not warned:
+        assert not said
+        return
+    assert "0.3 GiB" in said  # 4 numbers of 4 bytes
+    assert "what 32 samples keep for the backward pass 0.1 GiB" in said  # 3 MiB each
+    assert "the 100 steps about 4 hours, as a trial of 4 samples has it" in said  # 100 * 64 / 4 * 9
+
+
+def test_warn_of_size__leaves_no_trace(capsys):
+    run, state = large(Wide(21)), torch.get_rng_state()
+    warn_of_size(run)
+    assert "minutes" in capsys.readouterr().out
+    assert run.model.gain.grad is None and run.model.passes == 0
+    assert torch.equal(state, torch.get_rng_state())
+    run.train_set = dict.fromkeys(run.train_set, {"error": "05.png: RGB"})
+    warn_of_size(run)  # the loop says so
+    assert not capsys.readouterr().out
 
 
 def test_tensorboard__has_the_logs_numbers_and_forgets_what_is_done_again(tmp_path):
