@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,12 +73,21 @@ def steps(
     bar.close()
     run.save("last.pt")
     validate(run, evaluate, preview)
-    run.say(f"finished: {run.where()}{learned(run.out)}")
+    run.say(f"finished: {run.where()}{learned(run)}")
     if not run.facts:  # of pre-training; a transfer keeps facts of its encoder
-        tiny = " --model tiny" if cfg.model == "tiny" else ""  # of the next task's presets, too
-        words = {"last": run.last, "data": f"--data {cfg.data}{tiny}"}
-        commands = [f"python -m {line.format(**words)}" for line in run.then]
-        run.say("next        " + "\n            ".join(commands))
+        run.say(following(run))
+
+
+def following(run: object) -> str:
+    """What to do with a pre-trained model: commands, which run where there are classes."""
+    tiny = " --model tiny" if run.cfg.model == "tiny" else ""  # of the next task's presets, too
+    folder, note = shlex.quote(run.cfg.data), ""
+    if run.val_set is None or len(run.train_set.classes) < 2:
+        folder = "DATA"
+        note = "\n            (DATA: a folder of {train,val}/<class>/NAME.jpg, two classes or more)"
+    words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
+    commands = [f"python -m {line.format(**words)}" for line in run.then]
+    return "next        " + "\n            ".join(commands) + note
 
 
 def warn_of_size(run: object) -> None:

@@ -16,7 +16,6 @@ import torch
 from cfmae import CFMAE
 from engine import Meter, Run, UserError, World, arg
 from engine.log import tensorboard
-from engine.loop import warn_of_size
 from engine.ranks import peak_memory
 from engine.validate import validate
 from PIL import Image
@@ -82,7 +81,7 @@ def test_parse__help_has_defaults_and_sources(capsys):
         ("--batch_size 3", "unrecognized arguments: --batch_size 3; did you mean --batch-size?"),
         ("--micro-bach=3 --see 1", "mean --micro-batch, --seed\\?"),
         ("--qqqq 3", r"unrecognized arguments: --qqqq 3 \(--help"),
-        ("--device mps", r"choice: 'mps' \(choose from .*\) \(--help"),
+        ("--device tpu", r"choice: 'tpu' \(choose from .*\) \(--help"),
         ("--image-size 224x320", "invalid int value: '224x320': images are square here"),
     ],
 )
@@ -237,76 +236,6 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
 
 
 # --------------------------------------------------------------------------------- what a run says
-
-
-def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
-    def evaluate(model, batch):
-        zero = torch.zeros(())
-        loss = zero + 3 - 2 * evaluate.calls.pop()
-        return {"loss": loss, "loss_flat": zero + 4, "other": zero, "hits": zero + 0.7,
-                "hits_nearest": zero + 0.5, "hits_mean_colour": zero + 0.1}  # fmt: skip
-
-    evaluate.calls = [1, 0]
-    assert tiny_run.train(tmp_path, "--steps", 1, evaluate=evaluate) == 0
-    said = capsys.readouterr().out
-    guesses = "by guesses that learn nothing:"
-    words = f"learned     loss 3 -> 1 ({guesses} flat 4); hits 0.7 ({guesses} nearest 0.5, mean "
-    assert words + "colour 0.1), on held-out images\n" in said
-    assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
-    words = "python -m downstream.probe --data shapes --model tiny --checkpoint"
-    assert f"{words} {tmp_path}/last.pt\n" in said
-    assert "warning" not in said
-
-
-class Wide(nn.Module):
-    """Many parameters, of which a few have a part in the loss; a buffer that a pass changes."""
-
-    def __init__(self, million, device="cpu"):
-        super().__init__()
-        self.most = nn.Parameter(torch.empty(int(1e6 * million), device=device))
-        self.gain, self.passes = nn.Parameter(torch.ones(1)), nn.Buffer(torch.zeros(1))
-
-    def forward(self, batch, progress):
-        self.passes += 1
-        x = batch["rgb"].float() + 0 * torch.rand(1)
-        return (x * self.gain).sum(), {}
-
-
-def large(model, device="cpu", batch_size=64):
-    world, sampler = World("cpu", "fp32"), data.BatchSampler(100, 8, 0)
-    sample = {"rgb": torch.zeros(3, 512, 512, dtype=torch.uint8), "seed": torch.tensor(1)}
-    return SimpleNamespace(
-        device=torch.device(device), model=model, collate=data.collate, sampler=sampler, stop=110,
-        train_set={pair: sample for pair in sampler.indices(0)}, world=world, number=10, micro=32,
-        autocast=world.autocast, cfg=SimpleNamespace(batch_size=batch_size),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "million, device, warned", [(21, "cpu", True), (19, "cpu", False), (21, "cuda", False)]
-)
-def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, monkeypatch):
-    now = iter(range(0, 1000, 9))  # the trial takes nine seconds
-    monkeypatch.setattr("engine.loop.time.perf_counter", lambda: next(now))
-    warn_of_size(large(Wide(million), device))
-    said = capsys.readouterr().out
-    if not warned:
-        assert not said
-        return
-    assert "0.3 GiB" in said  # 4 numbers of 4 bytes
-    assert "what 32 samples keep for the backward pass 0.1 GiB" in said  # 3 MiB each
-    assert "the 100 steps about 4 hours, as a trial of 4 samples has it" in said  # 100 * 64 / 4 * 9
-
-
-def test_warn_of_size__leaves_no_trace(capsys):
-    run, state = large(Wide(21)), torch.get_rng_state()
-    warn_of_size(run)
-    assert "minutes" in capsys.readouterr().out
-    assert run.model.gain.grad is None and run.model.passes == 0
-    assert torch.equal(state, torch.get_rng_state())
-    run.train_set = dict.fromkeys(run.train_set, {"error": "05.png: RGB"})
-    warn_of_size(run)  # the loop says so
-    assert not capsys.readouterr().out
 
 
 def test_tensorboard__has_the_logs_numbers_and_forgets_what_is_done_again(tmp_path):
