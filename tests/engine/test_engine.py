@@ -15,7 +15,6 @@ import tiny_run
 import torch
 from cfmae import CFMAE
 from engine import Meter, Run, UserError, World, arg
-from engine.log import tensorboard
 from engine.ranks import peak_memory
 from engine.validate import validate
 from PIL import Image
@@ -256,7 +255,8 @@ def test_tensorboard__absent_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(UserError, match="--log tensorboard: pip install tensorboard"):
-        tensorboard(tmp_path, 0)
+        tiny_run.train(tmp_path, "--log", "tensorboard")
+    assert not any((tmp_path / name).exists() for name in tiny_run.RUN_FILES)  # it can be run again
 
 
 def test_peak_memory__without_the_unix_module(monkeypatch):
