@@ -157,7 +157,6 @@ class Config(transfer.Config):
         self.described = transfer.describe(self, self.granularities, image_size=self.image_size)
         method, maps = self.described["method"], len(self.names) > 1
         recipe = recipes.finetuning(self.described, self.recipe == "table3", maps)
-        recipe |= recipes.TINY["finetune"] if self.model == "tiny" else {}
         transfer.fill(self, recipe | transfer.inputs(self))
         super().resolve()
         fits = method == "cfmae" or not self.granularities
@@ -295,7 +294,7 @@ def settle(run: engine.Run) -> None:
 
 PRESETS = {
     "paper": dict(),  # by method: recipes.RECIPES
-    "tiny": dict(),  # recipes.TINY
+    "tiny": recipes.TINY["finetune"],
 }
 
 

@@ -10,6 +10,9 @@ from engine.config import Config
 from engine.field import GROUPS, flag, inherited
 
 
+AS_ABOVE = "the defaults above; None is what other settings, the encoder or the device decide"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         known = [*self._option_string_actions]
@@ -54,7 +57,7 @@ def parse(
         further
         + "presets (--model), which change these defaults:\n"
         + "\n".join(
-            f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
+            f"  {name}: " + (" ".join(f"{flag(k)} {v}" for k, v in values.items()) or AS_ABOVE)
             for name, values in presets.items()
         )
     )

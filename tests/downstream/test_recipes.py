@@ -83,6 +83,7 @@ def resolved(case: str, script=finetune, **given) -> transfer.Config:
 
 
 def described_as(description: dict, script=finetune, **given) -> transfer.Config:
+    given = script.PRESETS[given.get("model", "paper")] | given
     cfg = script.Config(data="shapes", checkpoint="x", **given)
     changes = {n: transfer.three(n, given[n]) for n in ("mean", "std") if n in given}
     with mock.patch.object(encoders, "describe", lambda *_, **__: {**description, **changes}):
