@@ -86,7 +86,8 @@ def following(run: object) -> str:
         folder = "DATA"
         note = "\n            (DATA: a folder of {train,val}/<class>/NAME.jpg, two classes or more)"
     words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
-    commands = [f"python -m {line.format(**words)}" for line in run.then]
+    package = __name__.removesuffix("engine.loop")  # "" in a checkout
+    commands = [f"python -m {package}{line.format(**words)}" for line in run.then]
     return "next        " + "\n            ".join(commands) + note
 
 
