@@ -237,7 +237,7 @@ def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
     assert "pixels      mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225: ImageNet's" in out
 
 
-def test_finetune__empty_class_folders_are_no_classes(tmp_path):
+def test_finetune__empty_class_folders_are_no_classes(tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "val"):
         for name in ("bat", "cat", "eel"):
@@ -250,6 +250,7 @@ def test_finetune__empty_class_folders_are_no_classes(tmp_path):
                1, "--warmup-epochs", 0, "--output", tmp_path / "o")  # fmt: skip
     rows = (tmp_path / "o/per_class.csv").read_text().splitlines()
     assert [row.split(",")[1:3] for row in rows[1:]] == [["cat", "2"], ["eel", "2"]]
+    assert "warning     1 steps teach little" in capsys.readouterr().out
 
 
 def test_finetune__val_is_the_centre_crop(tmp_path, monkeypatch):
