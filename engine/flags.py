@@ -22,7 +22,9 @@ class Parser(argparse.ArgumentParser):
         near = ", ".join(x for found in near for x in found)
         meant = f"; did you mean {near}?" if near else ""
         meant += ": a Mac trains on its CPU here, MPS was never tried" if "'mps'" in message else ""
-        meant += ": images are square here, one number" if "--image-size:" in message else ""
+        if "--image-size:" in message:
+            wide = "--crop-width" in self._option_string_actions
+            meant += ": --crop-width is the width" if wide else ": images are square here"
         raise UserError(f"{message}{meant} (--help lists every flag)")
 
 

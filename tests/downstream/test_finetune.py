@@ -390,7 +390,8 @@ def test_bad_input__one_line(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     for name in ("one/train/cat/1.png", "more/train/cat/1.png", "more/train/bat/1.png",
                  "more/val/cat/1.png", "more/val/owl/a/1.png", "more/val/dog/1.JPEG",
-                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png"):  # fmt: skip
+                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png",
+                 "photos/1.jpg"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     for name in ("one/train/dog", "more/train/dog", "more/val/empty"):
@@ -399,6 +400,9 @@ def test_bad_input__one_line(tmp_path):
         "one of --checkpoint, --init, --method": [],
         "--encoder huge is a preset of --method": ["--checkpoint", path, "--encoder", "huge"],
         "no class folders with images": ["--checkpoint", path, "--data", tmp_path / "none"],
+        f"no class folders with images in {tmp_path}/photos;": [
+            "--checkpoint", path, "--data", tmp_path / "photos",
+        ],
         "one class alone, cat,": ["--checkpoint", path, "--data", tmp_path / "one"],
         "2 classes of .*/more/val have no image in .*/more/train.*: dog, owl": [
             "--checkpoint", path, "--data", tmp_path / "more",
