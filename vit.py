@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch import Tensor, nn
 
 from common import IMAGENET_MEAN, IMAGENET_STD, Block, Normalize, PatchEmbed, drop_path, patchify
@@ -48,11 +49,13 @@ class Encoder(nn.Module):
     def preprocess(
         self, image, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
     ) -> Tensor:
-        """Make an image, of Pillow or (3, H, W) uint8, or a batch of these, what `self` takes.
+        """Make an image, of Pillow (turned as EXIF says) or (3, H, W) uint8, or a batch of the
+        latter, what `self` takes.
 
         Its middle, resized bicubically to the size of `grid`, normalised: (B, 3, H, W) float.
         """
         if not isinstance(image, Tensor):
+            image = ImageOps.exif_transpose(image)
             shape, rgb = (*image.size[::-1], 3), bytearray(image.convert("RGB").tobytes())
             image = torch.frombuffer(rgb, dtype=torch.uint8).view(shape).permute(2, 0, 1)
         if image.dtype != torch.uint8 or image.shape[-3:-2] != (3,):
@@ -80,7 +83,10 @@ class Encoder(nn.Module):
             raise ValueError(f"layers {[*layers]}: this encoder has 1 to {n}")
 
     def grid_of(self, imgs: Tensor) -> tuple[int, int]:
-        """Patch grid (h, w) of images; ValueError where the patch size does not divide them."""
+        """Patch grid (h, w) of images; ValueError where a patch does not divide them."""
+        if imgs.ndim != 4 or not imgs.is_floating_point():
+            wanted = "(B, 3, H, W) float, normalised, as encoder.preprocess makes them"
+            raise ValueError(f"images are {wanted}, not {[*imgs.shape]} {imgs.dtype}")
         (H, W), p = imgs.shape[-2:], self.patch_size
         if H % p or W % p:
             raise ValueError(f"image size {H}x{W} is not divisible by the patch size {p}")

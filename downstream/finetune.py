@@ -7,7 +7,8 @@
 
 Instead of --checkpoint: the same with --random, fresh weights; --init FILE, a public encoder;
 --method cfmae --encoder base, a fresh one. `--model tiny` takes minutes on a CPU; recipes.TINY says
-what is small about it. `evaluate` tests ours on any data with its classes, a public one on data
+what is small about it; of a few thousand images its ten epochs are few steps, so a run says how
+many more it wants. `evaluate` tests ours on any data with its classes, a public one on data
 that has all of them: classes are the class folders, sorted.
 
 mixup and cutmix mix a micro-batch with itself. So with them, other than in pre-training, the number
@@ -23,6 +24,7 @@ per_class.csv beside engine.Run's files. augment.py has the augmentation, evalua
 test, probe.py the protocols with a frozen encoder, robustness.py ImageNet-A, -R, -Sketch and -C.
 """
 
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -157,7 +159,6 @@ class Config(transfer.Config):
         self.described = transfer.describe(self, self.granularities, image_size=self.image_size)
         method, maps = self.described["method"], len(self.names) > 1
         recipe = recipes.finetuning(self.described, self.recipe == "table3", maps)
-        recipe |= recipes.TINY["finetune"] if self.model == "tiny" else {}
         transfer.fill(self, recipe | transfer.inputs(self))
         super().resolve()
         fits = method == "cfmae" or not self.granularities
@@ -293,9 +294,26 @@ def settle(run: engine.Run) -> None:
         )
 
 
+def few_steps(run: engine.Run) -> str:
+    """What to say of a schedule that is too short for a head that starts at nothing, or "".
+
+    500 images of 10 classes, --model tiny: in 70 steps of 64 top-1 is 31.8 %, below its linear
+    probe's 32.2; in 930 of 16, --epochs 30, 38.8.
+    """
+    cfg, images = run.cfg, len(run.train_set)
+    if run.total >= 1000 or cfg.steps or run.checkpoint:
+        return ""
+    batch = min(cfg.batch_size, 16)
+    epochs = max(cfg.epochs, math.ceil(1000 / (images // batch)))
+    return (
+        f"warning     {run.total} steps teach little, a linear probe may do better: try "
+        f"--batch-size {batch} --epochs {epochs}, {epochs * (images // batch)} steps"
+    )
+
+
 PRESETS = {
     "paper": dict(),  # by method: recipes.RECIPES
-    "tiny": dict(),  # recipes.TINY
+    "tiny": recipes.TINY["finetune"],
 }
 
 
@@ -320,6 +338,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.checkpoint is None:
             run.say(words)
         whose = cfg.described.get("input", "ImageNet's")
+        if words := few_steps(run):
+            run.say(words)
         run.say(f"pixels      mean {cfg.mean}, deviation {cfg.std}: {whose}")
         model = run.place(classifier)
         heads = [classifier.fc_norm, classifier.head]

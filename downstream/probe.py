@@ -96,9 +96,8 @@ class Config(transfer.Config):
         self.described = transfer.describe(self, image_size=self.image_size)
         semantic = self.described["method"] == "semanticmim"
         self.probe = self.probe or ("adamw" if semantic else "lars")
-        linear, tiny = self.protocol == "linear", self.model == "tiny"
+        linear = self.protocol == "linear"
         recipe = recipes.probing(self.described, self.probe) if linear else {}
-        recipe |= recipes.TINY["linear"] if linear and tiny else {}
         transfer.fill(self, recipe | transfer.inputs(self))
         super().resolve()
         if linear:
@@ -283,7 +282,7 @@ def knn(
 
 PRESETS = {
     "paper": dict(),  # by method: recipes.PROBES
-    "tiny": dict(),  # recipes.TINY
+    "tiny": recipes.TINY["linear"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
 import engine.config
@@ -122,8 +123,9 @@ def class_names(root: str, trained: bool = True) -> list[str]:
     names = sorted({name for names in found.values() for name in names})
     if len(names) < 2:
         what = "no class folders with images" if not names else f"one class alone, {names[0]},"
+        where = Path(root, splits[next(iter(found))])
         raise UserError(
-            f"{what} in {root}/{next(iter(found))}; expected: {root}/{{train,val}}/<class>/"
+            f"{what} in {where}; expected: {root}/{{train,val}}/<class>/"
             "NAME.jpg, two classes or more. To start without any files: --data shapes"
         )
     unknown = [name for name in found.get("val", ()) if name not in found.get("train", ())]

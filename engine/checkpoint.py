@@ -29,7 +29,7 @@ def save(path: Path, checkpoint: dict) -> None:
                 os.fsync(f.fileno())
         except (OSError, RuntimeError) as e:  # torch's zip writer hides the first behind the second
             temporary.unlink(missing_ok=True)
-            raise e if isinstance(e, OSError) else OSError(None, "the disk is full?") from None
+            raise e if isinstance(e, OSError) else OSError(None, "probably a full disk") from None
         os.replace(temporary, path)
 
 

@@ -10,6 +10,9 @@ from engine.config import Config
 from engine.field import GROUPS, flag, inherited
 
 
+AS_ABOVE = "the defaults above; None is what other settings, the encoder or the device decide"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         known = [*self._option_string_actions]
@@ -18,7 +21,10 @@ class Parser(argparse.ArgumentParser):
         near = [difflib.get_close_matches(w, known, 1) for w in words]
         near = ", ".join(x for found in near for x in found)
         meant = f"; did you mean {near}?" if near else ""
-        meant += ": images are square here, one number" if "--image-size:" in message else ""
+        meant += ": a Mac trains on its CPU here, MPS was never tried" if "'mps'" in message else ""
+        if "--image-size:" in message:
+            wide = "--crop-width" in self._option_string_actions
+            meant += ": --crop-width is the width" if wide else ": images are square here"
         raise UserError(f"{message}{meant} (--help lists every flag)")
 
 
@@ -53,7 +59,7 @@ def parse(
         further
         + "presets (--model), which change these defaults:\n"
         + "\n".join(
-            f"  {name}: " + " ".join(f"{flag(k)} {v}" for k, v in values.items())
+            f"  {name}: " + (" ".join(f"{flag(k)} {v}" for k, v in values.items()) or AS_ABOVE)
             for name, values in presets.items()
         )
     )

@@ -98,6 +98,7 @@ def screen(run: object, model: nn.Module) -> str:
     }
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     threads = "" if device != "CPU" else f", {torch.get_num_threads()} threads a rank"
+    threads += ", its MPS is not used" if torch.backends.mps.is_available() else ""
     val = f"{len(run.val_set)} images" if run.val_set else "none, so nothing is evaluated"
     lines = {
         "method": f"{run.method}, preset {cfg.model}, {cfg.image_size} pixels",

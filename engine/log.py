@@ -27,6 +27,8 @@ class Meter:
         self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None, log: str = ""
     ):  # fmt: skip
         self.out, self.world, self.train_set, self.bad, self.count = out, world, train_set, 0, 0
+        lead = log == "tensorboard" and world.rank == 0
+        self.board = tensorboard(out, checkpoint["step"] + 1 if checkpoint else 0) if lead else None
         self.names, self.counts = [], []  # of the window: terms, and the steps that had each
         self.sum = self.part = torch.zeros(0, device=world.device)
         self.finite_until = None  # on the device: the first step with a bad loss, and its terms
@@ -41,8 +43,6 @@ class Meter:
             with writing(path):
                 temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
                 os.replace(temporary, path)
-        lead = log == "tensorboard" and world.rank == 0
-        self.board = tensorboard(out, checkpoint["step"] + 1 if checkpoint else 0) if lead else None
 
     @staticmethod
     def is_whole(line: str, at: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ def steps(
     cfg = run.cfg
     run.step_model, run.optimizer = model, optimizer
     if run.world.size > 1:
-        settle(run, model, optimizer)
+        settle(run, model)
     if run.checkpoint:
         checkpoint.load_weights(run.model, run.checkpoint["model"], run.last)
         checkpoint.load_optimizer(optimizer, run.checkpoint["optimizer"], run.last)
@@ -72,24 +73,62 @@ def steps(
     bar.close()
     run.save("last.pt")
     validate(run, evaluate, preview)
-    run.say(f"finished: {run.where()}{learned(run.out)}")
+    run.say(f"finished: {run.where()}{learned(run)}")
     if not run.facts:  # of pre-training; a transfer keeps facts of its encoder
-        tiny = " --model tiny" if cfg.model == "tiny" else ""  # of the next task's presets, too
-        words = {"last": run.last, "data": f"--data {cfg.data}{tiny}"}
-        commands = [f"python -m {line.format(**words)}" for line in run.then]
-        run.say("next        " + "\n            ".join(commands))
+        run.say(following(run))
+
+
+def following(run: object) -> str:
+    """What to do with a pre-trained model: commands, which run where there are classes."""
+    tiny = " --model tiny" if run.cfg.model == "tiny" else ""  # of the next task's presets, too
+    folder, note = shlex.quote(run.cfg.data), ""
+    if run.val_set is None or len(run.train_set.classes) < 2:
+        folder = "DATA"
+        note = "\n            (DATA: a folder of {train,val}/<class>/NAME.jpg, two classes or more)"
+    words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
+    package = __name__.removesuffix("engine.loop")  # "" in a checkout
+    commands = [f"python -m {package}{line.format(**words)}" for line in run.then]
+    return "next        " + "\n            ".join(commands) + note
 
 
 def warn_of_size(run: object) -> None:
-    """Say what a large model will need of a CPU."""
+    """Say what a large model will need of a CPU: memory, and time as a few samples take it."""
     million = sum(p.numel() for p in run.model.parameters()) / 1e6
-    if run.device.type == "cpu" and million > 20:
-        print(f"warning     {million:.0f} M parameters on a CPU: weights, gradients and AdamW take "
-              f"{16 * million / 1024:.1f} GiB, activations come on top; the bar says how long it "
-              "takes. --model tiny is made for a CPU", flush=True)  # fmt: skip
+    if run.device.type != "cpu" or million <= 20:
+        return
+    batch = run.collate([run.train_set[pair] for pair in run.sampler.indices(0)[:4]])
+    if "error" in batch:  # the loop says which
+        return
+    count = len(batch["seed"])
+    seconds, kept = trial(run, batch)
+    left, share = run.stop - run.number, run.cfg.batch_size / run.world.size / count
+    hours = left * share * seconds / 3600
+    units = ((72, 24, "days"), (2, 1, "hours"), (0, 1 / 60, "minutes"))
+    length = next(f"{hours / unit:.2g} {name}" for least, unit, name in units if hours >= least)
+    print(f"warning     {million:.0f} M parameters on a CPU: weights, gradients and AdamW take "
+          f"{16 * million / 1024:.1f} GiB, what {run.micro} samples keep for the backward pass "
+          f"{kept / count * run.micro / 2**30:.1f} GiB (--micro-batch), and the {left} steps about "
+          f"{length}, as a trial of {count} samples has it. --model tiny is made for a CPU",
+          flush=True)  # fmt: skip
 
 
-def settle(run: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def trial(run: object, batch: dict) -> tuple[float, int]:
+    """Seconds of a forward and backward pass, and the bytes that the first keeps for the second."""
+    weights, kept = {p.data_ptr() for p in run.model.parameters()}, {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    began = time.perf_counter()
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        throw_away(run, run.model, batch)
+    seconds = time.perf_counter() - began
+    return seconds, sum(size for at, size in kept.items() if at not in weights)
+
+
+def settle(run: object, model: nn.Module) -> None:
     """Give a fresh and a resumed run the same order of sums.
 
     DDP regroups its buckets after the first backward pass. The gradients of two passes are
@@ -97,12 +136,17 @@ def settle(run: object, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     """
     batch = run.collate([run.train_set[pair] for pair in run.sampler.indices(0)[: run.micro]])
     batch = run.world.to_device(run.world.raise_error(batch))
-    buffers = [b.clone() for b in run.model.buffers()]
     for _ in range(2):
-        with run.autocast():
-            loss, _ = model(batch, torch.zeros((), device=run.device))
-        loss.backward()
-        optimizer.zero_grad(set_to_none=True)
+        throw_away(run, model, batch)
+
+
+def throw_away(run: object, model: nn.Module, batch: dict) -> None:
+    """One forward and backward pass that leaves no trace in gradients and buffers."""
+    buffers = [b.clone() for b in run.model.buffers()]
+    with run.autocast():
+        loss, _ = model(batch, torch.zeros((), device=run.device))
+    loss.backward()
+    run.model.zero_grad(set_to_none=True)
     for b, kept in zip(run.model.buffers(), buffers):
         b.copy_(kept)
 

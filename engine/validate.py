@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -75,8 +74,11 @@ def picture(run: object, preview: Callable) -> None:
 GUESSES = ("_flat", "_mean_colour", "_visible", "_position", "_nearest", "_frequent", "_other")
 
 
-def learned(out: Path) -> str:
+def learned(run: object) -> str:
     """What the val split says of a run, in words, from its log's first and last look at it."""
+    if run.val_set is None:
+        return f"\nlearned     not measured: {run.cfg.data} has no val split beside train"
+    out = run.out
     lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
     looks = [record["val"] for line in lines if "val" in (record := json.loads(line))]
     if len(looks) < 2:

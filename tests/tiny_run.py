@@ -6,6 +6,7 @@ which is `python tests/tiny_run.py --output DIR [flags]` and sleeps a little in 
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -107,22 +108,36 @@ def train(out, *flags, build=cfmae.CFMAE, **functions):
     return 0
 
 
-def _rank(rank, ranks, store, runs):
+def _rank(rank, ranks, store, function, args):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    function(*args)
+    dist.barrier()  # see engine.command
+    dist.destroy_process_group()
+
+
+def launch(ranks, store, function, *args):
+    """Call a function in the processes of a group, which all forks of one that has imported torch
+    are: a fresh one takes four CPU seconds to import it.
+    """
+    multiprocessing.set_forkserver_preload(["tiny_run", "torch._dynamo"])
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with mock.patch.dict(os.environ, env):
+        args = (ranks, str(store), function, args)
+        mp.start_processes(_rank, args, nprocs=ranks, start_method="forkserver")
+
+
+def _train_all(*runs):
     for out, flags, build, end in runs:
         try:
             assert train(out, *flags, build=build) == end
         except engine.UserError as error:
             assert str(end) in str(error), error
-    dist.barrier()  # see engine.command
-    dist.destroy_process_group()
 
 
 def spawn(ranks, store, *runs):
     """Train `runs`, each (folder, flags, build, exit status or error), with `ranks` processes."""
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        mp.spawn(_rank, (ranks, str(store), runs), nprocs=ranks)
+    launch(ranks, store, _train_all, *runs)
 
 
 @contextlib.contextmanager

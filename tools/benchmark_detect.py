@@ -9,7 +9,6 @@ Each row runs in a process of its own, and the rows take turns, as in `benchmark
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from downstream.detect_recipes import PRESETS, Config
 from downstream.mask_rcnn import unpack
 from downstream.objects import Scenes, collate
 from engine import UserError
-from engine.ranks import World
+from engine.ranks import World, peak_memory
 from shapes import SHAPES
 
 PEER = "torchvision"
@@ -84,8 +83,7 @@ def one(args: argparse.Namespace) -> dict:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak
+    peak = peak_memory(world.device)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"row": args.row, "times": times[args.warmup :], "peak": peak, "parameters": count}
 

@@ -7,19 +7,23 @@ is another run. done.json in it says that it ended, and at what cost.
 import argparse
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import importlib
 import json
 import os
 import platform
-import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # on Windows, which `Lab` refuses
+    fcntl = resource = None
 
 import engine  # before torch: it sets how threads wait
 
@@ -59,6 +63,8 @@ class Lab:
     """
 
     def __init__(self, args: argparse.Namespace):
+        if fcntl is None:
+            raise UserError("claims lock and time processes as Windows does not: run under WSL")
         self.runs, self.args = Path(args.runs), args
         self.places = {default: getattr(args, name) for name, (default, _) in DATA.items()}
         self.rates = {}

@@ -11,7 +11,6 @@ shard that is cut short or deleted is made again by it, with those after it.
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
@@ -135,6 +134,10 @@ def tidy(place: Path) -> None:
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Keep other processes from packing into the same folder."""
+    try:
+        import fcntl
+    except ImportError:
+        raise UserError("packing locks its folder as Windows does not: pack under WSL") from None
     with open(place / "lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers do not inherit

@@ -57,8 +57,12 @@ def choose_mask(args: argparse.Namespace, method: str, cfg: engine.Config, batch
     else:
         noise = uniform(batch["seed"], len(names) * N, MASK).view(-1, N)
         hidden = hidden | random_mask(noise, round((ratio or 0) * N))
-    if hidden.all() or not hidden.any():
-        raise UserError("the mask hides " + ("everything" if hidden.all() else "nothing"))
+    if hidden.all():
+        raise UserError("the mask hides everything")
+    if not hidden.any():
+        raise UserError(
+            f"nothing of {', '.join(names)} is hidden: add --mask-ratio {cfg.mask_ratio}"
+        )
     return hidden.view_as(own)
 
 

@@ -9,8 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import tiny_run
 from coco_folder import content, write
@@ -116,17 +114,8 @@ def test_run__micro_batches_give_the_same_curve(whole, tmp_path):
     torch.testing.assert_close(torch.tensor(curve(tmp_path)), want, rtol=1e-4, atol=1e-6)
 
 
-def _rank(rank, ranks, store, out):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    train(out)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def test_run__two_ranks_give_the_same_curve_and_scores(whole, tmp_path):
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        mp.spawn(_rank, (2, str(tmp_path / "store"), tmp_path / "two"), nprocs=2)
+    tiny_run.launch(2, tmp_path / "store", train, tmp_path / "two")
     found, want = (torch.tensor(curve(out)) for out in (tmp_path / "two", whole[0]))
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
     result = json.loads((tmp_path / "two/result.json").read_text())

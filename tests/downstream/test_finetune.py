@@ -237,7 +237,7 @@ def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
     assert "pixels      mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225: ImageNet's" in out
 
 
-def test_finetune__empty_class_folders_are_no_classes(tmp_path):
+def test_finetune__empty_class_folders_are_no_classes(tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "val"):
         for name in ("bat", "cat", "eel"):
@@ -250,6 +250,7 @@ def test_finetune__empty_class_folders_are_no_classes(tmp_path):
                1, "--warmup-epochs", 0, "--output", tmp_path / "o")  # fmt: skip
     rows = (tmp_path / "o/per_class.csv").read_text().splitlines()
     assert [row.split(",")[1:3] for row in rows[1:]] == [["cat", "2"], ["eel", "2"]]
+    assert "warning     1 steps teach little" in capsys.readouterr().out
 
 
 def test_finetune__val_is_the_centre_crop(tmp_path, monkeypatch):
@@ -389,7 +390,8 @@ def test_bad_input__one_line(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     for name in ("one/train/cat/1.png", "more/train/cat/1.png", "more/train/bat/1.png",
                  "more/val/cat/1.png", "more/val/owl/a/1.png", "more/val/dog/1.JPEG",
-                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png"):  # fmt: skip
+                 "none/train/cat/notes.txt", "none/train/dog/.hidden.png",
+                 "photos/1.jpg"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     for name in ("one/train/dog", "more/train/dog", "more/val/empty"):
@@ -398,6 +400,9 @@ def test_bad_input__one_line(tmp_path):
         "one of --checkpoint, --init, --method": [],
         "--encoder huge is a preset of --method": ["--checkpoint", path, "--encoder", "huge"],
         "no class folders with images": ["--checkpoint", path, "--data", tmp_path / "none"],
+        f"no class folders with images in {tmp_path}/photos;": [
+            "--checkpoint", path, "--data", tmp_path / "photos",
+        ],
         "one class alone, cat,": ["--checkpoint", path, "--data", tmp_path / "one"],
         "2 classes of .*/more/val have no image in .*/more/train.*: dog, owl": [
             "--checkpoint", path, "--data", tmp_path / "more",

@@ -1,6 +1,8 @@
 """Every number of classification's recipes, and of ImageNet-C's baseline, against its source."""
 
 import dataclasses
+import re
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -83,6 +85,7 @@ def resolved(case: str, script=finetune, **given) -> transfer.Config:
 
 
 def described_as(description: dict, script=finetune, **given) -> transfer.Config:
+    given = script.PRESETS[given.get("model", "paper")] | given
     cfg = script.Config(data="shapes", checkpoint="x", **given)
     changes = {n: transfer.three(n, given[n]) for n in ("mean", "std") if n in given}
     with mock.patch.object(encoders, "describe", lambda *_, **__: {**description, **changes}):
@@ -199,3 +202,21 @@ def test_help__at_most_forty_flags_in_groups_and_none_that_only_the_program_sets
         given = engine.parse(script.Config, script.PRESETS, "", ["--data", "shapes", "--method",
                              "mae", "--encoder", "tiny", "--min-lr", "0.5"])  # fmt: skip
         assert given.min_lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "images, batch, epochs, words",
+    [
+        (500, 64, 10, "70 steps .*: try --batch-size 16 --epochs 33, 1023 steps"),
+        (3000, 64, 10, "460 steps .*: try --batch-size 16 --epochs 10, 1870 steps"),
+        (20, 8, 3, "6 steps .*: try --batch-size 8 --epochs 500, 1000 steps"),
+    ],
+)
+def test_few_steps__says_what_would_be_enough(images, batch, epochs, words):
+    cfg = SimpleNamespace(batch_size=batch, epochs=epochs, steps=None)
+    run = dict(cfg=cfg, total=images // batch * epochs, checkpoint=None, train_set=range(images))
+    assert re.search(words, finetune.few_steps(SimpleNamespace(**run)))
+    for change in ({"total": 1000}, {"checkpoint": {"step": 1}}):
+        assert not finetune.few_steps(SimpleNamespace(**run | change))
+    cfg.steps = 5  # a quick look
+    assert not finetune.few_steps(SimpleNamespace(**run))

@@ -120,6 +120,11 @@ def said_of_pixels(capsys, out, *flags):
 
 
 @pytest.mark.slow
+def test_parse__a_crop_has_two_flags():
+    with pytest.raises(engine.UserError, match="invalid int value: '64x96': --crop-width is the"):
+        engine.parse(Config, PRESETS, "", ["--image-size", "64x96"])
+
+
 def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
     imgs = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
     for i, (flags, mean, std, words) in enumerate((

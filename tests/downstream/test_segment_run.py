@@ -1,7 +1,6 @@
 """Segmentation runs: resume, ranks, methods, bad input, preparation of data sets."""
 
 import json
-import os
 import sys
 from unittest import mock
 
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from common import sincos_2d
 from data import UserError
 from downstream import encoders, pixels, prepare, segment
@@ -203,18 +200,13 @@ def test_run__learns_labels_that_colours_tell(tmp_path):
     assert run(tmp_path / "out", *flags)["mIoU"] > 0.9
 
 
-def _rank(rank, store, out):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def train_both(out):
     train(out / "linear", "--protocol", "linear", "--iterations", 8)
     train(out / "upernet", "--iterations", 4)
-    dist.barrier()  # see engine.command
-    dist.destroy_process_group()
 
 
 def test_run__two_ranks(tmp_path):
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
-        mp.spawn(_rank, (str(tmp_path / "store"), tmp_path), nprocs=2)
+    tiny_run.launch(2, tmp_path / "store", train_both, tmp_path)
     one = run(tmp_path / "one", "--protocol", "linear", "--iterations", 8)
     two = json.loads((tmp_path / "linear" / "result.json").read_text())
     assert one["mIoU"] == pytest.approx(two["mIoU"], rel=1e-3) and two["images"] == 40

@@ -15,8 +15,6 @@ import tiny_run
 import torch
 from cfmae import CFMAE
 from engine import Meter, Run, UserError, World, arg
-from engine.log import tensorboard
-from engine.loop import warn_of_size
 from engine.ranks import peak_memory
 from engine.validate import validate
 from PIL import Image
@@ -82,7 +80,7 @@ def test_parse__help_has_defaults_and_sources(capsys):
         ("--batch_size 3", "unrecognized arguments: --batch_size 3; did you mean --batch-size?"),
         ("--micro-bach=3 --see 1", "mean --micro-batch, --seed\\?"),
         ("--qqqq 3", r"unrecognized arguments: --qqqq 3 \(--help"),
-        ("--device mps", r"choice: 'mps' \(choose from .*\) \(--help"),
+        ("--device tpu", r"choice: 'tpu' \(choose from .*\) \(--help"),
         ("--image-size 224x320", "invalid int value: '224x320': images are square here"),
     ],
 )
@@ -239,34 +237,6 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
 # --------------------------------------------------------------------------------- what a run says
 
 
-def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
-    def evaluate(model, batch):
-        zero = torch.zeros(())
-        loss = zero + 3 - 2 * evaluate.calls.pop()
-        return {"loss": loss, "loss_flat": zero + 4, "other": zero, "hits": zero + 0.7,
-                "hits_nearest": zero + 0.5, "hits_mean_colour": zero + 0.1}  # fmt: skip
-
-    evaluate.calls = [1, 0]
-    assert tiny_run.train(tmp_path, "--steps", 1, evaluate=evaluate) == 0
-    said = capsys.readouterr().out
-    guesses = "by guesses that learn nothing:"
-    words = f"learned     loss 3 -> 1 ({guesses} flat 4); hits 0.7 ({guesses} nearest 0.5, mean "
-    assert words + "colour 0.1), on held-out images\n" in said
-    assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
-    words = "python -m downstream.probe --data shapes --model tiny --checkpoint"
-    assert f"{words} {tmp_path}/last.pt\n" in said
-    assert "warning" not in said
-
-
-@pytest.mark.parametrize("million, device, warned", [(21, "cpu", True), (19, "cpu", False),
-                                                     (21, "cuda", False)])  # fmt: skip
-def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys):
-    model = torch.nn.Linear(1000, 1000 * million, bias=False, device="meta")
-    warn_of_size(SimpleNamespace(device=torch.device(device), model=model))
-    said = capsys.readouterr().out
-    assert bool(said) == warned and ("0.3 GiB" in said) == warned  # 4 numbers of 4 bytes
-
-
 def test_tensorboard__has_the_logs_numbers_and_forgets_what_is_done_again(tmp_path):
     reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--log", "tensorboard", "--log-every", 1]
@@ -285,7 +255,8 @@ def test_tensorboard__absent_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     with pytest.raises(UserError, match="--log tensorboard: pip install tensorboard"):
-        tensorboard(tmp_path, 0)
+        tiny_run.train(tmp_path, "--log", "tensorboard")
+    assert not any((tmp_path / name).exists() for name in tiny_run.RUN_FILES)  # it can be run again
 
 
 def test_peak_memory__without_the_unix_module(monkeypatch):

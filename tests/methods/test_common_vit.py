@@ -175,6 +175,16 @@ def test_preprocess__refuses_what_is_no_image(image):
         small_vit().preprocess(image)
 
 
+def test_preprocess__turns_a_photograph_as_it_is_displayed(tmp_path):
+    image = Image.fromarray(torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8).numpy())
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn, as a phone that was held upright writes it
+    image.save(tmp_path / "photo.png", exif=exif)
+    turned = image.transpose(Image.Transpose.ROTATE_270)
+    got = small_vit().preprocess(Image.open(tmp_path / "photo.png"))
+    assert torch.equal(got, small_vit().preprocess(turned))
+
+
 def test_call__is_the_last_layers_tokens_prefix_first():
     model, imgs = small_vit(reg_tokens=2), torch.randn(2, 3, 32, 32)
     ((tokens, prefix),) = model.forward_features(imgs)
@@ -191,6 +201,10 @@ def test_layers__outside_the_encoder_are_an_error(method):
     assert len(encoder.forward_features(imgs, [1, n])) == 2
     with pytest.raises(ValueError, match="image size 60x64 is not divisible by the patch size"):
         encoder(imgs[:, :, :60])
+    with pytest.raises(
+        ValueError, match=r"normalised, as encoder.preprocess makes them, not \[1, 3"
+    ):
+        encoder(imgs.to(torch.uint8))
     if method == "coma_dyvit":
         with pytest.raises(ValueError, match="DyViT has no attention matrix over patches"):
             encoder.attention(imgs, 1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_clips import write_clip
 from test_compile import BACKEND
-from tiny_run import checkpoint, lines, same_result
+from tiny_run import checkpoint, launch, lines, same_result
 from torch import nn
 from torch.testing import assert_close
 
@@ -425,18 +425,6 @@ def train(out, *flags) -> None:
         videomcmae.main([*FLAGS, "--output", str(out), *map(str, flags)])
 
 
-def rank(number, store, out) -> None:
-    import os
-
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": str(number)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
-    train(out)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
     train(tmp_path / "one")
@@ -449,7 +437,7 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
     assert same_result(tmp_path / "one", tmp_path / "resumed")
     assert lines(tmp_path / "one") == lines(tmp_path / "resumed")
     train(tmp_path / "micro", "--micro-batch", 1)
-    torch.multiprocessing.spawn(rank, (str(tmp_path / "store"), tmp_path / "two"), nprocs=2)
+    launch(2, tmp_path / "store", train, tmp_path / "two")
     expected = [r["loss"] for r in lines(tmp_path / "one")]
     for other in ("micro", "two"):
         found = [r["loss"] for r in lines(tmp_path / other)]

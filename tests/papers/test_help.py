@@ -19,5 +19,6 @@ def test_help__at_most_forty_flags(name, capsys):
     text = capsys.readouterr().out
     flags = re.findall(r"^  (--[a-z0-9-]+)", text, re.M)
     assert stop.value.code == 0 and 20 < len(flags) <= 40, len(flags)
+    assert re.search(r"^  tiny: --", text, re.M) and not re.search(r"^  \w+: *$", text, re.M)
     assert not {"--description"} & set(flags)
     assert all(f"\n{group}:\n" in text for group in ("data", "optimisation", "run"))

@@ -95,5 +95,8 @@ def test_pip__installs_what_python_m_runs(flags, folder):
         return
     run(python, folder, "-c", MORE)
     flags = "--data shapes --model tiny --steps 1 --batch-size 2 --val-samples 2 --workers 1"
-    run(python, folder, "-m", f"{NAME}.mae", *flags.split(), "--device", "cpu", "--output", "out")
+    said = run(
+        python, folder, "-m", f"{NAME}.mae", *flags.split(), "--device", "cpu", "--output", "out"
+    )
     assert (folder / "out" / "last.pt").exists()
+    assert said.count(f"python -m {NAME}.") == 2 and f"next        python -m {NAME}.tools." in said

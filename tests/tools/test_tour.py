@@ -36,6 +36,7 @@ def test_tour__its_outputs_are_stored_and_small():
     pictures = [o for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == calls > 10 and TOUR.stat().st_size < 1e6
     text = "".join("".join(o.get("text", "")) for o in outputs)
+    assert "finished: step 625 of 625" in text  # a training that ran there
     assert "after five minutes" in text and "pip install" not in text
     assert "/work" not in text and "/tmp" not in text
 

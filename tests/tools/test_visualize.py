@@ -160,6 +160,11 @@ def test_choose_mask__chosen_patches(checkpoints):
             choose(patches=f"0,{N}")
 
 
+def photo(path):
+    method, model, batch = opened(path)
+    return method, model.cfg, batch
+
+
 def test_choose_mask__whole_granularities(checkpoints):
     method, model, batch = opened(checkpoints["cfmae"])
     choose = lambda **flags: reconstruct.choose_mask(options(**flags), method, model.cfg, batch)[0]  # noqa: E731
@@ -169,6 +174,8 @@ def test_choose_mask__whole_granularities(checkpoints):
     assert mask.sum(1).tolist() == [4, 4, 16] and not torch.equal(mask[0], mask[1])
     with pytest.raises(UserError, match="hides everything"):
         choose(only=("rgb",), hide=("rgb",))
+    with pytest.raises(UserError, match="nothing of rgb is hidden: add --mask-ratio 0.75"):
+        reconstruct.choose_mask(options(only=("rgb",)), *photo(checkpoints["mae"]))
 
 
 def test_predict__reads_visible_patches_alone(checkpoints):
