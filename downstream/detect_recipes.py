@@ -22,6 +22,7 @@ from torch import nn
 
 from downstream import encoders, transfer
 from downstream.objects import CANVAS
+from downstream.windows import everywhere
 from engine import UserError, arg, require
 from engine.field import data_arg, optim_arg
 
@@ -201,14 +202,7 @@ class Config(transfer.SourceConfig):
             (plain or self.neck == "simple", "neck", "is a plain encoder's; others have an FPN"),
         )
         shares(self.drops)
-        words, depth = self.everywhere.split(","), len(self.blocks)
-        if self.everywhere == "quarters":
-            words = [str(max(1, round(k * depth / 4))) for k in (1, 2, 3, 4)]
-        self.globals = [int(w) for w in words if w.strip().isdecimal()]
-        ok = not self.everywhere or len(self.globals) == len(words)
-        ok = ok and all(1 <= n <= depth for n in self.globals)
-        words = f"{self.everywhere}: want blocks from 1 to {depth}, as 1,4,7,11, or quarters"
-        require((ok, "everywhere", words))
+        self.globals = everywhere(self.everywhere, len(self.blocks))
 
     @property
     def windows(self) -> dict:

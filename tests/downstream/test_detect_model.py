@@ -315,10 +315,13 @@ def test_maps__mcmae_without_windows_are_its_own_pyramid():
 
 def test_maps__levels_are_those_depths_of_a_plain_encoder():
     model = detector("semanticmim", neck="levels")  # four blocks
-    with torch.no_grad():
-        model.encoder.reg_token.zero_()
-    maps = model.maps(torch.randn(2, 3, 64, 64))
-    assert model.layers == [1, 2, 3] and [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    imgs = torch.randn(2, 3, 64, 64)
+    maps, x, wanted = model.maps(imgs), model.encoder.embed(imgs), []
+    assert [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    for block in model.encoder.blocks:  # a third, a half, two thirds and all of four
+        wanted.append(x := block(x))
+    for a, b in zip(maps, wanted):
+        torch.testing.assert_close(a.flatten(2).transpose(1, 2), b)
     assert [round(12 * f) for f in (1 / 3, 1 / 2, 2 / 3)] == [4, 6, 8]
 
 
