@@ -112,6 +112,10 @@ class Config(transfer.SourceConfig):
     dim: int = arg(256, "channels of neck and heads; public code of MCMAE", within="(0, inf)")
     proposals: int = arg(1000, "boxes the RPN keeps of an image; the same code", within="(0, inf)")
     boxes: int = arg(512, "boxes of an image to train on; the same code", within="(0, inf)")
+    anchor: float = arg(
+        8, "side of the RPN's anchors, in strides of their level; the same code: 32 at stride 4",
+        within="(0, inf)",
+    )  # fmt: skip
     train_position: bool = arg(False, "train fixed positions; learned ones are, anyway")
     drop_path: float | None = arg(
         None, "0.2: CFMAE Table 9; 0.1: public code of MCMAE, ViTDet", within="[0, 0.99]"
@@ -155,8 +159,8 @@ class Config(transfer.SourceConfig):
         "patch_size base_lr min_lr warmup_epochs crop_scale_min compile".split()
     )
     FURTHER: typing.ClassVar = engine.config.Config.FURTHER + tuple(
-        "dim proposals boxes beta1 beta2 clip_grad scale_min scale_max num_heads init_key mean std "
-        "train_position".split()
+        "dim proposals boxes anchor beta1 beta2 clip_grad scale_min scale_max num_heads init_key "
+        "mean std train_position".split()
     )
     FREE = engine.config.Config.FREE + SET
 

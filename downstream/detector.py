@@ -78,12 +78,13 @@ class Detector(nn.Module):
         mean, std: (3,) each, of [0, 1] pixels, as the encoder expects them.
         dim, proposals, boxes: channels of neck and heads; boxes that the RPN keeps of an image, and
             that heads are trained on.
+        anchor: side of the RPN's anchors, in strides.
     """
 
     def __init__(
         self, encoder: nn.Module, classes: int, neck: str = "simple", windows: dict | None = None,
         mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-        dim: int = 256, proposals: int = 1000, boxes: int = 512,
+        dim: int = 256, proposals: int = 1000, boxes: int = 512, anchor: float = 8,
     ):  # fmt: skip
         super().__init__()
         self.encoder, self.normalize, self.windows = encoder, Normalize(mean, std), None
@@ -95,7 +96,7 @@ class Detector(nn.Module):
         dims = self.freeze()
         strides = [p / 4, p / 2, p, 2 * p] if plain else list(encoder.strides)
         self.neck = Neck(dims, self.kind, dim)
-        self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals)
+        self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals, anchor)
         self.roi = RoI(dim, strides, classes, boxes)
 
     def freeze(self) -> list[int]:
