@@ -101,6 +101,8 @@ def open_split(
             coco.mask_tools()
             files = coco.read_json(path, folder, categories)
             data.check(CocoImages(folder, files, jitter))
+            if files.left_out:
+                print(f"objects     {path}: {files.left_out} have no pixels and are left out")
             with engine.writing(place):
                 files.save(place)
         return True
