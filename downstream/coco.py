@@ -6,6 +6,7 @@ Objects       images and their segmentations, mapped from a run's folder
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,12 @@ def load_json(path: str | Path) -> dict:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path} is no COCO JSON: it has no list of {key}")
         for field in fields:
-            if lacking := sum(field not in row for row in rows):
+            if lacking := sum(row.get(field) is None for row in rows):
                 raise UserError(f"{path}: {lacking} of {len(rows)} {key} have no {field}")
+            least = {"id": -math.inf, "height": 1, "width": 1}.get(field)
+            for value in (row[field] for row in rows if least is not None):
+                if not isinstance(value, (int, float)) or value < least:
+                    raise UserError(f"{path}: {field} {value!r} of {key} is no number that fits")
     return content
 
 
@@ -53,6 +58,23 @@ def usable(segmentation: object) -> bool:
     if isinstance(segmentation, dict):
         return {"counts", "size"} <= segmentation.keys()
     return bool(polygons(segmentation))
+
+
+def misfit(segmentation: list | dict, height: int, width: int) -> str | None:
+    """What is wrong with a usable segmentation of an image of such a size; None: nothing.
+
+    pycocotools walks along the edges of a polygon: a corner in the infinite takes all memory.
+    """
+    if isinstance(segmentation, dict):
+        runs = segmentation["counts"]
+        found = sum(runs) if isinstance(runs, list) else height * width
+        return None if found == height * width else f"run lengths of {found} pixels"
+    far = 10 * max(height, width)
+    for polygon in polygons(segmentation):
+        corners = np.array(polygon, float)
+        if not (np.abs(corners) <= far).all():  # nor where it is no number
+            return f"a corner at {corners[~(np.abs(corners) <= far)][0]}"
+    return None
 
 
 def polygons(segmentation: list) -> list[list[float]]:
@@ -91,23 +113,7 @@ def read_json(path: str | Path, folder: str, categories: list | None = None) -> 
     place = {image["id"]: i for i, image in enumerate(images)}
     if len(place) != len(images) or not images:
         raise UserError(f"{path}: {len(images)} images with {len(place)} different ids")
-    rows, lacking = [[] for _ in images], []
-    for a in content["annotations"]:
-        if a["image_id"] not in place or a["category_id"] not in numbers:
-            known = "image" if a["image_id"] not in place else "category"
-            raise UserError(
-                f"{path}: annotation {a.get('id')} is of an unknown {known}: {a[known + '_id']}"
-            )
-        if a.get("iscrowd"):  # neither object nor background; the evaluation knows them
-            continue
-        if not isinstance(a.get("segmentation"), (list, dict)):
-            lacking.append(a.get("id"))
-        elif usable(a["segmentation"]):
-            rows[place[a["image_id"]]].append((numbers[a["category_id"]], a["segmentation"]))
-    if lacking:
-        raise UserError(
-            f"{path}: {len(lacking)} annotations have no segmentation: {first_few(lacking)}"
-        )
+    rows, left_out = sort_out(path, content, place, numbers)
     check_names(folder, [str(image["file_name"]) for image in images])
     texts = [json.dumps(s, separators=(",", ":")).encode() for row in rows for _, s in row]
     arrays = {
@@ -119,7 +125,44 @@ def read_json(path: str | Path, folder: str, categories: list | None = None) -> 
         "starts": np.cumsum([0, *map(len, texts)]),
         "texts": np.frombuffer(b"".join(texts), np.uint8),
     }
-    return Objects(arrays, categories or own)
+    return Objects(arrays, categories or own, left_out=left_out)
+
+
+def sort_out(
+    path: str | Path, content: dict, place: dict, numbers: dict
+) -> tuple[list[list[tuple[int, list | dict]]], int]:
+    """The objects of each image, label and segmentation, and how many were left out, without any
+    pixel. Args: `place` of an image by its id; `numbers`, labels by the category's id.
+    """
+    rows, lacking, objects = [[] for _ in place], [], 0
+    for a in content["annotations"]:
+        for known, table in (("image", place), ("category", numbers)):
+            if a[f"{known}_id"] not in table:
+                words = f"is of an unknown {known}: {a[f'{known}_id']}"
+                raise UserError(f"{path}: annotation {a.get('id')} {words}")
+        i, given = place[a["image_id"]], a.get("segmentation")
+        h, w = (content["images"][i][k] for k in ("height", "width"))
+        whole = isinstance(given, (list, dict)) and usable(given)
+        if whole and (words := misfit(given, h, w)):
+            words += f", of an image of {h} x {w}"
+            raise UserError(f"{path}: annotation {a.get('id')} has {words}")
+        if a.get("iscrowd"):  # neither object nor background; the evaluation knows them
+            continue
+        objects += 1
+        if not isinstance(given, (list, dict)):
+            lacking.append(a.get("id"))
+        elif whole:
+            rows[i].append((numbers[a["category_id"]], given))
+    if lacking:
+        words = f"{len(lacking)} annotations have no segmentation: {first_few(lacking)}"
+        raise UserError(f"{path}: {words}")
+    found = sum(map(len, rows))
+    if objects and not found:
+        raise UserError(
+            f"{path}: none of {objects} objects has run lengths or a polygon of three points, and "
+            "masks cannot be learned from boxes"
+        )
+    return rows, objects - found
 
 
 class Objects:
@@ -129,12 +172,17 @@ class Objects:
         arrays: names (n,) bytes; ids (n,); sizes (n, 2) height and width; first (n + 1,) object of
             each image; labels (m,) from 1; starts (m + 1,) of each segmentation in texts, JSON.
         categories: [[id, name], ...], label 1 first.
+        left_out: objects of the JSON that have no pixels, known when it is read.
     """
 
     NAMES = ("names", "ids", "sizes", "first", "labels", "starts", "texts")
 
-    def __init__(self, arrays: dict[str, np.ndarray], categories: list, place: str | None = None):
+    def __init__(
+        self, arrays: dict[str, np.ndarray], categories: list, place: str | None = None,
+        left_out: int = 0,
+    ):  # fmt: skip
         self.arrays, self.categories, self.place = arrays, categories, place
+        self.left_out = left_out
 
     def save(self, place: str | Path) -> "Objects":
         """Write the arrays into a folder, its description last, and return them mapped."""

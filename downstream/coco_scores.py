@@ -147,10 +147,10 @@ def truth(dataset: Dataset, path: str | None, categories: list) -> dict:
         for a in annotations:
             run = run_lengths(a.get("segmentation") or [], sizes[a["image_id"]], tools)
             a["segmentation"] = run
-            a.setdefault("iscrowd", 0)
-            if "area" not in a:
+            a["iscrowd"] = a.get("iscrowd") or 0
+            if a.get("area") is None:
                 a["area"] = float(tools.area(run))
-            if "bbox" not in a:
+            if not a.get("bbox"):
                 a["bbox"] = tools.toBbox(run).tolist()
         images = content["images"]
     else:

@@ -5,6 +5,8 @@
 Without these options it is `mcmae.make_encoder`'s.
 """
 
+from collections.abc import Sequence
+
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
 import torch
@@ -25,6 +27,15 @@ class RelativeAttention(public_vit.RelativeAttention):
         super().__init__(dim, num_heads, grid)
         table = self.relative_position_bias_table[:-3]  # those of the class token come last
         self.relative_position_bias_table = nn.Parameter(table.detach().clone())
+
+    def table(self, grid: Sequence[int]) -> Tensor:
+        """The offsets between the patches of a grid (h, w): ((2h - 1)(2w - 1), heads)."""
+        table, (_, width) = self.relative_position_bias_table, self.grid
+        rows, cols = (
+            torch.arange(1 - now, now, device=table.device).clamp(1 - n, n - 1) + n - 1
+            for n, now in zip(self.grid, grid)
+        )
+        return table[(rows[:, None] * (2 * width - 1) + cols).flatten()]
 
     def bias(self) -> Tensor:
         """Bias of the grid `now`, (heads, L, L); rows are queries."""

@@ -51,7 +51,7 @@ def build(cfg: Config, classes: int) -> Detector:
     """The model of a run, with fresh weights."""
     encoder = encoders.build(cfg.described, cfg.image_size, cfg.drop_path, cfg.train_position)
     mean, std = cfg.statistics
-    sizes = {k: getattr(cfg, k) for k in ("dim", "proposals", "boxes")}
+    sizes = {k: getattr(cfg, k) for k in ("dim", "proposals", "boxes", "anchor")}
     return Detector(encoder, classes, cfg.neck, cfg.windows, mean, std, **sizes)
 
 
@@ -101,6 +101,8 @@ def open_split(
             coco.mask_tools()
             files = coco.read_json(path, folder, categories)
             data.check(CocoImages(folder, files, jitter))
+            if files.left_out:
+                print(f"objects     {path}: {files.left_out} have no pixels and are left out")
             with engine.writing(place):
                 files.save(place)
         return True

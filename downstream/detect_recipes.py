@@ -22,6 +22,7 @@ from torch import nn
 
 from downstream import encoders, transfer
 from downstream.objects import CANVAS
+from downstream.windows import everywhere
 from engine import UserError, arg, require
 from engine.field import data_arg, optim_arg
 
@@ -111,6 +112,10 @@ class Config(transfer.SourceConfig):
     dim: int = arg(256, "channels of neck and heads; public code of MCMAE", within="(0, inf)")
     proposals: int = arg(1000, "boxes the RPN keeps of an image; the same code", within="(0, inf)")
     boxes: int = arg(512, "boxes of an image to train on; the same code", within="(0, inf)")
+    anchor: float = arg(
+        8, "side of the RPN's anchors, in strides of their level; the same code: 32 at stride 4",
+        within="(0, inf)",
+    )  # fmt: skip
     train_position: bool = arg(False, "train fixed positions; learned ones are, anyway")
     drop_path: float | None = arg(
         None, "0.2: CFMAE Table 9; 0.1: public code of MCMAE, ViTDet", within="[0, 0.99]"
@@ -154,8 +159,8 @@ class Config(transfer.SourceConfig):
         "patch_size base_lr min_lr warmup_epochs crop_scale_min compile".split()
     )
     FURTHER: typing.ClassVar = engine.config.Config.FURTHER + tuple(
-        "dim proposals boxes beta1 beta2 clip_grad scale_min scale_max num_heads init_key mean std "
-        "train_position".split()
+        "dim proposals boxes anchor beta1 beta2 clip_grad scale_min scale_max num_heads init_key "
+        "mean std train_position".split()
     )
     FREE = engine.config.Config.FREE + SET
 
@@ -201,14 +206,7 @@ class Config(transfer.SourceConfig):
             (plain or self.neck == "simple", "neck", "is a plain encoder's; others have an FPN"),
         )
         shares(self.drops)
-        words, depth = self.everywhere.split(","), len(self.blocks)
-        if self.everywhere == "quarters":
-            words = [str(max(1, round(k * depth / 4))) for k in (1, 2, 3, 4)]
-        self.globals = [int(w) for w in words if w.strip().isdecimal()]
-        ok = not self.everywhere or len(self.globals) == len(words)
-        ok = ok and all(1 <= n <= depth for n in self.globals)
-        words = f"{self.everywhere}: want blocks from 1 to {depth}, as 1,4,7,11, or quarters"
-        require((ok, "everywhere", words))
+        self.globals = everywhere(self.everywhere, len(self.blocks))
 
     @property
     def windows(self) -> dict:

@@ -17,10 +17,9 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 import coma_dyvit
-import mcmae
-from common import IMAGENET_MEAN, IMAGENET_STD, Normalize, unpatchify
+from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from downstream.mask_rcnn import RPN, RoI, norm, unpack
-from downstream.windows import Windows
+from downstream.windows import Windows, pyramid
 
 
 def levels(dim: int) -> tuple[nn.ModuleList, list[int]]:
@@ -79,12 +78,13 @@ class Detector(nn.Module):
         mean, std: (3,) each, of [0, 1] pixels, as the encoder expects them.
         dim, proposals, boxes: channels of neck and heads; boxes that the RPN keeps of an image, and
             that heads are trained on.
+        anchor: side of the RPN's anchors, in strides.
     """
 
     def __init__(
         self, encoder: nn.Module, classes: int, neck: str = "simple", windows: dict | None = None,
         mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD,
-        dim: int = 256, proposals: int = 1000, boxes: int = 512,
+        dim: int = 256, proposals: int = 1000, boxes: int = 512, anchor: float = 8,
     ):  # fmt: skip
         super().__init__()
         self.encoder, self.normalize, self.windows = encoder, Normalize(mean, std), None
@@ -93,11 +93,10 @@ class Detector(nn.Module):
         depth = 0 if isinstance(encoder, coma_dyvit.DyViT) else len(encoder.blocks)
         if depth:
             self.windows = Windows(encoder.blocks, encoder.grid, **(windows or {}))
-        self.layers = [max(1, round(depth * f)) for f in (1 / 3, 1 / 2, 2 / 3)]
         dims = self.freeze()
         strides = [p / 4, p / 2, p, 2 * p] if plain else list(encoder.strides)
         self.neck = Neck(dims, self.kind, dim)
-        self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals)
+        self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals, anchor)
         self.roi = RoI(dim, strides, classes, boxes)
 
     def freeze(self) -> list[int]:
@@ -115,19 +114,7 @@ class Detector(nn.Module):
 
     def maps(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """What the neck reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""
-        encoder, windows = self.encoder, self.windows
-        if windows is None:
-            return encoder.forward_pyramid(imgs, seed=seed)
-        grid, scales = encoder.grid_of(imgs), encoder.drops(seed)[-len(encoder.blocks) :]
-        if isinstance(encoder, mcmae.Encoder):  # windows are stage 3's (Sec. 2.3)
-            *early, x = encoder.stages(imgs, seed=seed)
-            (x,) = windows.run(encoder.blocks, x, grid, scales)
-            parts = zip((*early, x), (4, 2, 1))
-            maps = [unpatchify(E.flatten(2), k, grid) for E, k in parts]
-            return [*maps, encoder.fourth(maps[2])]
-        layers = self.layers if self.kind == "levels" else ()
-        found = windows.run(encoder.blocks, encoder.embed(imgs), grid, scales, layers)
-        return [x.transpose(1, 2).unflatten(2, grid) for x in found]
+        return pyramid(self.encoder, imgs, self.windows, seed, self.kind == "simple")
 
     def pyramid(self, rgb: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """Five maps of images (B, 3, H, W) uint8; `seed` (B,) turns drop path on."""

@@ -12,6 +12,7 @@ of the public configurations: L1 for boxes, RoIAlign aligned, mask targets cut a
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -31,7 +33,6 @@ from noise import uniform
 
 
 ANCHORS, BOXES = 101, 102  # streams of noise, beside noise.STREAMS
-CELL = 8  # an anchor's side, in strides: 32 at stride 4
 norm = partial(LayerNorm2d, eps=1e-6)
 
 
@@ -63,12 +64,13 @@ class RPN(RegionProposalNetwork):
     Two convolutions, one anchor size a level in three shapes; trained on 256 anchors a sample, at
     most half of them positive, IoU above 0.7 against below 0.3; non-maximum suppression at 0.7.
 
-    Args: `kept`: boxes after suppression; before it as many a level in tests, twice that in
-        training.
+    Args:
+        kept: boxes after suppression; before it as many a level in tests, twice that in training.
+        side: of an anchor, in strides: 8, 32 at stride 4.
     """
 
-    def __init__(self, dim: int, strides: Sequence[int], kept: int = 1000):
-        anchors = AnchorGenerator(tuple((CELL * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5)
+    def __init__(self, dim: int, strides: Sequence[int], kept: int = 1000, side: float = 8):
+        anchors = AnchorGenerator(tuple((side * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5)
         super().__init__(
             anchors, RPNHead(dim, 3, conv_depth=2), 0.7, 0.3, 256, 0.5,
             {"training": 2 * kept, "testing": kept}, {"training": kept, "testing": kept}, 0.7,
@@ -106,23 +108,36 @@ class RPN(RegionProposalNetwork):
             error = F.binary_cross_entropy_with_logits(
                 scores, labels.clamp(min=0), reduction="none"
             )
-            at = (chosen & (labels > 0)).nonzero(as_tuple=True)
-            wanted = self.box_coder.encode_single(torch.stack(matched)[at], anchors[at[1]])
-            shift = (deltas.view(B, -1, 4)[at] - wanted).abs().sum(1)
+            positive, every = (labels > 0).flatten(), anchors.repeat(B, 1)
+            shift = distance(self.box_coder, deltas, torch.cat(matched), every, positive)
             losses = {"loss_objectness": (error * share).sum()}
-            return proposals, losses | {"loss_proposals": (shift * share[at]).sum()}
+            return proposals, losses | {"loss_proposals": (shift * share.flatten()).sum()}
 
 
-def pool(maps: list[Tensor], strides: Sequence[int], boxes: list[Tensor], size: int) -> Tensor:
-    """RoIAlign of boxes, each from the map that fits its size: (R, C, size, size) float32.
+def distance(
+    coder: BoxCoder, deltas: Tensor, true: Tensor, boxes: Tensor, positive: Tensor
+) -> Tensor:
+    """L1 distance of deltas (n, 4) from those that move boxes to the true ones; (n,), 0 where not
+    `positive`. All rows are computed: to pick some, the host would wait for the device to count.
+    """
+    wanted = coder.encode_single(true.where(positive[:, None], boxes), boxes)
+    return (deltas - wanted).abs().sum(1) * positive
+
+
+def regions(boxes: list[Tensor]) -> Tensor:
+    """Boxes (n, 4) of each image as roi_align takes them: (R, 5), the image's number first."""
+    index = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+    return torch.cat([torch.cat(index), torch.cat(boxes)], dim=1)
+
+
+def pool(maps: list[Tensor], strides: Sequence[int], rois: Tensor, size: int) -> Tensor:
+    """RoIAlign of boxes (R, 5), each from the map that fits its size: (R, C, size, size) float32.
 
     A box of 14 strides' side, and up to twice that, belongs to a map: FPN's 224 at stride 16.
     """
-    index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-    rois = torch.cat(boxes)
-    side = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).clamp(min=0).sqrt()
+    side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
     level = (side / (14 * strides[0])).clamp(min=1e-6).log2().add(1e-6).floor()
-    level, rois = level.clamp(0, len(maps) - 1), torch.cat([index, rois], dim=1)
+    level = level.clamp(0, len(maps) - 1)
     out = maps[0].new_zeros(len(rois), maps[0].shape[1], size, size, dtype=torch.float32)
     for i, (x, stride) in enumerate(zip(maps, strides)):
         (at,) = (level == i).nonzero(as_tuple=True)
@@ -155,17 +170,20 @@ class RoI(RoIHeads):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
-    def pooled(self, maps: list[Tensor], boxes: list[Tensor], size: int) -> Tensor:
-        return pool(maps[:4], self.strides, boxes, size)
+    def pooled(self, maps: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        return pool(maps[:4], self.strides, rois, size)
 
-    def classify(self, maps: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (R, 1 + classes) and deltas (R, 4 (1 + classes)) in fp32; class 0 is none."""
-        found = self.box_predictor(self.box_head(self.pooled(maps, boxes, 7)))
+    def classify(self, maps: list[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (R, 1 + classes) and deltas (R, 4 (1 + classes)) in fp32; class 0 is none.
+
+        Args: `rois`: boxes of all images, as `regions` has them.
+        """
+        found = self.box_predictor(self.box_head(self.pooled(maps, rois, 7)))
         return tuple(x.float() for x in found)
 
-    def cut(self, maps: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
+    def cut(self, maps: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
         """Mask logits (R, 28, 28) of boxes of such classes, in fp32."""
-        x = self.mask_predictor(self.mask_head(self.pooled(maps, boxes, 14)))
+        x = self.mask_predictor(self.mask_head(self.pooled(maps, rois, 14)))
         return x[torch.arange(len(x), device=x.device), labels].float()
 
     def sample(
@@ -193,30 +211,27 @@ class RoI(RoIHeads):
         Args: `targets`: boxes (n, 4), labels (n,) from 1, masks (n, H, W) float of each image.
         """
         boxes, labels, whose = self.sample(proposals, targets, seed)
-        logits, deltas = self.classify(maps, boxes)
+        counts = [0, *accumulate(len(t["boxes"]) for t in targets)]
+        whose = torch.cat([i + first for i, first in zip(whose, counts)])  # of all images' objects
+        rois, label, share = regions(boxes), torch.cat(labels), shares(labels)
+        logits, deltas = self.classify(maps, rois)
         with torch.autocast(logits.device.type, enabled=False):
-            label, box = torch.cat(labels), torch.cat(boxes)
-            error = F.cross_entropy(logits, label, reduction="none")
-            share = shares(labels)
-            (at,) = (label > 0).nonzero(as_tuple=True)
-            true = torch.cat([
-                t["boxes"][i] if len(t["boxes"]) else b for t, i, b in zip(targets, whose, boxes)
-            ])  # fmt: skip
-            wanted = self.box_coder.encode_single(true[at], box[at])
-            moved = deltas.view(len(deltas), -1, 4)[at, label[at]]
-            shift = (moved - wanted).abs().sum(1)
-            losses = {"loss_class": (error * share).sum(), "loss_box": (shift * share[at]).sum()}
-        positive = [x > 0 for x in labels]
-        boxes, labels, whose = (
-            [x[p] for x, p in zip(xs, positive)] for xs in (boxes, labels, whose)
-        )
-        pred = self.cut(maps, boxes, torch.cat(labels))
+            error, box = F.cross_entropy(logits, label, reduction="none"), rois[:, 1:]
+            true = torch.cat([t["boxes"] for t in targets] if counts[-1] else boxes)
+            true = true[whose.clamp(max=len(true) - 1)]  # an image without objects has none
+            moved = deltas.view(len(deltas), -1, 4)[
+                torch.arange(len(box), device=box.device), label
+            ]
+            shift = distance(self.box_coder, moved, true, box, label > 0)
+            losses = {"loss_class": (error * share).sum(), "loss_box": (shift * share).sum()}
+        (at,) = (label > 0).nonzero(as_tuple=True)
+        pred = self.cut(maps, rois[at], label[at])
         with torch.autocast(logits.device.type, enabled=False):
-            wanted = torch.cat([
-                crops(t["masks"], b, i) for t, b, i in zip(targets, boxes, whose)
-            ])  # fmt: skip
+            wanted = crops(torch.cat([t["masks"] for t in targets]), box[at], whose[at])
             error = F.binary_cross_entropy_with_logits(pred, wanted, reduction="none")
-            return losses | {"loss_mask": (error.mean((1, 2)) * shares(labels)).sum()}
+            positive = torch.stack([(x > 0).sum() for x in labels])[rois[at, 0].long()]
+            error = error.mean((1, 2)) / positive / len(labels)
+            return losses | {"loss_mask": error.sum()}
 
     @torch.no_grad()
     def detect(
@@ -225,11 +240,12 @@ class RoI(RoIHeads):
         """Objects of each image: boxes (n, 4), labels (n,) from 1, scores (n,), masks (n, 28, 28),
         probabilities inside the boxes; the best first.
         """
-        logits, deltas = self.classify(maps, proposals)
+        logits, deltas = self.classify(maps, regions(proposals))
         with torch.autocast(logits.device.type, enabled=False):
             found = self.postprocess_detections(logits, deltas, proposals, [size] * len(proposals))
         boxes, scores, labels = found
-        masks = self.cut(maps, boxes, torch.cat(labels)).sigmoid().split([len(b) for b in boxes])
+        masks = self.cut(maps, regions(boxes), torch.cat(labels)).sigmoid()
+        masks = masks.split([len(b) for b in boxes])
         rows = zip(boxes, labels, scores, masks)
         return [dict(zip(("boxes", "labels", "scores", "masks"), row)) for row in rows]
 

@@ -195,7 +195,10 @@ class CocoImages(Dataset):
         """One image as the jitter sees it. Raises Unreadable; UserError."""
         rgb, labels, segmentations = self.load(index)
         view, tools = self.jitter.view(*rgb.shape[1:], seed), mask_tools()
-        masks = [view.mask(s, tools) for s in segmentations]
+        try:
+            masks = [view.mask(s, tools) for s in segmentations]
+        except ValueError as error:
+            raise UserError(f"{self.files.name(index)}: {error}") from None
         masks = np.stack(masks) if masks else np.zeros((0, *view.kept), np.uint8)
         image = view.image(rgb, self.jitter.size, self.jitter.colour)
         return sample_of(image, masks, labels, (view.kept, view.original), seed, bad)

@@ -33,6 +33,10 @@ class RelativeAttention(Attention):
         rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
 
+    def table(self, grid: Sequence[int]) -> Tensor:
+        """The offsets between the patches of a grid (h, w): ((2h - 1)(2w - 1), heads)."""
+        return resize_table(self.relative_position_bias_table, self.grid, grid)[:-3]
+
     def bias(self) -> Tensor:
         """Bias of the grid `now`, (heads, 1 + L, 1 + L); rows are queries, class token first."""
         (h, w), table = self.now, self.relative_position_bias_table

@@ -49,8 +49,8 @@ def build(cfg: Config) -> Segmenter:
     encoder = encoders.build(cfg.described, cfg.crop, cfg.drop_path, cfg.train_position)
     sizes = {"dim": cfg.dim, "aux_dim": cfg.aux_dim, "dropout": cfg.dropout}
     loss_size = cfg.loss_size if cfg.protocol == "linear" else 0  # UperNet's: all pixels
-    mean, std = cfg.statistics
-    return Segmenter(encoder, cfg.classes, cfg.layer, cfg.aux_weight, loss_size, mean, std, **sizes)
+    common = cfg.layer, cfg.aux_weight, loss_size, *cfg.statistics, cfg.windows
+    return Segmenter(encoder, cfg.classes, *common, **sizes)
 
 
 def make_optimizer(cfg: Config, model: Segmenter) -> torch.optim.Optimizer:

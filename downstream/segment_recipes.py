@@ -19,6 +19,7 @@ from torch import nn
 
 from data import UNLABELLED
 from downstream import encoders, transfer
+from downstream.windows import everywhere
 from engine import UserError, arg, require
 from engine.field import data_arg, optim_arg
 from shapes import ShapeScenes
@@ -86,6 +87,14 @@ class Config(transfer.SourceConfig):
         "configuration",
         ["pool", "conv"],
     )
+    window: int = arg(
+        0, "UperNet: side of attention windows, in patches; 0: global, as all papers' here",
+        within="[0, inf)",
+    )  # fmt: skip
+    everywhere: str = arg(
+        "", "blocks that attend globally all the same, from 1: 1,4,7,11; quarters, the last of each"
+    )
+    shifted: bool = arg(False, "every other windowed block is shifted by half")
     layer: int | None = arg(
         None,
         "linear: which layer, 1-based. Two thirds of the depth: 8 of 12, SemanticMIM's public "
@@ -192,7 +201,7 @@ class Config(transfer.SourceConfig):
     FURTHER: typing.ClassVar = tuple(
         "beta1 beta2 clip_grad momentum loss_size aux_weight dim aux_dim dropout scale_min "
         "scale_max crop_scale_min deterministic log log_every save_minutes save_epochs val_epochs "
-        "val_samples preview_epochs".split()
+        "val_samples preview_epochs everywhere shifted".split()
     )
     GONE: typing.ClassVar = ("description", "norm_batch")  # of older runs; facts by now
     FREE = transfer.SourceConfig.FREE + GONE + ("patch_size",)
@@ -227,6 +236,13 @@ class Config(transfer.SourceConfig):
         """What MCMAE's encoder gets beyond its pre-training; the description has it, too."""
         asked = {k: getattr(self, k) for k in ("relative_bias", "init_values", "fourth")}
         return {k: v for k, v in asked.items() if v != getattr(Config, k)}
+
+    @property
+    def windows(self) -> dict | None:
+        """What the encoder's blocks are run with, see windows.Windows; None: themselves."""
+        if not self.window:
+            return None
+        return {"window": self.window, "everywhere": self.globals, "shifted": self.shifted}
 
     @property
     def colour(self) -> tuple[int, int, int]:
@@ -278,7 +294,12 @@ def check_encoder(cfg: Config, encoder: nn.Module) -> None:
         words = f"{side} is not at least two times the encoder's largest stride, {stride}, and "
         ok = side % stride == 0 and side >= 2 * stride
         require((ok, name, words + f"divisible by it; nearest: {near}"))
-    depth = encoder.num_layers
+    depth, blocks = encoder.num_layers, getattr(encoder, "blocks", ())  # DyViT has stages
+    require(
+        (blocks or not cfg.window, "window", "DyViT has windows of its own: 0"),
+        (cfg.protocol != "linear" or not cfg.window, "window", "is UperNet's: 0"),
+    )
+    cfg.globals = everywhere(cfg.everywhere, len(blocks))
     if cfg.protocol == "linear":
         ok = 1 <= cfg.layer <= depth
         require((ok, "layer", f"{cfg.layer}: this encoder has layers 1 to {depth}"))

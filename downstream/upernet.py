@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from data import UNLABELLED
+from downstream.windows import Windows, pyramid
 from noise import DROPOUT, uniform
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pyramid pooling
@@ -198,6 +199,7 @@ class Segmenter(nn.Module):
         aux_weight: weight of the auxiliary loss.
         loss_size: short side at which a probe's loss is taken; 0 = that of the labels.
         mean, std: (3,) each, of [0, 1] pixels, as the encoder expects them.
+        windows: options of Windows, without a bias; None: blocks attend as the encoder has it.
         sizes: dim, aux_dim, dropout, as UperNet takes them.
     """
 
@@ -210,11 +212,13 @@ class Segmenter(nn.Module):
         loss_size: int = 0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        windows: dict | None = None,
         **sizes,
     ):
         super().__init__()
         self.encoder, self.layer, self.loss_size = encoder, layer, loss_size
         self.aux_weight, self.normalize = aux_weight, Normalize(mean, std)
+        self.windows = Windows(encoder.blocks, encoder.grid, **windows) if windows else None
         shapes = copy.deepcopy(encoder).to("meta").eval()  # computes shapes alone
         imgs = torch.zeros(1, 3, *(n * encoder.patch_size for n in encoder.grid), device="meta")
         if layer:
@@ -222,7 +226,7 @@ class Segmenter(nn.Module):
             ((tokens, _),) = shapes.forward_features(imgs, [layer])
             self.head = Probe(tokens.shape[2], classes)
             return
-        maps, params = shapes.forward_pyramid(imgs), list(shapes.parameters())
+        maps, params = pyramid(shapes, imgs, self.windows), list(shapes.parameters())
         grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
         for p, grad in zip(encoder.parameters(), grads):
             p.requires_grad_(grad is not None)
@@ -232,7 +236,7 @@ class Segmenter(nn.Module):
     def features(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """What the head reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""
         if not self.layer:
-            return self.encoder.forward_pyramid(imgs, seed=seed)
+            return pyramid(self.encoder, imgs, self.windows, seed)
         with torch.no_grad():
             ((tokens, _),) = self.encoder.forward_features(imgs, [self.layer])
         h, w = self.encoder.grid_of(imgs)

@@ -2,7 +2,9 @@
 
     partition, join     a map to windows and back; where windows stick out, which tokens are real
     offsets             a learned bias of each offset, as a matrix of a grid
+    everywhere          which blocks attend globally, as a flag names them
     Windows             runs blocks of `common.Block`'s form; some of them attend globally
+    pyramid             an encoder's maps, its blocks run so
 
 Windows are a way to run blocks, not part of an encoder: its weights and names stay as pre-training
 left them. Prefix tokens (class, proxies) are left out, as ViTDet does: they belong to no window.
@@ -15,8 +17,14 @@ import engine  # noqa: F401 - before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import mcmae
+from common import unpatchify
 from downstream.public_vit import RelativeAttention, resize_table
+from engine import require
+
+SCORES = 2**22  # of queries and keys that a CPU holds at a time where a bias is added to them
 
 
 def edges(length: int, window: int, shift: int) -> tuple[int, int]:
@@ -47,14 +55,49 @@ def join(x: Tensor, grid: Sequence[int], window: int, shift: int = 0) -> Tensor:
     return x[:, top : top + h, left : left + w].flatten(1, 2)
 
 
-def offsets(table: Tensor, grid: Sequence[int]) -> Tensor:
+def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
     """Bias (heads, L, L) of a grid (h, w) from a row for each of (2h - 1)(2w - 1) offsets.
 
     The same order of rows as BEiT, Swin and the public detection code of MCMAE.
+    Args: `rows`: queries, of the L; (heads, rows, L).
     """
     (h, w), at = grid, torch.arange(grid[0] * grid[1], device=table.device)
-    dy, dx = (a[:, None] - a for a in (at // w, at % w))
-    return table[(dy + h - 1) * (2 * w - 1) + dx + w - 1].permute(2, 0, 1)
+    dy, dx = (a[rows, None] - a for a in (at // w, at % w))
+    return F.embedding((dy + h - 1) * (2 * w - 1) + dx + w - 1, table).permute(2, 0, 1)
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: Sequence[int]) -> Tensor:
+    """Attention of q, k, v (B, heads, L, d) with the bias of `offsets`, in little memory.
+
+    torch's CPU kernel writes all scores out where a bias is trained, and keeps them: 12 heads of
+    4096 x 4096. Here the backward pass computes them again, some queries at a time.
+    """
+    B, heads, L, _ = q.shape
+
+    def some(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: slice) -> Tensor:
+        bias = offsets(table, grid, rows).to(q.dtype)
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+
+    n = max(1, SCORES // (B * heads * L))
+    parts = [slice(i, i + n) for i in range(0, L, n)]
+    if len(parts) == 1:
+        return some(q, k, v, table, parts[0])
+    found = [checkpoint(some, q[:, :, p], k, v, table, p, use_reentrant=False) for p in parts]
+    return torch.cat(found, dim=2)
+
+
+def everywhere(words: str, depth: int) -> list[int]:
+    """Blocks that attend globally, 1-based, of so many: "1,4,7,11", or "quarters", the last of
+    each. Errors: UserError.
+    """
+    names = words.split(",") if words else []
+    if words == "quarters":
+        names = [str(max(1, round(k * depth / 4))) for k in (1, 2, 3, 4)]
+    found = [int(w) for w in names if w.strip().isdecimal()]
+    ok = len(found) == len(names) and all(1 <= n <= depth for n in found)
+    usual = f"{words}: want blocks from 1 to {depth}, as 1,4,7,11, or quarters"
+    require((ok, "everywhere", usual))
+    return found
 
 
 class Windows(nn.Module):
@@ -86,14 +129,17 @@ class Windows(nn.Module):
             table = torch.zeros((2 * h - 1) * (2 * w - 1), heads) if found else None
             self.register_parameter(f"{name}_bias_table", nn.Parameter(table) if found else None)
 
-    def bias(self, inside: bool, grid: Sequence[int]) -> Tensor | None:
-        """The shared bias (heads, L, L) of windowed or of global blocks, if they have one."""
+    def shared(self, inside: bool, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """What windowed or what global blocks share: the table of their offsets, if they have one,
+        and its matrix (heads, L, L), except where `biased` goes without.
+        """
         table = self.local_bias_table if inside else self.global_bias_table
         if table is None:
-            return None
+            return None, None
         if inside:
-            return offsets(table, (self.window,) * 2)
-        return offsets(resize_table(table, self.grid, grid), grid)
+            return table, offsets(table, (self.window,) * 2)
+        table = resize_table(table, self.grid, grid)
+        return table, None if table.device.type == "cpu" else offsets(table, grid)
 
     def attend(self, attn: nn.Module, x: Tensor, bias: Tensor | None, real: Tensor) -> Tensor:
         """Attention of x (B, L, C) with a bias (heads, L, L), to keys that are `real` (B, L).
@@ -113,11 +159,15 @@ class Windows(nn.Module):
         """Attention of one block on x (B, h*w, C), inside windows or not; `shared` biases."""
         inside, shift = self.plan[step]
         size = (self.window,) * 2 if inside else tuple(grid)
-        bias = shared[inside]
-        if isinstance(attn, RelativeAttention):  # BEiT's; rows of the class token come last
-            table = resize_table(attn.relative_position_bias_table, attn.grid, size)
-            own = offsets(table, size)
-            bias = own if bias is None else own + bias
+        table, bias = shared[inside]
+        if isinstance(attn, RelativeAttention):
+            own = attn.table(size)
+            table, bias = own if table is None else own + table, None
+        if table is not None and not inside and x.device.type == "cpu":
+            x = biased(*attn.heads(x), table, size)
+            return attn.proj(x.transpose(1, 2).flatten(2))
+        if table is not None and bias is None:
+            bias = offsets(table, size)
         if not inside:
             return self.attend(attn, x, bias, None)
         real = None
@@ -140,7 +190,7 @@ class Windows(nn.Module):
             layers: 1-based blocks whose outputs are wanted, too.
         Returns: the outputs after `layers`, then the last.
         """
-        shared, outputs = {inside: self.bias(inside, grid) for inside in (True, False)}, {}
+        shared, outputs = {inside: self.shared(inside, grid) for inside in (True, False)}, {}
         for i, (block, drop) in enumerate(zip(blocks, scales)):
             y = block.ls1(self.mix(block.attn, block.norm1(x), grid, i, shared))
             x = x + (y if drop is None else drop[0] * y)
@@ -149,3 +199,29 @@ class Windows(nn.Module):
             if i + 1 in layers:
                 outputs[i + 1] = x
         return [outputs[i] for i in layers] + [x]
+
+
+def pyramid(
+    encoder: nn.Module, imgs: Tensor, windows: Windows | None, seed: Tensor | None = None,
+    last: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Maps of an encoder (B, C, h, w), as its `forward_pyramid`, its blocks run by `windows`.
+
+    Args:
+        imgs: (B, 3, H, W), normalised.
+        windows: None: as the encoder itself runs them.
+        seed: (B,) int64 turns drop path on.
+        last: of a plain encoder the last map alone, not four.
+    """
+    if windows is None:
+        return encoder.forward_pyramid(imgs, seed=seed)
+    grid, scales = encoder.grid_of(imgs), encoder.drops(seed)[-len(encoder.blocks) :]
+    if isinstance(encoder, mcmae.Encoder):  # windows are stage 3's (Sec. 2.3)
+        *early, x = encoder.stages(imgs, seed=seed)
+        (x,) = windows.run(encoder.blocks, x, grid, scales)
+        maps = [unpatchify(E.flatten(2), k, grid) for E, k in zip((*early, x), (4, 2, 1))]
+        return [*maps, encoder.fourth(maps[2])]
+    fractions = () if last else (1 / 3, 1 / 2, 2 / 3)  # as ViT.forward_pyramid
+    layers = [max(1, round(len(encoder.blocks) * f)) for f in fractions]
+    found = windows.run(encoder.blocks, encoder.embed(imgs), grid, scales, layers)
+    return [x.transpose(1, 2).unflatten(2, grid) for x in found]

@@ -70,10 +70,10 @@ def one(args: argparse.Namespace) -> dict:
         engine.keep_freed_memory()
     made = theirs(args, world) if args.row == PEER else ours(args.row, args.size, args, world)
     model, optimizer, loss_of = made
-    scenes, times = Scenes("train", args.size, True), []
+    scenes, times, used = Scenes("train", args.size, True), [], []
     batch = world.to_device(collate([scenes[0, i] for i in range(args.batch_size)]))
     for i in range(args.warmup + args.steps):
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         batch["seed"] = batch["seed"] + i
         with world.autocast():
             loss = loss_of(batch)
@@ -83,9 +83,11 @@ def one(args: argparse.Namespace) -> dict:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
+        used.append(time.process_time() - cpu)  # of all threads; the same on a shared machine
     peak = peak_memory(world.device)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"row": args.row, "times": times[args.warmup :], "peak": peak, "parameters": count}
+    timed = {"times": times[args.warmup :], "cpu": used[args.warmup :]}
+    return {"row": args.row, **timed, "peak": peak, "parameters": count}
 
 
 def child(args: argparse.Namespace, row: str) -> dict:
@@ -113,21 +115,23 @@ def run(args: argparse.Namespace) -> list[dict]:
     for turn in range(args.rounds):
         for row in rows:
             result = child(args, row)
-            found.setdefault(row, {**result, "times": []})["times"] += result["times"]
+            kept = found.setdefault(row, {**result, "times": [], "cpu": []})
+            for name in ("times", "cpu"):
+                kept[name] += result[name]
             shown = " ".join(f"{t:.2f}" for t in result["times"])
             print(f"round {turn + 1}, {row}: {shown} s", flush=True)
     device = World(args.device, args.precision).device
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{name}, torch {torch.__version__}, {args.precision}, {args.size} pixels, batch "
-          f"{args.batch_size}\n\n| row | parameters, M | step, s (min-max) | images/s | peak "
-          "memory, MiB |\n|---|---|---|---|---|")  # fmt: skip
+          f"{args.batch_size}\n\n| row | parameters, M | step, s (min-max) | CPU time, s | "
+          "images/s | peak memory, MiB |\n|---|---|---|---|---|---|")  # fmt: skip
     for r in found.values():
         r["median"] = statistics.median(r["times"])
         r |= {"images_per_s": args.batch_size / r["median"], "size": args.size, "device": name}
-        low, high = min(r["times"]), max(r["times"])
+        low, high, cpu = min(r["times"]), max(r["times"]), statistics.median(r["cpu"])
         print(f"| {r['row']} | {r['parameters'] / 1e6:.1f} | {r['median']:.2f} ({low:.2f}-"
-              f"{high:.2f}) | {r['images_per_s']:.3f} | {r['peak']:.0f} |")  # fmt: skip
+              f"{high:.2f}) | {cpu:.2f} | {r['images_per_s']:.3f} | {r['peak']:.0f} |")  # fmt: skip
     return list(found.values())
 
 

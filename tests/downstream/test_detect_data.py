@@ -1,6 +1,7 @@
 """Objects of COCO's format and of ShapeScenes: files, crops, batches, bad input."""
 
 import json
+import math
 import pickle
 
 import engine  # noqa: F401 - first: it sets how threads wait
@@ -73,6 +74,17 @@ def changed(key, **fields):
     return found
 
 
+def segmented(**changes):
+    return content()["annotations"][0]["segmentation"] | changes
+
+
+def boxes_alone():
+    found = content()
+    for a in found["annotations"]:
+        a |= {"segmentation": [], "bbox": [1, 2, 3, 4]}
+    return found
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -89,12 +101,34 @@ def changed(key, **fields):
         (changed("images", id=499), "5 images with 4 different ids"),
         (changed("categories", id=7), "3 categories with 2 different ids"),
         (broken(categories=[]), "0 categories"),
+        (changed("images", id="a"), "id 'a' of images is no number"),
+        (changed("images", height=0), "height 0 of images is no number that fits"),
+        (changed("images", width="60"), "width '60' of images is no number"),
+        (
+            changed("annotations", segmentation=segmented(counts=[10, 5])),
+            "0 has run lengths of 15 ",
+        ),
+        (
+            changed("annotations", segmentation=[[1, 2, math.nan, 4, 5, 6]]),
+            "a corner at nan, of an",
+        ),
+        (changed("annotations", segmentation=[[1, 2, 3, 4, 5, 601]]), "a corner at 601"),
+        (boxes_alone(), "none of 6 objects has run lengths or a polygon of three points"),
     ],
 )
 def test_read_json__refuses_what_is_no_coco_json(root, given, words):
     (root / "annotations/instances_train2017.json").write_text(json.dumps(given))
     with pytest.raises(UserError, match=words):
         read(root)
+
+
+def test_read_json__counts_objects_without_pixels(root):
+    given = content()
+    given["annotations"][1]["segmentation"] = [[1, 2, 3, 4], []]  # two points, none
+    given["annotations"][4]["segmentation"] = [[0, 0, 640, 0, 640, 640]]  # ten sizes far: as it is
+    write(root, given)
+    found = read(root)
+    assert found.left_out == 1 and found.of(0)[0].tolist() == [3] and read(root).of(2)[0].size == 1
 
 
 def test_read_json__says_what_is_missing(root):
@@ -302,6 +336,10 @@ def test_coco_images__bad_files(root):
     write(root, wrong)
     bad = CocoImages(found.folder, read(root), Jitter(64))[0, 0]
     assert "run lengths of size [10, 10]" in bad["error"]
+    wrong["annotations"][0]["segmentation"] = {"size": [40, 60], "counts": "zz!!"}
+    write(root, wrong)
+    bad = CocoImages(found.folder, read(root), Jitter(64))[0, 0]
+    assert bad["error"] == "0.png: Invalid RLE mask representation"
 
 
 def test_scenes__objects_are_those_of_the_maps():

@@ -10,7 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 from downstream import encoders, mask_rcnn
 from downstream.detector import Detector, Neck
-from downstream.mask_rcnn import RPN, RoI, choose, crops, paste, pool, shares
+from downstream.mask_rcnn import RPN, RoI, choose, crops, paste, pool, regions, shares
 from downstream.objects import Scenes, collate
 from mcmae import Encoder
 
@@ -65,7 +65,7 @@ def test_pool__levels_are_torchvision_s_but_aligned():
     sides = torch.tensor([5.0, 60, 111, 113, 200, 250])
     boxes = torch.stack([sides * 0, sides * 0, sides, sides], 1)
     boxes = [boxes, boxes + torch.tensor([1.0, 2, 3, 4])]
-    found = pool(maps, (4, 8, 16, 32), boxes, 7)
+    found = pool(maps, (4, 8, 16, 32), regions(boxes), 7)
     theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, -1)
     theirs({str(i): x for i, x in enumerate(maps)}, boxes, [(256, 256)] * 2)
     level = theirs.map_levels(boxes)
@@ -165,6 +165,8 @@ def test_rpn__anchors_are_eight_strides_wide_around_every_place():
     assert (sides[1] / sides[0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.05)
     assert (sides[0] * sides[1]).sqrt().tolist() == pytest.approx([32] * 3, rel=0.03)
     assert anchors[-2].tolist() == [960 - 256, 960 - 256, 960 + 256, 960 + 256]
+    half = RPN(8, (4, 8, 16, 32, 64), side=4).anchors(maps)
+    assert half[1].tolist() == [-8, -8, 8, 8] and half[-2].tolist() == [832, 832, 1088, 1088]
 
 
 def naive_roi_losses(roi, maps, proposals, targets, seed):
@@ -180,7 +182,7 @@ def naive_roi_losses(roi, maps, proposals, targets, seed):
         one, error, move, cut = [x[b : b + 1] for x in maps], 0.0, 0.0, []
         for i in at:
             box = boxes[i : i + 1]
-            logits, deltas = roi.classify(one, [box])
+            logits, deltas = roi.classify(one, regions([box]))
             error = error + F.cross_entropy(logits, label[i : i + 1])
             if label[i]:
                 true, k = t["boxes"][whose[i]], int(label[i])
@@ -190,7 +192,7 @@ def naive_roi_losses(roi, maps, proposals, targets, seed):
                 move = move + (deltas[0, 4 * k : 4 * k + 4] - want).abs().sum()
                 mask = t["masks"][whose[i]][None, None]
                 target = roi_align(mask, [box], 28, aligned=True)[0, 0] >= 0.5
-                head = roi.mask_predictor(roi.mask_head(pool(one, roi.strides, [box], 14)))
+                head = roi.mask_predictor(roi.mask_head(pool(one, roi.strides, regions([box]), 14)))
                 cut.append(F.binary_cross_entropy_with_logits(head[0, k], target.float()))
         classes.append(error / len(at))
         moves.append(move / len(at))
@@ -203,7 +205,7 @@ def test_roi__losses_are_a_loop_s():
     roi = RoI(8, (4, 8, 16, 32), 3, 20)
     for p in roi.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    maps = [torch.randn(3, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
+    maps = [torch.randn(4, 8, 128 // s, 128 // s) for s in (4, 8, 16, 32)]
     true = torch.tensor([[10.0, 20, 60, 70], [64, 8, 120, 60], [30, 80, 44, 99]])
     masks = torch.zeros(3, 128, 128)
     masks[0, 20:70, 10:40], masks[1, 8:40, 64:120], masks[2, 85:99, 30:44] = 1, 1, 1
@@ -212,10 +214,11 @@ def test_roi__losses_are_a_loop_s():
         {"boxes": true[:0], "labels": torch.zeros(0, dtype=torch.int64), "masks": masks[:0]},
         {"boxes": true[1:], "labels": torch.tensor([1, 2]), "masks": masks[1:]},
     ]
+    targets.append(targets[1])  # the last has no objects, either
     near = (true.repeat(10, 1) + 6 * torch.randn(30, 4)).clamp(0, 128)
     far = torch.rand(30, 2) * 80
-    proposals = [torch.cat([near[i::3], torch.cat([far, far + 40], 1)[i::3]]) for i in range(3)]
-    seed = torch.tensor([5, 6, 7])
+    proposals = [torch.cat([near[i::4], torch.cat([far, far + 40], 1)[i::4]]) for i in range(4)]
+    seed = torch.tensor([5, 6, 7, 8])
     want = naive_roi_losses(roi, maps, proposals, targets, seed)
     found = roi.losses(maps, proposals, targets, seed)
     for name, value in zip(("loss_class", "loss_box", "loss_mask"), want):
@@ -234,7 +237,7 @@ def test_roi__detect_cuts_with_its_own_class():
     assert len(one["boxes"]) and not len(none["boxes"]) and none["masks"].shape == (0, 28, 28)
     assert (one["scores"] > 0.05).all() and (one["scores"].diff() <= 0).all()
     for box, label, mask in zip(one["boxes"], one["labels"].tolist(), one["masks"]):
-        x = roi.mask_head(pool([m[:1] for m in maps], roi.strides, [box[None]], 14))
+        x = roi.mask_head(pool([m[:1] for m in maps], roi.strides, regions([box[None]]), 14))
         torch.testing.assert_close(mask, roi.mask_predictor(x)[0, label].sigmoid())
 
 
@@ -315,10 +318,13 @@ def test_maps__mcmae_without_windows_are_its_own_pyramid():
 
 def test_maps__levels_are_those_depths_of_a_plain_encoder():
     model = detector("semanticmim", neck="levels")  # four blocks
-    with torch.no_grad():
-        model.encoder.reg_token.zero_()
-    maps = model.maps(torch.randn(2, 3, 64, 64))
-    assert model.layers == [1, 2, 3] and [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    imgs = torch.randn(2, 3, 64, 64)
+    maps, x, wanted = model.maps(imgs), model.encoder.embed(imgs), []
+    assert [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    for block in model.encoder.blocks:  # a third, a half, two thirds and all of four
+        wanted.append(x := block(x))
+    for a, b in zip(maps, wanted):
+        torch.testing.assert_close(a.flatten(2).transpose(1, 2), b)
     assert [round(12 * f) for f in (1 / 3, 1 / 2, 2 / 3)] == [4, 6, 8]
 
 

@@ -4,12 +4,13 @@ import engine  # noqa: F401 - first: it sets how threads wait
 
 import pytest
 import torch
-from torch.nn.functional import softmax
+from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from common import Block
 from vit import ViT
 from downstream import encoders
-from downstream.windows import Windows, edges, join, offsets, partition
+from downstream import windows as windows_module
+from downstream.windows import Windows, biased, edges, everywhere, join, offsets, partition
 
 GRIDS = [(8, 8), (6, 9), (5, 7)]
 
@@ -119,6 +120,27 @@ def test_global_bias__is_resized_to_another_map_and_learns():
     assert windows.global_bias_table.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("scores", [1, 2 * 2 * 24 * 5, 10**9])
+def test_biased__is_attention_with_the_bias_however_it_is_cut(monkeypatch, scores):
+    monkeypatch.setattr(windows_module, "SCORES", scores)
+    cut, real = [], windows_module.checkpoint
+    counted = lambda f, q, *a, **k: cut.append(q.shape[2]) or real(f, q, *a, **k)  # noqa: E731
+    monkeypatch.setattr(windows_module, "checkpoint", counted)
+    given = [torch.randn(2, 2, 24, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    given.append(torch.randn(7 * 11, 2, dtype=torch.float64, requires_grad=True))
+    found, grads = {}, {}
+    for name in ("ours", "torch's"):
+        if name == "ours":
+            y = biased(*given, (4, 6))
+        else:
+            y = scaled_dot_product_attention(*given[:3], attn_mask=offsets(given[3], (4, 6))[None])
+        found[name], grads[name] = y, torch.autograd.grad((y * y.detach().sin()).sum(), given)
+    torch.testing.assert_close(found["ours"], found["torch's"])
+    for a, b in zip(grads["ours"], grads["torch's"]):
+        torch.testing.assert_close(a, b)
+    assert cut == {1: [1] * 24, 480: [5, 5, 5, 5, 4], 10**9: []}[scores]
+
+
 def test_offsets__each_pair_has_the_row_of_its_offset():
     table = torch.arange(15.0)[:, None]  # 3 x 5 offsets of a grid (2, 3)
     found = offsets(table, (2, 3))[0]
@@ -126,6 +148,12 @@ def test_offsets__each_pair_has_the_row_of_its_offset():
         for b in range(6):
             dy, dx = a // 3 - b // 3, a % 3 - b % 3
             assert found[a, b] == (dy + 1) * 5 + dx + 2
+    assert torch.equal(offsets(table, (2, 3), slice(2, 5))[0], found[2:5])
+
+
+def test_everywhere__numbers_quarters_and_none():
+    assert everywhere("1,4,7,11", 11) == [1, 4, 7, 11] and everywhere("", 12) == []
+    assert everywhere("quarters", 12) == [3, 6, 9, 12] == sorted(everywhere("quarters", 12))
 
 
 def test_beit__its_own_bias_without_the_class_token():

@@ -14,6 +14,7 @@ from data import UserError
 from downstream import encoders, segment
 from downstream.segment_recipes import PRESETS, RECIPES, Config
 from downstream.upernet import Segmenter
+from downstream.windows import Windows
 from test_segment import SMALL, config
 
 
@@ -203,6 +204,10 @@ def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
     ("--relative-bias", "--relative-bias: for UperNet on MCMAE's encoder alone"),
     ("--fourth conv --init-values 1", "--init-values, --fourth: for UperNet on MCMAE's"),
     ("--recipe table6", "of the linear probe"),
+    ("--window 4 --protocol linear", "--window is UperNet's"),
+    ("--window 4 --method coma_dyvit", "--window DyViT has windows of its own"),
+    ("--window 4 --everywhere 5", "--everywhere 5: want blocks from 1 to 4"),
+    ("--window -1", "--window -1 must be 0 or above"),
 ])  # fmt: skip
 def test_Config__options_that_do_not_fit(flags, words):
     with pytest.raises(UserError, match=words):
@@ -235,6 +240,49 @@ def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
     batch = {"rgb": images, "semantic": images[:, 0] % 16, "seed": torch.arange(2)}
     model(batch, torch.zeros(()))[0].backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("flags", ["", "--relative-bias"])
+def test_build__a_window_as_large_as_the_map_is_global_attention(flags):
+    """MCMAE's stage 3 has no prefix tokens; its grid here is 8 x 8."""
+    imgs, models = torch.randn(2, 3, 64, 64), {}
+    for window in (0, 4, 8):
+        torch.manual_seed(0)
+        models[window] = mcmae_model(f"{flags} --window {window}")
+        for block in models[window].encoder.blocks if flags else ():
+            torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    assert (
+        models[0].windows is None and models[0].state_dict().keys() == models[4].state_dict().keys()
+    )
+    seed = torch.tensor([3, 4])
+    whole, halves, same = (models[w].features(imgs, seed) for w in (0, 4, 8))
+    for a, b in zip(whole, same):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(whole[1], halves[1]) and (whole[2] - halves[2]).abs().max() > 1e-3
+    wide = torch.randn(1, 3, 64, 96)  # a window of the sliding ones at another size
+    models[0].features(wide)
+    assert [m.shape[2:] for m in models[4].features(wide)] == [
+        (32, 48), (16, 24), (8, 12), (4, 6)]  # fmt: skip
+
+
+def test_build__windows_of_a_plain_encoder_leave_its_class_token_out():
+    model = segment.build(config("--method", "mae", "--window", 2, "--everywhere", 4, "--shifted"))
+    assert model.windows.plan == [(True, 0), (True, 1), (True, 0), (False, 0)]
+    assert not model.encoder.cls_token.requires_grad  # DDP waits for every gradient
+    blocks, imgs = model.encoder.blocks, torch.randn(1, 3, 32, 32)
+    maps, x = model.features(imgs), model.encoder.embed(imgs)
+    (first,) = Windows(blocks[:1], (4, 4), 2).run(blocks[:1], x, (4, 4), [None])
+    torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), first)
+    maps = maps[2:]
+    torch.testing.assert_close(
+        blocks[3](maps[0].flatten(2).transpose(1, 2)), maps[1].flatten(2).transpose(1, 2)
+    )
+
+
+def test_Config__attention_is_global_unless_asked():
+    assert config().windows is None and config("--everywhere", 1).windows is None
+    asked = {"window": 4, "everywhere": [1, 2, 3, 4], "shifted": False}
+    assert config("--window", 4, "--everywhere", "quarters").windows == asked
 
 
 def test_build__mcmaes_layers_decay_as_its_public_code_has_them():

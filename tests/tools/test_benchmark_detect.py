@@ -28,7 +28,11 @@ def test_one__trains_on_scenes(row, monkeypatch):
     flags = "--dim 16 --boxes 8 --proposals 20"
     args = options("--model", "tiny", "--flags", flags, "--steps", "2", "--warmup", "0")
     found = benchmark_detect.one(argparse.Namespace(**vars(args), row=row))
-    assert found["row"] == row and len(found["times"]) == 2 and found["peak"] > 100
+    assert (
+        found["row"] == row
+        and len(found["times"]) == len(found["cpu"]) == 2
+        and found["peak"] > 100
+    )
     if row == "torchvision":  # its ResNet-50, FPN and heads for 11 classes
         assert 40e6 < found["parameters"] < 50e6
 
@@ -38,13 +42,19 @@ def test_run__times_rows_in_processes_of_their_own(monkeypatch, capsys):
 
     def child(args, row):
         asked.append(row)
-        return {"row": row, "times": [1.0, 3.0, 2.0], "peak": 7.0, "parameters": 2_500_000}
+        return {
+            "row": row,
+            "times": [1.0, 3.0, 2.0],
+            "cpu": [0.5] * 3,
+            "peak": 7.0,
+            "parameters": 2_500_000,
+        }
 
     monkeypatch.setattr(benchmark_detect, "child", child)
     found = benchmark_detect.run(options("--rows", "mae,torchvision", "--rounds", "2"))
     assert asked == ["mae", "torchvision"] * 2
     assert [r["median"] for r in found] == [2.0, 2.0] and len(found[0]["times"]) == 6
-    assert "| mae | 2.5 | 2.00 (1.00-3.00) | 0.500 | 7 |" in capsys.readouterr().out
+    assert "| mae | 2.5 | 2.00 (1.00-3.00) | 0.50 | 0.500 | 7 |" in capsys.readouterr().out
     with pytest.raises(UserError, match="--rows ours: choose from mae, cfmae"):
         benchmark_detect.run(options("--rows", "ours"))
     with pytest.raises(UserError, match="--classes 5: scenes have 10"):
