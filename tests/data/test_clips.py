@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -328,6 +330,83 @@ def test_moving_scenes__a_still_view_and_mirrored_labels():
         assert seen == {true, MIRROR[true]}
         if i > 8 and true in (4, 5):
             break
+
+
+def painted(scenes, key) -> tuple[dict, list[list[tuple]]]:
+    """A sample, and of each of its objects (rows), in the order of painting, what was given to
+    `_paint` in each frame: (pose, looks, spread).
+    """
+    calls, paint = [], MovingScenes._paint
+
+    def spy(self, draw, y, x, canvas, light, spread, pose):
+        calls.append((pose, draw.__self__.getstate(), spread))
+        return paint(self, draw, y, x, canvas, light, spread, pose)
+
+    with mock.patch.object(MovingScenes, "_paint", spy):
+        sample = scenes[key]
+    return sample, [calls[n :: len(calls) // scenes.frames] for n in range(len(calls) // scenes.frames)]
+
+
+def test_moving_scenes__the_label_is_how_the_object_in_front_moves():
+    """Its poses, frame by frame, are those of the motion; looks stay; all others are smaller."""
+    scenes, found = MovingScenes("val", 16, 8, train=False), set()
+    for i in range(40):
+        sample, objects = painted(scenes, (0, i))
+        label = int(sample["label"])
+        changes = []
+        for poses in objects:
+            assert all(looks == poses[0][1] for _, looks, _ in poses)
+            changes.append([len({round(p[axis], 9) for p, *_ in poses}) == 8 for axis in range(4)])
+        assert changes[-1] == [n != 0 for n in list(MOTIONS.values())[label]]
+        angles = [pose[2] for pose, *_ in objects[-1]]
+        assert np.sign(np.diff(angles)).tolist() == [list(MOTIONS.values())[label][2]] * 7
+        largest = [max(pose[3] for pose, *_ in poses) for poses in objects]
+        assert max(largest[:-1]) < largest[-1] / 2 and len(objects) > 1
+        found |= {label, *map(tuple, changes[:-1])}
+    assert found >= set(range(7)) and len(found) > 7 + 3  # others move in ways of their own
+
+
+def test_moving_scenes__nothing_but_the_motion_depends_on_the_label():
+    """Looks, place and phases are drawn apart from it: over 4,000 objects their means agree."""
+    scenes, rng = MovingScenes("val", 16, 8, train=False), random.Random(0)
+    drawn = [scenes._object(rng.random, True) for _ in range(4000)]
+    for kind in range(7):
+        mine = [(looks / 2**53, *phases) for looks, k, phases, *_ in drawn if k == kind]
+        assert len(mine) > 450
+        unit = np.array(mine) / [1, *[2 * np.pi] * 4]
+        assert np.abs(unit.mean(0) - 0.5).max() < 4 * (1 / 12 / len(mine)) ** 0.5
+        assert np.abs((unit**2).mean(0) - 1 / 3).max() < 4 * (4 / 45 / len(mine)) ** 0.5
+        looks = [looks % 7 for looks, k, *_ in drawn if k == kind]
+        assert np.bincount(looks, minlength=7).min() > 40
+
+
+def test_moving_scenes__the_view_moves_and_mirrors():
+    """Each frame is a window of its canvas, which wanders evenly, and a mirrored one says so."""
+    scenes, moved, mirrored = MovingScenes("train", 32, 4), set(), set()
+    label = {i: int(MovingScenes("train", 32, 4, train=False)[0, i]["label"]) for i in range(30)}
+    index, paint = next(i for i in label if label[i] == 4), MovingScenes._paint
+    for epoch in range(8):
+        canvases = {}  # in which all that follows is done in place
+        with mock.patch.object(
+            MovingScenes, "_paint",
+            lambda *args: canvases.setdefault(id(args[4]), args[4]) is paint(*args),
+        ):  # fmt: skip
+            sample = scenes[epoch, index]
+        found, m = [], scenes.margin
+        for frame, canvas in zip(sample["rgb"].numpy(), canvases.values(), strict=True):
+            canvas = np.clip(canvas, 0, 255).astype(np.uint8)
+            windows = {
+                (top, left, flip): canvas[:, top : top + 32, left : left + 32][..., :: 1 - 2 * flip]
+                for top in range(m + 1) for left in range(m + 1) for flip in (0, 1)
+            }  # fmt: skip
+            found += [at for at, window in windows.items() if np.array_equal(window, frame)]
+        places, flips = np.array(found)[:, :2], {at[2] for at in found}
+        assert len(found) == 4 and len(flips) == 1
+        assert np.abs(np.diff(places, 2, axis=0)).max() <= 2  # evenly, but for rounding
+        assert sample["label"] == (5 if flips == {1} else 4)
+        moved |= {tuple(places[-1] - places[0])}
+        mirrored |= flips
+    assert mirrored == {0, 1} and len(moved) > 3
 
 
 def test_moving_scenes__spins_turn_the_way_their_names_say():
