@@ -344,7 +344,9 @@ def painted(scenes, key) -> tuple[dict, list[list[tuple]]]:
 
     with mock.patch.object(MovingScenes, "_paint", spy):
         sample = scenes[key]
-    return sample, [calls[n :: len(calls) // scenes.frames] for n in range(len(calls) // scenes.frames)]
+    return sample, [
+        calls[n :: len(calls) // scenes.frames] for n in range(len(calls) // scenes.frames)
+    ]
 
 
 def test_moving_scenes__the_label_is_how_the_object_in_front_moves():
@@ -387,10 +389,12 @@ def test_moving_scenes__the_view_moves_and_mirrors():
     index, paint = next(i for i in label if label[i] == 4), MovingScenes._paint
     for epoch in range(8):
         canvases = {}  # in which all that follows is done in place
-        with mock.patch.object(
-            MovingScenes, "_paint",
-            lambda *args: canvases.setdefault(id(args[4]), args[4]) is paint(*args),
-        ):  # fmt: skip
+
+        def spy(*args, seen=canvases):
+            seen[id(args[4])] = args[4]
+            return paint(*args)
+
+        with mock.patch.object(MovingScenes, "_paint", spy):
             sample = scenes[epoch, index]
         found, m = [], scenes.margin
         for frame, canvas in zip(sample["rgb"].numpy(), canvases.values(), strict=True):

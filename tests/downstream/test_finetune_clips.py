@@ -290,6 +290,8 @@ def test_config__refuses_what_cannot_work(line, words):
 
 
 def test_main__refuses_data_without_classes(root, source, tmp_path):
+    with pytest.raises(engine.UserError, match="there is no folder .*none/train"):
+        train(tmp_path / "run", "--data", tmp_path / "none", "--checkpoint", source)
     write_clip(f"{tmp_path}/train/one", 4)
     with pytest.raises(engine.UserError, match="no two class folders"):
         train(tmp_path / "run", "--data", tmp_path, "--checkpoint", source)
