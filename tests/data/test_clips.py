@@ -203,7 +203,9 @@ def test_clip_dataset__crops_equal_pillow_s(tmp_path):
         (None, [(8, 0, 56, 48)]),
         ((1, 3), [(0, 0, 48, 48), (8, 0, 56, 48), (16, 0, 64, 48)]),
     ):
-        rgb = dataset(str(tmp_path), "val", train=False, views=views)[0, 0]["rgb"]
+        looked = dataset(str(tmp_path), "val", train=False, views=views)
+        rgb = looked[0, 0]["rgb"]
+        assert all(torch.equal(looked[e, 0]["rgb"], rgb) for e in range(8))  # never mirrored
         rgb = rgb if views else rgb[None]
         for view, box in zip(rgb, boxes, strict=True):
             for n in range(4):
@@ -211,6 +213,27 @@ def test_clip_dataset__crops_equal_pillow_s(tmp_path):
                 want = want.resize((16, 16), Image.BILINEAR)
                 error = view[n].permute(1, 2, 0).int() - torch.from_numpy(np.array(want)).int()
                 assert error.abs().max() <= 1
+
+
+def test_clip_dataset__a_resized_crop_has_the_given_area(tmp_path):
+    ramp = np.broadcast_to(np.arange(0, 240, 5, dtype=np.uint8)[:, None], (48, 48, 3))
+    write(f"{tmp_path}/train/s/1.png", ramp)
+    small = dataset(str(tmp_path), crop="resized", scale=(0.04, 0.05))
+    for epoch in range(10):  # at most sqrt(.05 * 4 / 3) of the side
+        rgb = small[epoch, 0]["rgb"].int()
+        assert 20 < rgb.max() - rgb.min() < 0.26 * 240 + 10
+
+
+def test_open_dataset__moving_scenes_by_split_size_and_seed():
+    def label_and_clip(split, seed, train=True):
+        place = ("shapes", split, 16, 8, ("rgb",), (0.08, 1.0), train)
+        sample = clips.open_dataset(*place, seed, frames=2, stride=1, flip=True)[0, 3]
+        return int(sample["label"]), sample["rgb"]
+
+    (a, x), (b, y) = label_and_clip("train", 0), label_and_clip("train", 7)
+    assert b in (a, MIRROR[a]) and not torch.equal(x, y)  # the same scene, seen differently
+    assert x.shape == (2, 3, 16, 16)
+    assert torch.equal(label_and_clip("val", 0, False)[1], label_and_clip("val", 7, False)[1])
 
 
 # ----------------------------------------------------------------------------------- bad clips

@@ -1,5 +1,7 @@
 """tools/frames.py: rates, folders that are whole or absent, broken videos, going on."""
 
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,7 +85,11 @@ def test_main__makes_the_layout_of_clips(tmp_path, capsys):
     assert Image.open(out / "b/deep/y/000001.jpg").size == (32, 64)
     assert run(tmp_path / "videos", tmp_path / "slow", "--fps", 5) == 0
     assert shades(tmp_path / "slow/a/x") == [0, 2, 4, 6, 8, 10]
-    assert Image.open(tmp_path / "slow/a/x/000001.jpg").size == (64, 48)  # never enlarged
+    first = Image.open(tmp_path / "slow/a/x/000001.jpg")
+    assert first.size == (64, 48)  # never enlarged
+    assert run(tmp_path / "videos", tmp_path / "coarse", "--quality", 30) == 0
+    coarse = Image.open(tmp_path / "coarse/a/x/000001.jpg")
+    assert max(coarse.quantization[0]) > 3 * max(first.quantization[0])  # 90, if not said
 
 
 def test_main__goes_on_where_it_was_interrupted(tmp_path, capsys):
@@ -164,6 +171,45 @@ def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
     assert "1 clips written, 3 videos cannot be read" in said
     assert all(f"{name}.avi: " in said for name in ("cut", "empty", "text"))
     assert sorted(os.listdir(tmp_path / "out")) == [SETTINGS, "good"]
+
+
+def test_main__a_full_disk_ends_it(tmp_path, capsys, monkeypatch):
+    write_video(tmp_path / "videos/x.mp4", 3)
+
+    def full(self, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(tmp_path / "videos", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "No space left" in said.err and "cannot be read" not in said.out
+    assert os.listdir(tmp_path / "out") == [SETTINGS]
+
+
+@pytest.mark.parametrize("times, corrupt, seconds, words", [
+    ([0, 0.1, 0.2], None, 0.3, ""),
+    ([None] * 3, None, 0.3, ""),  # a file that does not tell: by its rate
+    ([0, 0.1, 0.2], 1, 0.3, "frame 1 is damaged"),
+    ([0, 0.1, 0.2], None, 9.0, "ends after 0.3 of 9.0 s"),
+    ([5, 5.1, 5.2], None, 0.3, ""),  # begins late, and is whole
+    ([], None, 0.3, "no frames"),
+])  # fmt: skip
+def test_decode__frames_and_what_is_broken(times, corrupt, seconds, words, monkeypatch):
+    stream = SimpleNamespace(duration=int(seconds * 10), time_base=Fraction(1, 10),
+                             average_rate=Fraction(10))  # fmt: skip
+    found = [SimpleNamespace(time=t, is_corrupt=n == corrupt) for n, t in enumerate(times)]
+    video = SimpleNamespace(
+        streams=SimpleNamespace(video=[stream]), decode=lambda stream: iter(found)
+    )
+    monkeypatch.setitem(
+        sys.modules, "av", SimpleNamespace(open=lambda path: contextlib.nullcontext(video))
+    )
+    if words:
+        with pytest.raises(ValueError, match=words):
+            list(frames.decode(Path("x.mp4")))
+    else:
+        seen = [time for time, _ in frames.decode(Path("x.mp4"))]
+        assert seen == pytest.approx([0, 0.1, 0.2] if times[0] is None else times)
 
 
 class Turned:
