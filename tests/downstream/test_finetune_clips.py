@@ -58,7 +58,8 @@ def batch_of(n: int = 4) -> dict:
 
 
 def test_classifier__gradients_and_layer_decay(source):
-    cfg = parse("--checkpoint", source, "--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2)
+    flags = ("--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2, "--layer-decay", 0.75)
+    cfg = parse("--checkpoint", source, *flags)
     model = build(cfg)
     model(batch_of(), torch.zeros(()))[0].backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
