@@ -21,11 +21,12 @@ MOTIONS = {
     "pulse": (0, 0, 0, 1),
 }
 MIRROR = dict(zip(range(7), (0, 1, 2, 3, 5, 4, 6)))  # what a flip makes of each class
-REACH, SWELL = 0.12, 0.2  # of a path from its middle, of the size
+REACH, SWELL = 0.16, 0.2  # of a path from its middle, of the size
 
 
 class MovingScenes(ShapeScenes):
-    """Clips of ShapeScenes: objects go along periodic paths before a view that moves, too.
+    """Clips of ShapeScenes: two or three objects go along periodic paths on one kind of ground,
+    before a view that moves, too.
 
     The class is the motion of the largest object, which lies in front. Each of its four phases
     (down, right, angle, size) is drawn uniformly and a motion only adds to some of them, so that in
@@ -42,7 +43,7 @@ class MovingScenes(ShapeScenes):
         train: bool = True, seed: int = 0, length: int | None = None,
     ):  # fmt: skip
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.margin = min(size) // 8  # the view moves so far
+        self.margin = min(size) // 16  # the view moves so far
         length = length or (10_000 if split == "train" else 1_000)
         larger = tuple(n + self.margin for n in size)
         super().__init__(split, larger, 1, ("rgb",), train, seed, length)
@@ -77,8 +78,8 @@ class MovingScenes(ShapeScenes):
             for n, e in zip(self.size, self.extent)
         )
         y, x = y.astype(np.float32), x.astype(np.float32)
-        ground, _ = self._ground(draw, y, x)
-        light, count = 2 * draw() - 1, 2 + int(draw() * 3)
+        ground, _ = self._ground(draw, 0 * y, x)  # of one kind, the far one
+        light, count = 2 * draw() - 1, 2 + int(draw() * 2)
         objects = [self._object(draw, number == count) for number in range(1, count + 1)]
         lit = 1.05 - 0.2 * (light * (x - 0.5) + (y[:, None] - 0.5))
         clip = np.empty((self.frames, 3, *self.shown), np.uint8)

@@ -40,13 +40,17 @@ def videos(root: Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root} is no folder of videos")
     found = [p for p in root.rglob("*") if p.suffix[1:].lower() in SUFFIXES and p.is_file()]
-    found = sorted(p.relative_to(root) for p in found if p.name[0] != ".")
+    found = sorted(p.relative_to(root) for p in found)
+    found = [p for p in found if not any(part[0] == "." for part in p.parts)]
     if not found:
         raise UserError(f"no videos ({' '.join(SUFFIXES)}) in {root}")
     names: dict[Path, Path] = {}
     for path in found:
         if (first := names.setdefault(path.with_suffix(""), path)) != path:
             raise UserError(f"{root}: {first} and {path} would be one clip; rename one of them")
+    for path in found:
+        if first := next((names[p] for p in path.parents if p in names), None):
+            raise UserError(f"{root}: {path} would lie in the clip of {first}; rename one of them")
     return found
 
 
@@ -130,16 +134,17 @@ def write(job: tuple[Path, Path], fps: float | None, short_side: int | None, qua
 
 def settle(out: Path, settings: dict) -> None:
     """Remember what a folder is made with; UserError where it was made with other settings."""
-    file = out / SETTINGS
+    file, part = out / SETTINGS, out / f"{SETTINGS}.part"
     if file.exists():
         found = json.loads(file.read_text())
         if found != settings:
             raise UserError(f"{out} was begun with {found}, now it would be {settings}")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and set(out.iterdir()) - {part}:
         raise UserError(f"{out} holds something else; choose an empty folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings))
+        part.write_text(json.dumps(settings))
+        part.rename(file)
 
 
 def make(args: argparse.Namespace) -> int:

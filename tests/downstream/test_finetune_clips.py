@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from unittest import mock
 
 import numpy as np
@@ -17,6 +18,7 @@ import engine
 import videomcmae
 from data import collate
 from downstream import finetune_clips as tuning
+from downstream.augment import draw_mix
 from motion import MovingScenes
 
 SMALL = dict(image_size=16, frames=4, embed_dims="8,12,16", depths="1,1,2", num_heads=2,
@@ -56,7 +58,8 @@ def batch_of(n: int = 4) -> dict:
 
 
 def test_classifier__gradients_and_layer_decay(source):
-    cfg = parse("--checkpoint", source, "--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2)
+    flags = ("--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2, "--layer-decay", 0.75)
+    cfg = parse("--checkpoint", source, *flags)
     model = build(cfg)
     model(batch_of(), torch.zeros(()))[0].backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
@@ -80,8 +83,12 @@ def test_build__takes_the_encoder_or_fresh_weights(source):
     assert "fresh weights" in words
     larger = parse("--checkpoint", source, "--image-size", 32, "--frames", 8)
     assert tuning.build(larger, ["a", "b"])[0].encoder.grid == (4, 4, 4)
-    fresh = parse("--encoder", "tiny")
+    fresh = parse("--encoder", "tiny", "--drop-path", 0.3)
     assert (fresh.image_size, fresh.frames, fresh.patch_size) == (48, 8, 8)
+    model = tuning.build(fresh, ["a", "b"])[0]
+    weight, bound = model.encoder.patch_embed4.weight, (6 / (96 + 96)) ** 0.5  # Xavier's
+    assert 0.97 * bound < weight.abs().max() <= bound and model.encoder.drop_path == 0.3
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.2)  # 192 numbers
 
 
 def test_classifier__norm_after_the_mean_and_mean_of_probabilities(source):
@@ -115,6 +122,21 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
     x, seed = dropping.normalize(batch["rgb"]), batch["seed"]
     assert torch.equal(dropping.logits(x, seed), dropping.logits(x, seed))
     assert not torch.equal(dropping.logits(x, seed), dropping.logits(x))
+
+
+def test_forward__cross_entropy_with_smoothed_mixed_targets(source):
+    cfg = parse("--checkpoint", source, "--mixup", 0.8, "--smoothing", 0.3)
+    model, batch = build(cfg), batch_of()
+    logits = torch.randn(4, 7)
+    with mock.patch.object(model, "logits", lambda imgs, seed: logits):
+        loss = model(batch, None)[0]
+    lam, (share, other) = draw_mix(batch["seed"], (16, 16), 0.8, 0.0, 0.5)[0], (0.7, 0.3 / 7)
+    expected, log = 0.0, logits.log_softmax(1)
+    assert 0 < lam.min() and lam.max() < 1
+    for b in range(4):
+        for at, weight in ((b, lam[b]), (3 - b, 1 - lam[b])):
+            expected -= weight * (share * log[b, batch["label"][at]] + other * log[b].sum()) / 4
+    assert_close(loss, expected)
 
 
 def test_augmented__frames_alike_and_from_the_seed(source):
@@ -177,6 +199,7 @@ def test_run__result_resume_and_all_views(source, root, tmp_path):
     train(tmp_path / "one", *flags)
     result = json.loads((tmp_path / "one/result.json").read_text())
     assert (result["images"], result["unreadable"], result["views"]) == (5, 1, "2x3")
+    assert result["random"] is False and result["source"] == str(path)
     assert checkpoint(tmp_path / "one")["facts"]["classes"] == ["down", "up"]
     train(tmp_path / "two", *flags, "--steps", 2)
     path.unlink()  # a run needs the encoder's file no more
@@ -208,6 +231,46 @@ def test_test__averages_what_the_views_say(source, root, tmp_path):
     assert len(hits) == 5 and result["top1"] == pytest.approx(100 * sum(hits) / 5)
 
 
+@pytest.mark.slow
+def test_main__every_setting_reaches_what_it_is_for(root, tmp_path):
+    opened, wrapped, open_dataset = [], [], clips.open_dataset
+
+    def opening(*args, **options):  # once to look for bad clips, once to train
+        opened.append(options | {"split": args[1]})
+        return open_dataset(*args, **options)
+
+    class Spy(tuning.Augmented):
+        def __init__(self, dataset, cfg):
+            wrapped.append(dataset)
+            super().__init__(dataset, cfg)
+
+    flags = "--sampling segments --no-flip --stride 3 --frames 4 --image-size 16 --views 2x1"
+    flags += " --reprob 1 --crop-scale-min 0.3 --weight-decay 0.07 --layer-decay 0.5 --beta2 0.98"
+    flags += " --drop-path 0.2 --warmup-epochs 1 --epochs 4 --base-lr 0.64 --min-lr 0.001"
+    with (
+        mock.patch.object(clips, "open_dataset", opening),
+        mock.patch.object(tuning, "Augmented", Spy),
+    ):
+        train(tmp_path / "run", "--data", root, "--encoder", "tiny", *flags.split())
+    wanted = {"frames": 4, "stride": 3, "sampling": "segments", "crop": "resized", "flip": False}
+    for options in opened:
+        assert (wanted | {"scale": (0.3, 1.0)}).items() <= options.items()
+        assert options["train"] == (options["split"] == "train")
+    assert [o.get("views") for o in opened] == [None] * 4 + [(2, 1)]
+    assert len(wrapped) == 1 and wrapped[0].train
+    groups = checkpoint(tmp_path / "run")["optimizer"]["param_groups"]
+    assert {g["lr_scale"] for g in groups} == {1, 0.5, 0.25, 0.125, 0.0625}
+    assert {g["weight_decay"] for g in groups} == {0, 0.07}
+    assert all(g["betas"] == (0.9, 0.98) for g in groups)
+    assert sum(len(g["params"]) for g in groups if g["lr_scale"] == 1) == 4  # norm and classifier
+    # 8 steps of 4 of 256 clips: two of warm-up, then a cosine
+    rates = [0.005, 0.01]
+    rates += [0.001 + 0.009 * (1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)]
+    assert [r["lr"] for r in lines(tmp_path / "run")] == pytest.approx(rates)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["random"] is True and result["source"] == "tiny"
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -228,6 +291,8 @@ def test_config__refuses_what_cannot_work(line, words):
 
 
 def test_main__refuses_data_without_classes(root, source, tmp_path):
+    with pytest.raises(engine.UserError, match="there is no folder .*none/train"):
+        train(tmp_path / "run", "--data", tmp_path / "none", "--checkpoint", source)
     write_clip(f"{tmp_path}/train/one", 4)
     with pytest.raises(engine.UserError, match="no two class folders"):
         train(tmp_path / "run", "--data", tmp_path, "--checkpoint", source)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ import clips
 import engine
 import mcmae
 import videomcmae
-from common import split
+from common import Normalize, split
 from data import collate
 from motion import MovingScenes
 from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
@@ -180,6 +181,16 @@ def test_reconstruct__the_same_patches_are_hidden_in_every_frame(batch):
     assert torch.equal(truth.unflatten(-1, (4, 32))[..., 2, :], batch["rgb"][:, 2])
 
 
+def test_reconstruct__shows_four_frames_of_the_whole_clip():
+    scenes = MovingScenes("train", 32, 8)
+    batch = collate([scenes[0, 0]])
+    (name,), ((truth, hidden, _),) = zip(
+        *videomcmae.reconstruct(build("--frames 8"), batch).items()
+    )
+    assert name == "frames [0, 2, 4, 6]" and hidden.shape == (1, 4, 16)
+    assert torch.equal(truth.unflatten(-1, (4, 32))[..., 1, :], batch["rgb"][:, 2])
+
+
 def test_reconstruct__puts_true_statistics_back(batch):
     """With the target itself as prediction the picture is the clip."""
     model = build()
@@ -188,6 +199,17 @@ def test_reconstruct__puts_true_statistics_back(batch):
     with mock.patch.object(model, "predict", lambda *_: (cubes - mean) / std):
         ((truth, _, pred),) = videomcmae.reconstruct(model, batch).values()
     assert (truth.int() - pred.int()).abs().max() <= 1
+
+
+def test_predict__eq_1_norm_of_the_sum_of_the_stages(batch):
+    """The decoder reads norm(E1 + E2 + E3), E1 and E2 on stage 3's grid."""
+    model = build()
+    imgs, mask = masked(model, batch)
+    E1, E2, x = model.encoder.stages(imgs, split(mask, model.cfg.num_visible)[0])
+    total = model.encoder.run(x.flatten(1, 2))[0]
+    for E, linear in ((E1, model.stage1_output_decode), (E2, model.stage2_output_decode)):
+        total = total + linear(E.flatten(3)).flatten(1, 2)  # all of a cube's positions, in order
+    assert_close(encode(model, imgs, mask), model.encoder.norm(total))
 
 
 # ------------------------------------------------------------------------------ positions and loss
@@ -271,6 +293,23 @@ def test_encoder__features_sizes_and_drop_path(batch):
     ids = encoder.layer_ids()
     assert ids["blocks3.1.attn.qkv.weight"] == 2 and ids["norm.weight"] == 3
     assert ids["blocks1.0.attn.weight"] == ids["patch_embed4.weight"] == 0
+
+
+def test_encoder__drop_path_reaches_every_block(batch):
+    encoder, whole = build().encoder, torch.ones(2, 3, 1, 1)
+    imgs = Normalize()(batch["rgb"])
+
+    def features(scales):
+        with mock.patch.object(encoder, "drops", lambda seed: scales):
+            return encoder.forward_features(imgs, seed=batch["seed"])[0][0]
+
+    plain = encoder.forward_features(imgs)[0][0]
+    assert_close(features([whole] * 5), plain, atol=1e-5, rtol=1e-5)
+    for block in range(5):
+        scales = [whole] * 5
+        scales[block] = whole * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+        changed = (features(scales) - plain).abs().amax((1, 2)) > 1e-3
+        assert changed.tolist() == [False, True, False], block
 
 
 def test_conv_block__drop_scales_each_branch_of_each_sample():
@@ -443,8 +482,39 @@ def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
         found = [r["loss"] for r in lines(tmp_path / other)]
         assert found == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < 0.95 * expected[0]  # a run that stands still is easy to repeat
+    peak = 0.3 * 4 / 256  # two steps of warm-up, then ten of a cosine; logged every second
+    rates = [peak, *(peak * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(1, 10, 2))]
+    assert [r["lr"] for r in lines(tmp_path / "one")] == pytest.approx(rates)
+    groups = checkpoint(tmp_path / "one")["optimizer"]["param_groups"]
+    assert {g["weight_decay"] for g in groups} == {0, 0.05}
+    assert all(g["betas"] == (0.9, 0.95) for g in groups)
     with pytest.raises(engine.UserError, match="--frames was 4, is 8"):
         train(tmp_path / "one", "--resume", "--frames", 8)
+
+
+def test_main__settings_reach_the_data(tmp_path):
+    seen = []
+
+    def opening(*args, **options):
+        seen.append(options)
+        raise engine.UserError("enough")
+
+    line = [*FLAGS, "--output", str(tmp_path / "run"), "--no-flip", "--stride", "3"]
+    with mock.patch.object(clips, "open_dataset", opening), pytest.raises(engine.UserError):
+        videomcmae.main([*line, "--seed", "5"])
+    wanted = {"frames": 4, "stride": 3, "flip": False, "image_size": 32, "seed": 5, "train": True}
+    assert wanted.items() <= seen[0].items() and "crop" not in seen[0]  # VideoMAE's
+
+
+@pytest.mark.slow
+def test_main__init_is_for_the_start_alone(tmp_path, capsys):
+    train(tmp_path / "one", "--steps", 1)
+    train(tmp_path / "two", "--steps", 1, "--init", tmp_path / "one/last.pt")
+    assert "init        " in capsys.readouterr().out
+    os.remove(tmp_path / "one/last.pt")
+    train(tmp_path / "two", "--steps", 2, "--resume", "--init", tmp_path / "one/last.pt")
+    assert "init        " not in capsys.readouterr().out
+    assert checkpoint(tmp_path / "two")["step"] == 2
 
 
 @pytest.mark.slow

@@ -1,7 +1,16 @@
 """tools/frames.py: rates, folders that are whole or absent, broken videos, going on."""
 
+import contextlib
+import errno
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +19,8 @@ from PIL import Image
 import clips
 from tools import frames
 from tools.frames import SETTINGS, at_rate, main
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_video(path, count=12, rate=10, size=(64, 48), codec="mpeg4"):
@@ -74,7 +85,11 @@ def test_main__makes_the_layout_of_clips(tmp_path, capsys):
     assert Image.open(out / "b/deep/y/000001.jpg").size == (32, 64)
     assert run(tmp_path / "videos", tmp_path / "slow", "--fps", 5) == 0
     assert shades(tmp_path / "slow/a/x") == [0, 2, 4, 6, 8, 10]
-    assert Image.open(tmp_path / "slow/a/x/000001.jpg").size == (64, 48)  # never enlarged
+    first = Image.open(tmp_path / "slow/a/x/000001.jpg")
+    assert first.size == (64, 48)  # never enlarged
+    assert run(tmp_path / "videos", tmp_path / "coarse", "--quality", 30) == 0
+    coarse = Image.open(tmp_path / "coarse/a/x/000001.jpg")
+    assert max(coarse.quantization[0]) > 3 * max(first.quantization[0])  # 90, if not said
 
 
 def test_main__goes_on_where_it_was_interrupted(tmp_path, capsys):
@@ -92,8 +107,39 @@ def test_main__goes_on_where_it_was_interrupted(tmp_path, capsys):
     assert "3 videos, 2 done before" in capsys.readouterr().out
     assert shades(out / "b") == [0, 1, 2, 3] and not (out / ".b.part").exists()
     assert os.stat(out / "a/000001.jpg").st_mtime_ns == first
+    (out / SETTINGS).rename(out / f"{SETTINGS}.part")  # a kill at the very start
+    for name in "abc":
+        os.rename(out / name, tmp_path / name)
+    assert run(tmp_path / "videos", out) == 0 and shades(out / "a") == [0, 1, 2, 3]
+    capsys.readouterr()
     assert run(tmp_path / "videos", out, "--fps", 3) == 2
     assert "was begun with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_main__processes_are_stopped_and_go_on(tmp_path):
+    """Ctrl-C amid two processes: one line, status 130; what is there is whole; the same again."""
+    names = "abcdefghijklmnop"
+    write_video(tmp_path / "videos/a.mp4", 60, size=(320, 240))
+    for name in names[1:]:
+        shutil.copy(tmp_path / "videos/a.mp4", tmp_path / f"videos/{name}.mp4")
+    line = [sys.executable, "-m", "tools.frames", tmp_path / "videos", tmp_path / "out"]
+    line = [*map(str, line), "--workers", "2"]
+    options = dict(cwd=ROOT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = subprocess.Popen(line, start_new_session=True, **options)
+    end = time.monotonic() + 60
+    while not (tmp_path / "out/a").exists():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+    assert first.wait(60) == 130
+    said = first.communicate()[1]
+    assert "stopped; the same command continues" in said and "Traceback" not in said
+    done = [name for name in os.listdir(tmp_path / "out") if name[0] != "."]
+    assert 0 < len(done) < 16 and all(len(shades(tmp_path / "out" / n)) == 60 for n in done)
+    assert subprocess.run(line, **options).returncode == 0
+    assert all(len(shades(tmp_path / "out" / name)) == 60 for name in names)
+    assert sorted(os.listdir(tmp_path / "out")) == [SETTINGS, *names]
 
 
 def test_write__an_interruption_leaves_no_half_clip(tmp_path, monkeypatch):
@@ -127,6 +173,45 @@ def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == [SETTINGS, "good"]
 
 
+def test_main__a_full_disk_ends_it(tmp_path, capsys, monkeypatch):
+    write_video(tmp_path / "videos/x.mp4", 3)
+
+    def full(self, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(tmp_path / "videos", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "No space left" in said.err and "cannot be read" not in said.out
+    assert os.listdir(tmp_path / "out") == [SETTINGS]
+
+
+@pytest.mark.parametrize("times, corrupt, seconds, words", [
+    ([0, 0.1, 0.2], None, 0.3, ""),
+    ([None] * 3, None, 0.3, ""),  # a file that does not tell: by its rate
+    ([0, 0.1, 0.2], 1, 0.3, "frame 1 is damaged"),
+    ([0, 0.1, 0.2], None, 9.0, "ends after 0.3 of 9.0 s"),
+    ([5, 5.1, 5.2], None, 0.3, ""),  # begins late, and is whole
+    ([], None, 0.3, "no frames"),
+])  # fmt: skip
+def test_decode__frames_and_what_is_broken(times, corrupt, seconds, words, monkeypatch):
+    stream = SimpleNamespace(duration=int(seconds * 10), time_base=Fraction(1, 10),
+                             average_rate=Fraction(10))  # fmt: skip
+    found = [SimpleNamespace(time=t, is_corrupt=n == corrupt) for n, t in enumerate(times)]
+    video = SimpleNamespace(
+        streams=SimpleNamespace(video=[stream]), decode=lambda stream: iter(found)
+    )
+    monkeypatch.setitem(
+        sys.modules, "av", SimpleNamespace(open=lambda path: contextlib.nullcontext(video))
+    )
+    if words:
+        with pytest.raises(ValueError, match=words):
+            list(frames.decode(Path("x.mp4")))
+    else:
+        seen = [time for time, _ in frames.decode(Path("x.mp4"))]
+        assert seen == pytest.approx([0, 0.1, 0.2] if times[0] is None else times)
+
+
 class Turned:
     """A frame as PyAV has it, wider than high, which is to be displayed upright."""
 
@@ -153,6 +238,11 @@ def test_main__says_what_is_wrong(tmp_path, capsys, monkeypatch):
     (tmp_path / "two").mkdir()
     for name in ("x.mp4", "x.avi"):
         (tmp_path / "two" / name).touch()
+    (tmp_path / "nested/x").mkdir(parents=True)
+    (tmp_path / "nested/x.mp4").touch()
+    (tmp_path / "nested/x/y.mp4").touch()
+    (tmp_path / "none/.trash").mkdir()
+    (tmp_path / "none/.trash/x.mp4").touch()
     (tmp_path / "full/thing").mkdir(parents=True)
     (tmp_path / "one").mkdir()
     (tmp_path / "one/x.mp4").touch()
@@ -160,6 +250,7 @@ def test_main__says_what_is_wrong(tmp_path, capsys, monkeypatch):
         ((tmp_path / "gone", tmp_path / "out"), "is no folder of videos"),
         ((tmp_path / "none", tmp_path / "out"), "no videos (mp4 "),
         ((tmp_path / "two", tmp_path / "out"), "x.avi and x.mp4 would be one clip"),
+        ((tmp_path / "nested", tmp_path / "out"), "x/y.mp4 would lie in the clip of x.mp4"),
         ((tmp_path / "one", tmp_path / "full"), "holds something else"),
         ((tmp_path / "one", tmp_path / "out", "--fps", 0), "--fps 0.0 must be above 0"),
         ((tmp_path / "one", tmp_path / "out", "--short-side", -1), "--short-side -1 must be"),
