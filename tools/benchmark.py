@@ -22,8 +22,8 @@ seconds; on a CPU, ratios and shares are of those, as other work does not change
                     this precision on this device (2048^3 on a CPU, 8192^3 on CUDA)
     parts           of one more step, operator by operator, forward and backward
 
-`--peers` adds, of other people's models (tools/peers.py), those that a chosen row is compared with;
-without it --rows may name some. `memory` finds the largest micro-batch that fits (tools/memory.py),
+`--peers` adds, of other people's models (tools/peers.py), those that a chosen row is compared with,
+unless --rows names some itself. `memory` finds the largest micro-batch that fits (tools/memory.py),
 `scaling` how a step grows (tools/scaling.py), `loader` times what feeds one (tools/loader.py),
 `detect` detection's step (tools/benchmark_detect.py).
 """
@@ -129,8 +129,9 @@ def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     known = (*ROWS, *VIDEO, *peers.PEERS)
     if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
-    more = dict.fromkeys(b for _, a, b, _ in RATIOS if a in rows and b in peers.PEERS)
-    more = [p for p in more if args.peers is not None and p not in rows]
+    named = args.peers is None or any(r in peers.PEERS for r in rows)
+    pairs = [] if named else [b for _, a, b, _ in RATIOS if a in rows and b in peers.PEERS]
+    more = [*dict.fromkeys(pairs)]
     lacking = {p: peers.missing(p, args.peers or "") for p in (*rows, *more) if p in peers.PEERS}
     for row, line in lacking.items():
         if line and row in rows:
@@ -177,11 +178,13 @@ def step(args: argparse.Namespace) -> list[dict]:
         print(table_line(cells(r)))
     unit = "GFLOP/s" if cuda else "GFLOP a CPU second"
     print(f"\nmatrix product: {found[0]['matrix_peak'] / 1e9:.0f} {unit}")
-    medians = {r["row"]: r["median" if cuda else "cpu_median"] for r in found}
+    medians = {r["row"]: r for r in found}
     for what, a, b, bound in RATIOS:
         if a in medians and b in medians:
+            time, cpu = (medians[a][k] / medians[b][k] for k in ("median", "cpu_median"))
+            words = "" if cuda else f"{cpu:.3f} of its CPU seconds, "
             wanted = f", wanted at most {bound:.2f}" if bound else ""
-            print(f"{what}: {medians[a] / medians[b]:.3f} of its time{wanted}")
+            print(f"{what}: {words}{time:.3f} of its time{wanted}")
     return found
 
 
