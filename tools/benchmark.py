@@ -4,23 +4,28 @@
     python -m tools.benchmark step --rows mae,cfmae --precision bf16 --rounds 3 --json out.json
     python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
-    python -m tools.benchmark step --rows mcmae,peer-convmae --peers-from DIR  # the authors' own
+    python -m tools.benchmark step --rows mae,mcmae --peers DIR   # and their authors' clones in DIR
     python -m tools.benchmark loader --data data/imagenet --feed 1500   # a folder, and its shards
+    python -m tools.benchmark scaling --rows mae                  # how time and memory grow
+    python -m tools.benchmark precision --rows mae,cfmae          # does bf16 learn what fp32 does?
     python -m tools.benchmark memory --rows mae,cfmae
     python -m tools.benchmark detect --rows mcmae,torchvision     # at 1024, batch 1
 
 `step` times a script's own loop around a batch that is there already: forward, backward, clipping
 where the recipe has it, AdamW (tools/stopwatch.py). Each row runs in a process of its own, so that
 its peak memory is its own; the rows take turns for `--rounds` rounds, so that a machine's drift
-meets all of them. Median of all steps, with the smallest and the largest. Of that:
+meets all of them. Median of all steps, with the smallest and the largest, by the clock and in CPU
+seconds; on a CPU, ratios and shares are of those, as other work does not change them. Of that:
 
     forward GFLOP   torch.utils.flop_counter, of an image; 2 a multiply-add
     share of peak   forward and backward FLOPs over the time, over the rate of a matrix product at
                     this precision on this device (2048^3 on a CPU, 8192^3 on CUDA)
     parts           of one more step, operator by operator, forward and backward
 
-`memory` finds the largest micro-batch that fits (tools/memory.py), `loader` times what feeds a step
-(tools/loader.py), `detect` detection's step (tools/benchmark_detect.py).
+`--peers` adds, of other people's models (tools/peers.py), those that a chosen row is compared with,
+unless --rows names some itself. `memory` finds the largest micro-batch that fits (tools/memory.py),
+`scaling` how a step grows (tools/scaling.py), `loader` times what feeds one (tools/loader.py),
+`detect` detection's step (tools/benchmark_detect.py).
 """
 
 import argparse
@@ -38,7 +43,7 @@ import torch
 
 from engine import UserError
 from engine.ranks import World
-from tools import benchmark_detect, peers, stopwatch
+from tools import benchmark_detect, peers, precision, scaling, stopwatch
 from tools.loader import loader
 from tools.memory import file_list, largest_batch
 
@@ -87,6 +92,8 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
     ("CoMA frozen / Hiera's MAE", "coma", "peer-hiera", None),
     ("CoMA none / Hiera's MAE", "coma-none", "peer-hiera", None),
     ("CoMA shared / Hiera's MAE", "coma-shared", "peer-hiera", None),
+    ("SemanticMIM, HOG / its authors'", "semanticmim", "peer-semanticmim", None),
+    ("SemanticMIM, dVAE / its authors'", "beit", "peer-semanticmim-dvae", None),
     ("plain, HOG / mmpretrain's MaskFeat", "semanticmim-plain", "peer-mmpretrain-maskfeat", None),
     ("plain, dVAE / mmpretrain's BEiT", "beit-plain", "peer-mmpretrain-beit", None),
 )
@@ -122,13 +129,16 @@ def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     known = (*ROWS, *VIDEO, *peers.PEERS)
     if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
-    lacking = {p: line for p in peers.PEERS if (line := peers.missing(p, args.peers_from))}
-    for row in lacking:
-        if row in rows:
-            raise UserError(lacking[row])
-        if args.peers:
-            print(f"left out {lacking[row]}", flush=True)
-    return rows + [p for p in peers.PEERS if args.peers and p not in rows and p not in lacking]
+    named = args.peers is None or any(r in peers.PEERS for r in rows)
+    pairs = [] if named else [b for _, a, b, _ in RATIOS if a in rows and b in peers.PEERS]
+    more = [*dict.fromkeys(pairs)]
+    lacking = {p: peers.missing(p, args.peers or "") for p in (*rows, *more) if p in peers.PEERS}
+    for row, line in lacking.items():
+        if line and row in rows:
+            raise UserError(line)
+        if line:
+            print(f"left out {line}", flush=True)
+    return rows + [p for p in more if not lacking[p]]
 
 
 def time_rows(args: argparse.Namespace, rows: Sequence[str]) -> list[dict]:
@@ -142,8 +152,9 @@ def time_rows(args: argparse.Namespace, rows: Sequence[str]) -> list[dict]:
             kept = found.setdefault(row, result)
             if turn:
                 kept["times"] += result["times"]
-            times = " ".join(f"{t:.3f}" for t in result["times"])
-            print(f"round {turn + 1}, {result['row']}: {times} s", flush=True)
+                kept["cpu"] += result["cpu"]
+            times, cpu = (" ".join(f"{t:.3f}" for t in result[k]) for k in ("times", "cpu"))
+            print(f"round {turn + 1}, {result['row']}: {times} s, of the CPU {cpu} s", flush=True)
     return list(found.values())
 
 
@@ -159,21 +170,27 @@ def step(args: argparse.Namespace) -> list[dict]:
     print(table_line(HEAD), table_line(["---"] * len(HEAD)), sep="\n")
     for r in found:
         r |= {"median": statistics.median(r["times"]), "batch_size": args.batch_size}
+        r["cpu_median"] = statistics.median(r["cpu"])
         r |= {"device": name, "precision": args.precision, "compile": args.compile}
         r |= {"torch": torch.__version__, "images_per_s": args.batch_size / r["median"]}
-        r["share"] = r["flops_step"] * r["images_per_s"] / r["matrix_peak"]
+        flops = r["flops_step"] * args.batch_size
+        r["share"] = flops / r["median" if cuda else "cpu_median"] / r["matrix_peak"]
         print(table_line(cells(r)))
-    print(f"\nmatrix product: {found[0]['matrix_peak'] / 1e9:.0f} GFLOP/s")
-    medians = {r["row"]: r["median"] for r in found}
+    unit = "GFLOP/s" if cuda else "GFLOP a CPU second"
+    print(f"\nmatrix product: {found[0]['matrix_peak'] / 1e9:.0f} {unit}")
+    medians = {r["row"]: r for r in found}
     for what, a, b, bound in RATIOS:
         if a in medians and b in medians:
+            time, cpu = (medians[a][k] / medians[b][k] for k in ("median", "cpu_median"))
+            words = "" if cuda else f"{cpu:.3f} of its CPU seconds, "
             wanted = f", wanted at most {bound:.2f}" if bound else ""
-            print(f"{what}: {medians[a] / medians[b]:.3f} of its time{wanted}")
+            print(f"{what}: {words}{time:.3f} of its time{wanted}")
     return found
 
 
 HEAD = (
-    "row", "parameters, M", "forward GFLOP", "step, ms (min-max)", "images/s", "share of peak",
+    "row", "parameters, M", "forward GFLOP", "step, ms (min-max)", "images/s",
+    "CPU s a step (min-max)", "share of peak",
     "peak memory, MiB", "encoder / decoder / other / optimizer, %",
 )  # fmt: skip
 
@@ -184,9 +201,10 @@ def cells(r: dict) -> list[str]:
     ends = parts.get("encoder", 0), parts.get("decoder", 0), parts["optimizer"]
     split = [f"{100 * x:.0f}" for x in (*ends[:2], 1 - sum(ends), ends[2])]
     ms = f"{1e3 * r['median']:.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
+    cpu = f"{r['cpu_median']:.2f} ({min(r['cpu']):.2f}-{max(r['cpu']):.2f})"
     return [
         r["row"], f"{r['parameters'] / 1e6:.1f}", f"{r['flops'] / 1e9:.2f}", ms,
-        f"{r['images_per_s']:.2f}", f"{r['share']:.0%}", f"{r['peak']:.0f}", " / ".join(split),
+        f"{r['images_per_s']:.2f}", cpu, f"{r['share']:.0%}", f"{r['peak']:.0f}", " / ".join(split),
     ]  # fmt: skip
 
 
@@ -225,8 +243,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         p.add_argument("--steps", type=int, default=3, help="timed steps a round")
         p.add_argument("--warmup", type=int, default=2, help="steps before them")
         p.add_argument("--rounds", type=int, default=2)
-        p.add_argument("--peers", action="store_true", help="also other libraries' models")
-        p.add_argument("--peers-from", metavar="DIR", help="clones of mae, MultiMAE, ConvMAE")
+        words = "also others' models, and those that are cloned in DIR (tools/peers.py)"
+        p.add_argument("--peers", metavar="DIR", nargs="?", const="", help=words)
     p = commands.add_parser("loader")
     p.set_defaults(run=loader)
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
@@ -234,6 +252,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--short-side", type=int, default=256, help="of what is packed reduced")
     p.add_argument("--feed", type=float, help="images/s of a step, to count the cores for it")
     benchmark_detect.add_parser(commands)
+    scaling.add_parser(commands).set_defaults(run=lambda args: scaling.scaling(args, child, ROWS))
+    precision.add_parser(commands).set_defaults(run=lambda args: precision.precision(args, ROWS))
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
     args = parser.parse_args(argv)

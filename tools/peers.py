@@ -2,34 +2,38 @@
 
 Each takes our batch and returns (loss, {}), so that the same loop times them. All are optional:
 
-    pip install transformers lightly timm vit-pytorch hiera-transformer mmpretrain mmcv-lite
+    pip install transformers lightly timm vit-pytorch mmpretrain mmcv-lite
 
 transformers' and mmpretrain's MAE are the paper's, ViT-B/16 at 75 %. What differs in the others:
 
     lightly             raw pixels; the class token is among those that a mask may hide
     vit-pytorch         raw pixels, no class token, q, k, v without a bias, attention written out
-    hiera               MAE of another network, Hiera-B at 60 %, to set CoMA beside
     mmpretrain-maskfeat masks are its loader's (here: uniform), 78 hidden; ours plain MIM hides 79
     mmpretrain-beit     so are 75 masks, the jitter and the tokenizer's 112 pixels (here: means of
                         2 x 2). Relative positions, attention written out. Its tokenizer follows
                         autocast, and is in fp16 on CUDA; ours stays in fp32
 
-Three are the authors' own code, which no registry has: `--peers-from DIR` names a folder of clones,
-DIR/mae of https://github.com/facebookresearch/mae and so on (CLONES). They were written for timm
+Five are the authors' own code, which no registry has: `--peers DIR` names a folder of clones,
+DIR/mae of https://github.com/facebookresearch/mae and so on (CLONES). Some were written for timm
 0.3.2; with a new timm they get its blocks with attention written out, as it was then.
 
     mae-authors         MAE ViT-B, 75 %, normalised pixels
     multimae            MultiMAE-B as configured: 98 tokens of RGB, depth and semantic maps,
                         normalised RGB as a fourth output. Here depth and labels are made of RGB
     convmae             ConvMAE-B, 75 %, normalised pixels, masked convolution over all patches
+    hiera               MAE of another network, Hiera-B at 60 %, to set CoMA beside
+    semanticmim, -dvae  its configurations for MaskFeat and BEiT, at the paper's 60 % and 8 proxies;
+                        masks, jitter, 112 pixels as for mmpretrain's, which it is built upon
 """
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
@@ -99,30 +103,24 @@ class ViTPytorch(Peer):
                          decoder_heads=16, decoder_dim_head=32)  # fmt: skip
 
 
-class Hiera(Peer):
-    def make(self) -> None:
-        from hiera.hiera_mae import mae_hiera_base_224
-
-        self.model = mae_hiera_base_224()
-
-    def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
-        return self.model(imgs, mask_ratio=0.6)[0]
-
-
 class MMPretrain(Peer):
     """A model by the name of its configuration. This one, MAE, draws its own masks."""
 
     config, changes, hidden = "mae_vit-base-p16_8xb512-amp-coslr-300e_in1k", {}, 0
 
     def make(self) -> None:
+        self.model = self.build().train()
+        self.model.init_weights()
+
+    def build(self) -> nn.Module:
         from mmpretrain import get_model
 
-        self.model = get_model(self.config, **self.changes).train()
-        self.model.init_weights()
+        return get_model(self.config, **self.changes)
 
     def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
         masks = torch.rand(len(rgb), 196, device=rgb.device).argsort(1) < self.hidden
-        samples = [SimpleNamespace(mask=m) for m in masks.long().unflatten(1, (14, 14))]
+        masks = masks.long().unflatten(1, (14, 14))
+        samples = [SimpleNamespace(mask=m, mask_index=m, img_index=1 - m) for m in masks]
         return self.model.loss(imgs, samples)["loss"]
 
 
@@ -199,6 +197,48 @@ class ConvMAE(MAE):
             self.model = build(norm_pix_loss=True)
 
 
+class Hiera(Peer):
+    def make(self) -> None:
+        with imports_of(self.clone):
+            from hiera.hiera_mae import mae_hiera_base_224 as build
+
+            self.model = build()
+
+    def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
+        return self.model(imgs, mask_ratio=0.6)[0]
+
+
+def semanticmim(clone: Path, config: str, **changes: object) -> nn.Module:
+    """A model of SemanticMIM's by its configuration, with eight proxies; mmseg is not needed."""
+    from mmengine import Config, Registry
+    from mmpretrain.registry import MODELS
+
+    cfg = Config.fromfile(clone / "configs" / config).model
+    cfg.backbone.num_cls_tokens = 8
+    cfg.update(changes)
+    other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
+    mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
+    with mock.patch.dict(sys.modules, mmseg), imports_of(clone):
+        importlib.import_module(Path(config).parts[0])
+        return MODELS.build(cfg)
+
+
+class SemanticMIM(MaskFeat):
+    hidden = 118
+
+    def build(self) -> nn.Module:
+        return semanticmim(self.clone, "maskfeat/maskfeat_bottleneck_pretrain.py")
+
+
+class SemanticMIMdVAE(BEiT):
+    hidden = 118
+
+    def build(self) -> nn.Module:
+        return semanticmim(
+            self.clone, "beit/beit_bottleneck_pretrain.py", target_generator=dict(type="DALL-E")
+        )
+
+
 class MultiMAE(Peer):
     """Put together as its pre-training script does it with cfgs/pretrain/multimae-b_98_*.yaml."""
 
@@ -236,41 +276,46 @@ class MultiMAE(Peer):
         return sum(self.criteria[t](y.float(), x[t], mask=masks[t]) for t, y in pred.items())
 
 
-CLONES = {  # name: (folder in --peers-from, where it is from)
+CLONES = {  # name: (folder in --peers' DIR, where it is from)
     "peer-mae-authors": ("mae", "https://github.com/facebookresearch/mae"),
     "peer-multimae": ("MultiMAE", "https://github.com/EPFL-VILAB/MultiMAE"),
     "peer-convmae": ("ConvMAE", "https://github.com/Alpha-VL/ConvMAE"),
+    "peer-hiera": ("hiera", "https://github.com/facebookresearch/hiera"),
+    "peer-semanticmim": ("SemanticMIM", "https://github.com/yyk-wew/SemanticMIM"),
+    "peer-semanticmim-dvae": ("SemanticMIM", "https://github.com/yyk-wew/SemanticMIM"),
 }
 PEERS = {  # name: (class, modules that it imports, what installs them)
     "peer-transformers": (Transformers, "transformers", "transformers"),
     "peer-lightly": (Lightly, "lightly timm", "lightly timm"),
     "peer-vit-pytorch": (ViTPytorch, "vit_pytorch", "vit-pytorch"),
-    "peer-hiera": (Hiera, "hiera", "hiera-transformer"),
     "peer-mmpretrain-mae": (MMPretrain, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
     "peer-mmpretrain-maskfeat": (MaskFeat, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
     "peer-mmpretrain-beit": (BEiT, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
     "peer-mae-authors": (MAE, "timm", "timm"),
     "peer-multimae": (MultiMAE, "timm einops", "timm einops"),
     "peer-convmae": (ConvMAE, "timm", "timm"),
+    "peer-hiera": (Hiera, "timm", "timm"),
+    "peer-semanticmim": (SemanticMIM, "mmpretrain mmcv timm", "mmpretrain mmcv-lite timm"),
+    "peer-semanticmim-dvae": (SemanticMIMdVAE, "mmpretrain mmcv timm", "mmpretrain mmcv-lite timm"),
 }
 
 
-def missing(name: str, clones: str | None = None) -> str | None:
+def missing(name: str, clones: str) -> str | None:
     """A line that says what to install or clone for one of PEERS; None where all is there.
 
-    Args: `clones`, the folder of --peers-from.
+    Args: `clones`, --peers' DIR; "" where none is given.
     """
     _, needs, pip = PEERS[name]
     if name in CLONES:
         folder, url = CLONES[name]
-        if not Path(clones or "", folder).is_dir() or not clones:
+        if not clones or not Path(clones, folder).is_dir():
             at = clones or "DIR"
-            return f"{name}: no folder {at}/{folder}; git clone {url} there, --peers-from {at}"
+            return f"{name}: no folder {at}/{folder}; git clone {url} there, --peers {at}"
     lacking = ", ".join(m for m in needs.split() if find_spec(m) is None)
     return f"{name}: no module {lacking}; pip install {pip}" if lacking else None
 
 
-def build(name: str, clones: str | None = None) -> nn.Module:
+def build(name: str, clones: str = "") -> nn.Module:
     """One of PEERS; UserError where something that it imports is not installed."""
     torch.manual_seed(0)
     try:

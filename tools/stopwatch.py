@@ -3,6 +3,8 @@
 `Stopwatch` takes the place of `engine.Run`, so what is timed is what a run does: forward, backward,
 clipping where the recipe has it, what a method adds (CoMA's Eq. 4), AdamW. Of that:
 
+    seconds  by the clock, and of the CPU, all threads together: those do not grow with what else a
+             machine does
     FLOPs    torch.utils.flop_counter, 2 a multiply-add
     parts    one more step, in which a dispatch mode times each operator and asks which module it
              belongs to, forward or backward. Shares, as it slows the step
@@ -93,16 +95,17 @@ class Parts(TorchDispatchMode):
 
 
 def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of a square matrix product in ten, FLOP/s."""
-    n = 8192 if device.type == "cuda" else 2048
+    """Best rate of a square matrix product in ten: FLOP/s on CUDA, FLOP a CPU second on a CPU."""
+    cuda = device.type == "cuda"
+    n, now = (8192, time.perf_counter) if cuda else (2048, time.process_time)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     times = []
     for _ in range(12):
-        began = time.perf_counter()
+        began = now()
         a @ b
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(now() - began)
     return 2 * n**3 / min(times[2:])
 
 
@@ -182,17 +185,19 @@ class Stopwatch(engine.Run):
         self, model: Callable, optimizer: torch.optim.Optimizer, *_: object
     ) -> Iterator[Step]:
         """Yield warm-up and timed steps, and with --details two more, for FLOPs and for parts."""
-        args, times, updates = self.args, [], []
+        args, times, cpu, updates = self.args, [], [], []
         self.step_model, self.optimizer, self.saved = model, optimizer, time.monotonic()
         self.meter, self.watch = engine.Meter(self.out, self.world, None, None), NOTHING
         self.meter.restart()
         self.batches = itertools.repeat(self.scenes(args.batch_size))
         for _ in range(args.warmup + args.steps):
-            began = self.clock()
+            began, used = self.clock(), time.process_time()
             yield (step := Step(self))
             times.append(self.clock() - began)
+            cpu.append(time.process_time() - used)
             updates.append(step.seconds)
-        self.result |= {"times": times[args.warmup :], "peak": peak_memory(self.device)}
+        self.result |= {"times": times[args.warmup :], "cpu": cpu[args.warmup :]}
+        self.result["peak"] = peak_memory(self.device)
         if args.details:
             yield from self.details(statistics.median(updates[args.warmup :]))
 
@@ -214,7 +219,7 @@ class Stopwatch(engine.Run):
 NOTHING = contextlib.nullcontext()
 
 
-def train_peer(name: str, clones: str | None, flags: list[str]) -> None:
+def train_peer(name: str, clones: str, flags: list[str]) -> None:
     """The loop of mae.py around another library's model."""
     cfg = engine.parse(engine.Config, {"base": {}}, "", flags)
     with engine.Run(name, cfg) as run:
@@ -247,7 +252,7 @@ def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
         how += ["--compile"] * args.compile + ["--log-every", str(10**9)]
         with mock.patch.object(engine, "Run", run):
             if args.rows in peers.PEERS:
-                train_peer(args.rows, args.peers_from, how)
+                train_peer(args.rows, args.peers, how)
             else:
                 method, flags = rows.get(args.rows) or (args.method, f"--model {args.model}")
                 if "DALLE" in flags:

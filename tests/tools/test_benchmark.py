@@ -16,14 +16,14 @@ from torch import nn
 import data
 import shapes
 from engine import UserError
-from tools import benchmark, memory, peers, stopwatch
+from tools import benchmark, memory, peers, precision, scaling, stopwatch
 
 pytestmark = pytest.mark.slow
 
 MATRIX_PEAK = stopwatch.matrix_peak
 STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
             device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
-            json=None, rounds=1, peers=False, peers_from=None)  # fmt: skip
+            json=None, rounds=1, peers=None)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_one__counts_the_script_s_own_forward_pass():
     flops = count_flops(lambda: model(batch, torch.tensor(0.5))[0])
     assert [2 * result[k] for k in ("flops", "flops_step")] == list(flops)
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
-    assert len(result["times"]) == 2  # warm-up is not among them
+    assert len(result["times"]) == len(result["cpu"]) == 2  # warm-up is not among them
 
 
 def test_one__a_peer_goes_through_the_same_loop(monkeypatch):
@@ -114,10 +114,11 @@ def test_one__a_peer_goes_through_the_same_loop(monkeypatch):
         def loss(self, imgs, rgb):
             return self.model(imgs).square().mean()
 
-    model = Small()
+    model, asked = Small(), []
     before = [p.clone() for p in model.parameters()]
-    monkeypatch.setattr(peers, "build", lambda name, clones: model)
-    result = stopwatch.one(options(rows="peer-hiera"), benchmark.ROWS)
+    monkeypatch.setattr(peers, "build", lambda name, clones: asked.append(clones) or model)
+    result = stopwatch.one(options(rows="peer-hiera", peers="DIR"), benchmark.ROWS)
+    assert asked == ["DIR"]
     assert result["row"] == "peer-hiera" and result["flops"] == 2 * 196 * 768 * 4
     assert all((a != b).all() for a, b in zip(before, model.parameters()))  # AdamW took its steps
 
@@ -141,15 +142,18 @@ def by_hand(kind):
         late = 15 * block(76, 384) + block(76, 384, 768) + 2 * block(76, 768)
         return 2 * 56**2 * 147 * 96 + 19 * unit + late + 2 * 76 * 768 * 512 + decoder
     vit = patches + 12 * block(197, 768)
-    if kind == "MaskFeat":
-        return vit + 2 * 197 * 768 * 108
+    if "SemanticMIM" in kind:  # 8 proxies and 78 patches; 118 masks read proxies and one another
+        second = 768**2 * (2 * 118 + 4 * 126 + 2 * 118 + 16 * 118) + 4 * 118 * 126 * 768
+        vit = patches + 12 * (block(86, 768) + second)
+    if kind in ("MaskFeat", "SemanticMIM"):
+        return vit + 2 * (197 if kind == "MaskFeat" else 118) * 768 * 108
     tokenizer, width = 2 * 112**2 * 147 * 256 + 2 * 14**2 * 2048 * 8192, 256
     for side, out in ((112, 256), (56, 512), (28, 1024), (14, 2048)):
         for i in (width, out):  # the inputs of two blocks; the first may widen
             weights = 9 * (i + out // 2) * out // 4 + out // 4 * out + i * out * (i != out)
             tokenizer += 2 * side**2 * weights
         width = out
-    return vit + 2 * 75 * 768 * 8192 + tokenizer
+    return vit + 2 * (75 if kind == "BEiT" else 118) * 768 * 8192 + tokenizer
 
 
 def by_hand_multimae():
@@ -170,9 +174,10 @@ def by_hand_convmae():
     return stages + tokens + 11 * block(49, 768) + decoder
 
 
-CLONES = os.environ.get("PEERS_FROM")  # a folder of clones, as --peers-from
+CLONES = os.environ.get("PEERS", "")  # a folder of clones, as --peers takes it
 KINDS = {"peer-hiera": "Hiera", "peer-mmpretrain-maskfeat": "MaskFeat",
-         "peer-mmpretrain-beit": "BEiT"}  # fmt: skip
+         "peer-mmpretrain-beit": "BEiT", "peer-semanticmim": "SemanticMIM",
+         "peer-semanticmim-dvae": "SemanticMIM, dVAE"}  # fmt: skip
 HAND = {"peer-multimae": by_hand_multimae, "peer-convmae": by_hand_convmae}
 
 
@@ -213,10 +218,10 @@ def test_build__says_what_a_peer_lacks(monkeypatch, name, module, pip):
 
 def test_missing__names_the_clone(tmp_path):
     url = "https://github.com/Alpha-VL/ConvMAE"
-    words = f"peer-convmae: no folder DIR/ConvMAE; git clone {url} there, --peers-from DIR"
-    assert peers.missing("peer-convmae") == words
+    words = f"peer-convmae: no folder DIR/ConvMAE; git clone {url} there, --peers DIR"
+    assert peers.missing("peer-convmae", "") == words
     at = str(tmp_path)
-    assert peers.missing("peer-convmae", at).endswith(f"git clone {url} there, --peers-from {at}")
+    assert peers.missing("peer-convmae", at).endswith(f"git clone {url} there, --peers {at}")
     (tmp_path / "ConvMAE").mkdir()
     assert "no folder" not in (peers.missing("peer-convmae", at) or "")
 
@@ -245,35 +250,53 @@ def test_imports_of__a_clone_leaves_nothing_behind(tmp_path):
 
 def stand_in(args, rows, **_):
     """What `child` returns, without a process."""
-    times = [2.0 if rows == "mae" else 1.0]
-    return {"row": rows, "times": times, "peak": 1, "parameters": 1, "flops": 1, "flops_step": 1,
-            "parts": {"optimizer": 0.1}, "matrix_peak": 1}  # fmt: skip
+    mine = rows == "mae"
+    return {"row": rows, "times": [2.0 if mine else 1.0], "cpu": [1.5 if mine else 0.5], "peak": 1,
+            "parameters": 1, "flops": 1, "flops_step": 1, "parts": {"optimizer": 0.1},
+            "matrix_peak": 1}  # fmt: skip
+
+
+LIBRARIES = ["transformers", "lightly", "vit-pytorch", "mmpretrain-mae"]  # that have a MAE
 
 
 def test_step__leaves_out_peers_that_are_not_installed(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "child", stand_in)
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
-    results = benchmark.step(options(rows="mae", peers=True))
+    results = benchmark.step(options(rows="mae", peers=""))
     assert [r["row"] for r in results] == ["mae"]
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("left out peer-")]
-    assert len(lines) == len(peers.PEERS)
-    assert all("; pip install " in x or "; git clone " in x for x in lines)
-    with pytest.raises(UserError, match="^peer-hiera: no module hiera; pip install hiera-tr"):
-        benchmark.step(options(rows="mae,peer-hiera"))
+    assert len(lines) == len(LIBRARIES) + 1 and "; git clone " in lines[-1]
+    assert all("; pip install " in x for x in lines[:-1])
+    with pytest.raises(UserError, match="^peer-lightly: no module lightly, timm; pip install li"):
+        benchmark.step(options(rows="mae,peer-lightly"))
 
 
-def test_step__times_the_peers_that_are_installed(monkeypatch, capsys):
+def test_step__times_the_peers_of_its_rows_that_are_there(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "child", stand_in)
-    monkeypatch.setattr(peers, "find_spec", lambda module: module != "hiera" or None)
-    results = benchmark.step(options(rows="mae", peers=True))
-    found = [p for p in peers.PEERS if p != "peer-hiera" and p not in peers.CLONES]
-    assert [r["row"] for r in results] == ["mae", *found]
-    assert "MAE / mmpretrain's MAE: 2.000 of its time" in capsys.readouterr().out
+    monkeypatch.setattr(peers, "find_spec", lambda module: module != "lightly" or None)
+    for clone in ("mae", "hiera"):  # none of the chosen rows is compared with the second
+        (tmp_path / clone).mkdir()
+    results = benchmark.step(options(rows="mae", peers=str(tmp_path)))
+    wanted = [f"peer-{x}" for x in LIBRARIES if x != "lightly"]
+    assert [r["row"] for r in results] == ["mae", *wanted, "peer-mae-authors"]
+    said = capsys.readouterr().out
+    assert "MAE / mmpretrain's MAE: 3.000 of its CPU seconds, 2.000 of its time" in said
+    assert "| 1.50 (1.50-1.50) |" in said  # CPU seconds of a step
+
+
+def test_step__without_peers_there_are_those_that_rows_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "child", stand_in)
+    monkeypatch.setattr(peers, "find_spec", lambda module: True)
+    assert [r["row"] for r in benchmark.step(options(rows="mae"))] == ["mae"]
+    (tmp_path / "ConvMAE").mkdir()
+    named = benchmark.step(options(rows="mcmae,peer-convmae,peer-lightly", peers=str(tmp_path)))
+    assert [r["row"] for r in named] == ["mcmae", "peer-convmae", "peer-lightly"]
 
 
 def test_ratios__name_rows_that_exist():
     known = {*benchmark.ROWS, *benchmark.VIDEO, *peers.PEERS}
-    assert {r for _, a, b, _ in benchmark.RATIOS for r in (a, b)} <= known
+    named = {r for _, a, b, _ in benchmark.RATIOS for r in (a, b)}
+    assert named <= known and {*peers.PEERS} <= named  # --peers chooses by what is compared
 
 
 def test_step__refuses_unknown_rows():
@@ -340,10 +363,12 @@ def test_loader__png(capsys, tmp_path):
 
 @pytest.mark.parametrize("words, match", [
     ("memory --rows nothere", "^--rows nothere: choose from mae"),
-    ("memory --rows peer-hiera", "^peer-hiera: no module hiera; pip install hiera-transformer$"),
+    ("memory --rows peer-lightly", "^peer-lightly: no module lightly, timm; pip install lightly"),
     ("step --rows mae,", "choose from mae"),
     ("step --batch-size 0", "--batch-size 0: wanted 1 or more"),
     ("step --steps 0", "--steps 0"), ("step --rounds 0", "--rounds 0"),
+    ("scaling --rows nothere", "^--rows nothere: choose from mae"),
+    ("precision --rows nothere", "^--rows nothere: choose from mae"),
     ("step --warmup -1", "--warmup -1: wanted 0 or more"), ("loader --count 0", "--count 0"),
 ])  # fmt: skip
 def test_main__bad_input_is_one_line(monkeypatch, words, match):
@@ -398,3 +423,58 @@ def test_file_list__counts_bytes(capsys):
 def test_matrix_peak__is_a_rate():
     """Ten products of 2 x 2048^3 operations; the fixture above has the name in `stopwatch`."""
     assert 1e9 < MATRIX_PEAK(torch.device("cpu"), torch.float32) < 1e14
+
+
+# ------------------------------------------------------------------------------ growth, precision
+
+
+def test_scaling__measures_batches_sizes_and_runs(monkeypatch, capsys):
+    asked = []
+
+    def child(args, rows, batch_size, flags, **_):
+        asked.append((rows, batch_size, flags.split()[-1]))
+        pixels = batch_size * int(flags.split()[-1]) ** 2
+        return {"cpu": [9.0, pixels / 1e4, 0.0], "times": [pixels / 1e4], "peak": 50 + pixels / 1e4}
+
+    def train(script, flags, ranks):  # 5 seconds to begin with, and 2 a step
+        asked.append((script, ranks, flags[flags.index("--workers") + 1]))
+        n = int(flags[flags.index("--steps") + 1])
+        log = [{"loss": 1.0, "peak_memory_mib": 100.0 + n}]
+        return {"log": log, "cpu": 5 + 2 * n, "seconds": 6 + 3 * n}
+
+    monkeypatch.setattr(benchmark, "child", child)
+    monkeypatch.setattr(scaling, "train", train)
+    words = "scaling --rows cfmae --batches 8,16 --sizes 100,200 --batch 8 --size 100"
+    args = benchmark.parse([*words.split(), "--runs", "1x0,2x1"])
+    results = args.run(args)
+    steps = [("cfmae", 8, "100"), ("cfmae", 16, "100"), ("cfmae", 8, "100"), ("cfmae", 8, "200")]
+    assert asked == steps + [("cfmae", 1, "0")] * 2 + [("cfmae", 2, "1")] * 2
+    assert [r["cpu"] for r in results] == [8, 16, 8, 32, 2, 2]  # of a step, starting left out
+    assert results[-1] | {"seconds": 3, "ranks": 2, "peak": 123} == results[-1]
+    said = capsys.readouterr().out
+    assert "| 16 | 16.000 | 16.000 | 1000.00 | 66 | 1.00 |" in said  # each further image: 1 MiB
+
+
+def test_train__runs_a_script_to_its_end():
+    flags = "--data shapes --model tiny --image-size 32 --batch-size 2 --steps 2 --log-every 1 "
+    flags += "--val-samples 2 --workers 0 --device cpu"
+    found = scaling.train("mae", flags.split())
+    assert [line["step"] for line in found["log"]] == [1, 2] and found["cpu"] > 0.5
+    with pytest.raises(UserError, match="^mae --steps 0: .*steps"):
+        scaling.train("mae", ["--steps", "0"])
+
+
+def test_precision__compares_smoothed_losses(monkeypatch, capsys):
+    assert precision.smooth([1, 2, 6, 4], 2) == [1.5, 4, 5]
+    assert precision.difference([1, 1, 2, 2], [1, 1, 2.2, 2.2], 2) == pytest.approx(0.1)
+    assert precision.difference([1, 1, 1], [0.7, 1.3, 0.7], 2) == pytest.approx(0)  # noise cancels
+
+    def train(script, flags):
+        p = flags[flags.index("--precision") + 1]
+        return {"log": [{"loss": 2.0 if p == "fp32" else 2.01}] * 6, "cpu": 1.0}
+
+    monkeypatch.setattr(precision, "train", train)
+    args = benchmark.parse(["precision", "--rows", "cfmae", "--steps", "60"])
+    (found,) = args.run(args)
+    assert found["difference"] == pytest.approx(0.005)
+    assert "differ by at most 0.50%" in capsys.readouterr().out
