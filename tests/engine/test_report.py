@@ -8,8 +8,7 @@ import pytest
 import tiny_run
 import torch
 from engine import World
-from engine.loop import following, warn_of_size
-from engine.validate import learned
+from engine.report import following, learned, warn_of_size
 from torch import nn
 
 
@@ -81,7 +80,7 @@ def large(model, device="cpu", batch_size=64):
 )
 def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, monkeypatch):
     now = iter(range(0, 1000, 9))  # the trial takes nine seconds
-    monkeypatch.setattr("engine.loop.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("engine.report.time.perf_counter", lambda: next(now))
     warn_of_size(large(Wide(million), device))
     said = capsys.readouterr().out
     if not warned:
