@@ -1,8 +1,7 @@
-"""A run's folder: made once, entered again to resume; its list of files, frozen; its screen."""
+"""A run's folder: made once, entered again to resume; its frozen list of files."""
 
 import dataclasses
 import itertools
-
 import time
 from pathlib import Path
 from types import ModuleType
