@@ -45,7 +45,9 @@ def warn_of_size(run: object) -> None:
     million = sum(p.numel() for p in run.model.parameters()) / 1e6
     if run.device.type != "cpu" or million <= 20:
         return
-    batch = run.collate([run.train_set[pair] for pair in run.sampler.indices(0)[:4]])
+    batch = run.collate(
+        [run.train_set[pair] for pair in run.sampler.indices(0)[: min(run.micro, 4)]]
+    )
     if "error" in batch:  # the loop says which
         return
     count = len(batch["seed"])
