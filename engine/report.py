@@ -55,7 +55,7 @@ def warn_of_size(run: object) -> None:
     left, share = run.stop - run.number, run.cfg.batch_size / run.world.size / count
     hours = left * share * seconds / 3600
     units = ((72, 24, "days"), (2, 1, "hours"), (0, 1 / 60, "minutes"))
-    length = next(f"{hours / unit:.2g} {name}" for least, unit, name in units if hours >= least)
+    length = next(f"{hours / unit:,.0f} {name}" for least, unit, name in units if hours >= least)
     print(f"warning     {million:.0f} M parameters on a CPU: weights, gradients and AdamW take "
           f"{16 * million / 1024:.1f} GiB, what {run.micro} samples keep for the backward pass "
           f"{kept / count * run.micro / 2**30:.1f} GiB (--micro-batch), and the {left} steps about "

@@ -92,6 +92,8 @@ def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, mo
     assert "0.3 GiB" in said  # 4 numbers of 4 bytes
     assert "what 32 samples keep for the backward pass 0.1 GiB" in said  # 3 MiB each
     assert "the 100 steps about 4 hours, as a trial of 4 samples has it" in said  # 100 * 64 / 4 * 9
+    warn_of_size(large(Wide(million), batch_size=1_000_000))
+    assert "the 100 steps about 2,604 days" in capsys.readouterr().out
 
 
 def test_warn_of_size__leaves_no_trace(capsys):
