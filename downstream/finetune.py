@@ -297,8 +297,8 @@ def settle(run: engine.Run) -> None:
 def few_steps(run: engine.Run) -> str:
     """What to say of a schedule that is too short for a head that starts at nothing, or "".
 
-    500 images of 10 classes, --model tiny: in 70 steps of 64 top-1 is 31.8 %, below its linear
-    probe's 32.2; in 930 of 16, --epochs 30, 38.8.
+    500 images of 10 classes, --model tiny: top-1 is 31.8 % after 70 steps of 64, its linear probe's
+    32.2, and 38.8 after 930 steps of 16. 1000 of 40: 15.3 after 150, 18.5, and 19.1 after 1054.
     """
     cfg, images = run.cfg, len(run.train_set)
     if run.total >= 1000 or cfg.steps or run.checkpoint:

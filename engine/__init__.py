@@ -8,6 +8,7 @@
     log                 Meter                              log.jsonl, a loss that is not finite
     run, loop, step     Run, Step, cosine                  the loop's surroundings
     validate            validate, picture                  the val split's means, four of its images
+    report              screen, learned, following         what a run says at its start and its end
 
 Arrows go one way: scripts -> engine -> data.
 """

@@ -1,14 +1,12 @@
-"""A run's folder: made once, entered again to resume; its list of files, frozen; its screen."""
+"""A run's folder: made once, entered again to resume; its frozen list of files."""
 
 import dataclasses
 import itertools
-
 import time
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
 
 import data
 from data import UserError
@@ -87,30 +85,3 @@ def open_data(
     else:
         raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
     return source.open_dataset(cfg.data, split, files=data.FileList.open(folder), **keys)
-
-
-def screen(run: object, model: nn.Module) -> str:
-    """What a run begins with: model, data, batch, rate, length, device, folder."""
-    cfg, world = run.cfg, run.world
-    million = {
-        n: sum(p.numel() for p in m.parameters() if p.requires_grad) / 1e6
-        for n, m in (("all", model), ("encoder", model.encoder))
-    }
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    threads = "" if device != "CPU" else f", {torch.get_num_threads()} threads a rank"
-    threads += ", its MPS is not used" if torch.backends.mps.is_available() else ""
-    val = f"{len(run.val_set)} images" if run.val_set else "none, so nothing is evaluated"
-    lines = {
-        "method": f"{run.method}, preset {cfg.model}, {cfg.image_size} pixels",
-        "parameters": f"{million['all']:.2f} M, of which the encoder {million['encoder']:.2f} M",
-        "data": f"{cfg.data}: train {len(run.train_set)} images, val {val}; "
-        f"{len(run.train_set.classes)} classes; {', '.join(run.train_set.granularities)}",
-        "batch": f"{cfg.batch_size} = {world.size} ranks x {run.accum} steps x {run.micro}",
-        "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
-        "length": f"{run.total} steps, {run.total / run.per_epoch:g} epochs of {run.per_epoch}"
-        + (f", stopping after {cfg.steps} steps" if cfg.steps else ""),
-        "device": f"{device}{threads}, {'bf16' if world.bf16 else 'fp32'}, "
-        f"{world.workers(cfg.workers)} loader processes a rank",
-        "output": str(run.out),
-    }
-    return "\n".join(f"{k:<11} {v}" for k, v in lines.items())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from tqdm.auto import tqdm
 
 import data
 from engine import checkpoint
-from engine.folder import screen
 from engine.log import Meter
-from engine.step import Step
-from engine.validate import learned, validate
+from engine.report import following, learned, screen, warn_of_size
+from engine.step import Step, throw_away
+from engine.validate import validate
 
 
 def steps(
@@ -78,56 +77,6 @@ def steps(
         run.say(following(run))
 
 
-def following(run: object) -> str:
-    """What to do with a pre-trained model: commands, which run where there are classes."""
-    tiny = " --model tiny" if run.cfg.model == "tiny" else ""  # of the next task's presets, too
-    folder, note = shlex.quote(run.cfg.data), ""
-    if run.val_set is None or len(run.train_set.classes) < 2:
-        folder = "DATA"
-        note = "\n            (DATA: a folder of {train,val}/<class>/NAME.jpg, two classes or more)"
-    words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
-    package = __name__.removesuffix("engine.loop")  # "" in a checkout
-    commands = [f"python -m {package}{line.format(**words)}" for line in run.then]
-    return "next        " + "\n            ".join(commands) + note
-
-
-def warn_of_size(run: object) -> None:
-    """Say what a large model will need of a CPU: memory, and time as a few samples take it."""
-    million = sum(p.numel() for p in run.model.parameters()) / 1e6
-    if run.device.type != "cpu" or million <= 20:
-        return
-    batch = run.collate([run.train_set[pair] for pair in run.sampler.indices(0)[:4]])
-    if "error" in batch:  # the loop says which
-        return
-    count = len(batch["seed"])
-    seconds, kept = trial(run, batch)
-    left, share = run.stop - run.number, run.cfg.batch_size / run.world.size / count
-    hours = left * share * seconds / 3600
-    units = ((72, 24, "days"), (2, 1, "hours"), (0, 1 / 60, "minutes"))
-    length = next(f"{hours / unit:.2g} {name}" for least, unit, name in units if hours >= least)
-    print(f"warning     {million:.0f} M parameters on a CPU: weights, gradients and AdamW take "
-          f"{16 * million / 1024:.1f} GiB, what {run.micro} samples keep for the backward pass "
-          f"{kept / count * run.micro / 2**30:.1f} GiB (--micro-batch), and the {left} steps about "
-          f"{length}, as a trial of {count} samples has it. --model tiny is made for a CPU",
-          flush=True)  # fmt: skip
-
-
-def trial(run: object, batch: dict) -> tuple[float, int]:
-    """Seconds of a forward and backward pass, and the bytes that the first keeps for the second."""
-    weights, kept = {p.data_ptr() for p in run.model.parameters()}, {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, keep):
-        throw_away(run, run.model, batch)
-    seconds = time.perf_counter() - began
-    return seconds, sum(size for at, size in kept.items() if at not in weights)
-
-
 def settle(run: object, model: nn.Module) -> None:
     """Give a fresh and a resumed run the same order of sums.
 
@@ -138,17 +87,6 @@ def settle(run: object, model: nn.Module) -> None:
     batch = run.world.to_device(run.world.raise_error(batch))
     for _ in range(2):
         throw_away(run, model, batch)
-
-
-def throw_away(run: object, model: nn.Module, batch: dict) -> None:
-    """One forward and backward pass that leaves no trace in gradients and buffers."""
-    buffers = [b.clone() for b in run.model.buffers()]
-    with run.autocast():
-        loss, _ = model(batch, torch.zeros((), device=run.device))
-    loss.backward()
-    run.model.zero_grad(set_to_none=True)
-    for b, kept in zip(run.model.buffers(), buffers):
-        b.copy_(kept)
 
 
 def end_of_epoch(run: object, evaluate: Callable | None, preview: Callable | None) -> None:

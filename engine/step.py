@@ -78,3 +78,14 @@ def cosine(cfg: Config, step: Step) -> float:
     peak = cfg.base_lr * cfg.batch_size / 256
     warmup, total = (n * step.per_epoch for n in (cfg.warmup_epochs, cfg.epochs))
     return warmup_cosine(step.number, peak, warmup, total, cfg.min_lr)
+
+
+def throw_away(run: object, model: nn.Module, batch: dict) -> None:
+    """One forward and backward pass that leaves no trace in gradients and buffers."""
+    buffers = [b.clone() for b in run.model.buffers()]
+    with run.autocast():
+        loss, _ = model(batch, torch.zeros((), device=run.device))
+    loss.backward()
+    run.model.zero_grad(set_to_none=True)
+    for b, kept in zip(run.model.buffers(), buffers):
+        b.copy_(kept)

@@ -1,7 +1,5 @@
 """What a run looks at while it trains: the val split's means, and a picture."""
 
-import json
-import math
 from collections.abc import Callable
 
 import torch
@@ -68,31 +66,6 @@ def picture(run: object, preview: Callable) -> None:
         side = max(192, *(x.shape[-2] for x in columns.values()))
         pictures.contact_sheet(columns, path, caption, side)
     run.say(f"preview     {path}")
-
-
-# How `evaluate` of the scripts calls what scores without having learned anything of an image.
-GUESSES = ("_flat", "_mean_colour", "_visible", "_position", "_nearest", "_frequent", "_other")
-
-
-def learned(run: object) -> str:
-    """What the val split says of a run, in words, from its log's first and last look at it."""
-    if run.val_set is None:
-        return f"\nlearned     not measured: {run.cfg.data} has no val split beside train"
-    out = run.out
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    looks = [record["val"] for line in lines if "val" in (record := json.loads(line))]
-    if len(looks) < 2:
-        return ""
-    first, last = looks[0], looks[-1]
-    words, guesses = f"\nlearned     loss {first['loss']:.4g} -> {last['loss']:.4g}", {}
-    for k, v in last.items():
-        for ending in (x for x in GUESSES if k.endswith(x)):
-            found = guesses.setdefault(k.removesuffix(ending), [])
-            found.append(f"{ending[1:].replace('_', ' ')} {v:.3g}")
-    for k, found in guesses.items():
-        own = "" if k == "loss" else f"; {k} {last.get(k, math.nan):.3g}"
-        words += f"{own} (by guesses that learn nothing: {', '.join(found)})"
-    return f"{words}, on held-out images"
 
 
 def evenly(length: int, count: int) -> list[int]:

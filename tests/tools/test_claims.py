@@ -421,17 +421,18 @@ def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
 
 
 @pytest.mark.slow
-def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path):
+def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     """SIGTERM ends the tool and the run below, which saves; the next call takes it up there."""
     code = (
         "import sys; sys.path.insert(0, '.'); from tools import claims, claims_lab\n"
         "args = claims.options().parse_args(['--runs', sys.argv[1]])\n"
         "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "flags = '--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 '\n"
-        "flags += '--steps 60 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8'\n"
-        "print(claims_lab.Lab(args).run('mae', flags)[1]['continued_from'])\n"
+        "claims_lab.Lab(args).run('mae', sys.argv[2])\n"
     )
-    command, root = [sys.executable, "-c", code, str(tmp_path)], Path(claims.__file__).parents[1]
+    flags = "--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 "
+    flags += "--steps 60 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8"
+    command = [sys.executable, "-c", code, str(tmp_path), flags]
+    root = Path(claims.__file__).parents[1]
     first = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     end = time.monotonic() + 60
     while not any('"step": 5,' in p.read_text() for p in tmp_path.glob("*/log.jsonl")):
@@ -442,8 +443,8 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path):
     (out,) = (p for p in tmp_path.glob("mae-*") if p.is_dir())
     assert first.returncode == 143 and (out / "last.pt").exists()
     assert not (out / "done.json").exists()
-    again = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    share = float(again.stdout.splitlines()[-1])
-    assert 0 < share < 1 and f"from {share:.0%} on" in again.stdout
+    lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
+    share = lab.run("mae", flags)[1]["continued_from"]
+    assert 0 < share < 1 and f"from {share:.0%} on" in capsys.readouterr().out
     assert "resumed" in (out / "output.txt").read_text()
     assert json.loads((out / "done.json").read_text())["continued_from"] == share

@@ -8,12 +8,14 @@ import pytest
 import tiny_run
 import torch
 from engine import World
-from engine.loop import following, warn_of_size
-from engine.validate import learned
+from engine.report import following, learned, warn_of_size
 from torch import nn
 
 
-def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
+def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("engine.loop.warn_of_size", asked.append)
+
     def evaluate(model, batch):
         zero = torch.zeros(())
         loss = zero + 3 - 2 * evaluate.calls.pop()
@@ -29,7 +31,7 @@ def test_run__says_what_it_learned_and_what_to_do_next(tmp_path, capsys):
     assert f"python -m tools.visualize reconstruct --checkpoint {tmp_path}/last.pt\n" in said
     words = "python -m downstream.probe --data shapes --model tiny --checkpoint"
     assert f"{words} {tmp_path}/last.pt\n" in said
-    assert "warning" not in said
+    assert "warning" not in said and len(asked) == 1
 
 
 def test_following__commands_that_run_as_they_stand(tmp_path):
@@ -81,7 +83,7 @@ def large(model, device="cpu", batch_size=64):
 )
 def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, monkeypatch):
     now = iter(range(0, 1000, 9))  # the trial takes nine seconds
-    monkeypatch.setattr("engine.loop.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("engine.report.time.perf_counter", lambda: next(now))
     warn_of_size(large(Wide(million), device))
     said = capsys.readouterr().out
     if not warned:
@@ -90,12 +92,16 @@ def test_warn_of_size__large_models_on_a_cpu(million, device, warned, capsys, mo
     assert "0.3 GiB" in said  # 4 numbers of 4 bytes
     assert "what 32 samples keep for the backward pass 0.1 GiB" in said  # 3 MiB each
     assert "the 100 steps about 4 hours, as a trial of 4 samples has it" in said  # 100 * 64 / 4 * 9
+    warn_of_size(large(Wide(million), batch_size=1_000_000))
+    assert "the 100 steps about 2,604 days" in capsys.readouterr().out
 
 
 def test_warn_of_size__leaves_no_trace(capsys):
     run, state = large(Wide(21)), torch.get_rng_state()
+    run.micro = 3  # who asks for few has room for no more
     warn_of_size(run)
-    assert "minutes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "minutes" in said and "a trial of 3 samples" in said
     assert run.model.gain.grad is None and run.model.passes == 0
     assert torch.equal(state, torch.get_rng_state())
     run.train_set = dict.fromkeys(run.train_set, {"error": "05.png: RGB"})
