@@ -2,6 +2,7 @@
 
     partition, join     a map to windows and back; where windows stick out, which tokens are real
     offsets             a learned bias of each offset, as a matrix of a grid
+    Biased              attention with it, on a CPU
     everywhere          which blocks attend globally, as a flag names them
     Windows             runs blocks of `common.Block`'s form; some of them attend globally
     pyramid             an encoder's maps, its blocks run so
@@ -17,7 +18,6 @@ import engine  # noqa: F401 - before torch: it sets how threads wait
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import mcmae
 from common import unpatchify
@@ -55,35 +55,63 @@ def join(x: Tensor, grid: Sequence[int], window: int, shift: int = 0) -> Tensor:
     return x[:, top : top + h, left : left + w].flatten(1, 2)
 
 
-def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
-    """Bias (heads, L, L) of a grid (h, w) from a row for each of (2h - 1)(2w - 1) offsets.
+def places(grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
+    """Which offset each of L tokens of a grid (h, w) has from each other, (L, L): its place among
+    (2h - 1)(2w - 1), in the order of BEiT, Swin and the public detection code of MCMAE.
 
-    The same order of rows as BEiT, Swin and the public detection code of MCMAE.
-    Args: `rows`: queries, of the L; (heads, rows, L).
+    Args: `rows`: queries, of the L.
     """
-    (h, w), at = grid, torch.arange(grid[0] * grid[1], device=table.device)
+    (h, w), at = grid, torch.arange(grid[0] * grid[1])
     dy, dx = (a[rows, None] - a for a in (at // w, at % w))
-    return F.embedding((dy + h - 1) * (2 * w - 1) + dx + w - 1, table).permute(2, 0, 1)
+    return (dy + h - 1) * (2 * w - 1) + dx + w - 1
 
 
-def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: Sequence[int]) -> Tensor:
-    """Attention of q, k, v (B, heads, L, d) with the bias of `offsets`, in little memory.
+def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
+    """Bias (heads, L, L) of a grid from a table (offsets, heads) in the order of `places`."""
+    return F.embedding(places(grid, rows).to(table.device), table).permute(2, 0, 1)
 
-    torch's CPU kernel writes all scores out where a bias is trained, and keeps them: 12 heads of
-    4096 x 4096. Here the backward pass computes them again, some queries at a time.
+
+class Biased(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d) + bias) v, queries in parts; nothing is kept of the scores.
+
+    torch's CPU kernel writes them out where a bias is trained, and keeps them: 12 heads of
+    4096 x 4096. Here the backward pass computes them again.
     """
-    B, heads, L, _ = q.shape
 
-    def some(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: slice) -> Tensor:
-        bias = offsets(table, grid, rows).to(q.dtype)
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    @staticmethod
+    def parts(q: Tensor) -> list[slice]:
+        n = max(1, SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
+        return [slice(i, i + n) for i in range(0, q.shape[2], n)]
 
-    n = max(1, SCORES // (B * heads * L))
-    parts = [slice(i, i + n) for i in range(0, L, n)]
-    if len(parts) == 1:
-        return some(q, k, v, table, parts[0])
-    found = [checkpoint(some, q[:, :, p], k, v, table, p, use_reentrant=False) for p in parts]
-    return torch.cat(found, dim=2)
+    @staticmethod
+    def weights(q: Tensor, k: Tensor, table: Tensor, grid: Sequence[int], rows: slice) -> Tensor:
+        scores = q[:, :, rows] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+        return (scores + offsets(table, grid, rows)).softmax(-1)
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: Sequence[int]):
+        """q, k, v (B, heads, L, d), of a grid (h, w); table (offsets, heads)."""
+        ctx.save_for_backward(q, k, v, table)
+        ctx.grid, out = tuple(grid), torch.empty_like(q)
+        with torch.autocast("cpu", enabled=False):
+            for rows in Biased.parts(q):
+                out[:, :, rows] = Biased.weights(q, k, table, grid, rows).to(v.dtype) @ v
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, table = ctx.saved_tensors
+        dq, dk, dv, d_table = (torch.zeros_like(x) for x in ctx.saved_tensors)
+        for rows in Biased.parts(q):
+            p, g = Biased.weights(q, k, table, ctx.grid, rows), grad[:, :, rows]
+            dv += p.to(g.dtype).transpose(-2, -1) @ g
+            ds = (g @ v.transpose(-2, -1)).to(p.dtype)
+            ds = p * (ds - (ds * p).sum(-1, keepdim=True))  # of the scores, (B, heads, n, L)
+            d_table.index_add_(0, places(ctx.grid, rows).flatten(), ds.sum(0).flatten(1).T)
+            ds = (ds * q.shape[-1] ** -0.5).to(q.dtype)
+            dq[:, :, rows] = ds @ k
+            dk += ds.transpose(-2, -1) @ q[:, :, rows]
+        return dq, dk, dv, d_table, None
 
 
 def everywhere(words: str, depth: int) -> list[int]:
@@ -131,7 +159,7 @@ class Windows(nn.Module):
 
     def shared(self, inside: bool, grid: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """What windowed or what global blocks share: the table of their offsets, if they have one,
-        and its matrix (heads, L, L), except where `biased` goes without.
+        and its matrix (heads, L, L), except where `Biased` goes without.
         """
         table = self.local_bias_table if inside else self.global_bias_table
         if table is None:
@@ -164,7 +192,7 @@ class Windows(nn.Module):
             own = attn.table(size)
             table, bias = own if table is None else own + table, None
         if table is not None and not inside and x.device.type == "cpu":
-            x = biased(*attn.heads(x), table, size)
+            x = Biased.apply(*attn.heads(x), table, size)
             return attn.proj(x.transpose(1, 2).flatten(2))
         if table is not None and bias is None:
             bias = offsets(table, size)

@@ -307,6 +307,15 @@ def test_detector__patches_of_14_have_strides_of_3_5():
     model.eval().predict(torch.zeros(1, 3, 84, 84, dtype=torch.uint8))
 
 
+def test_maps__simple_is_the_last_map_alone():
+    model = detector("semanticmim", neck="simple")
+    imgs = torch.randn(2, 3, 64, 64)
+    ((x,), y) = model.maps(imgs), model.encoder.embed(imgs)
+    for block in model.encoder.blocks:
+        y = block(y)
+    torch.testing.assert_close(x.flatten(2).transpose(1, 2), y)
+
+
 def test_maps__mcmae_without_windows_are_its_own_pyramid():
     model = detector("mcmae")
     imgs, seed = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])

@@ -110,6 +110,15 @@ def test_optimizer__decay_and_rates_by_layer():
     assert found["roi.box_head.5.weight"] == (1.0, 0.05)
 
 
+def test_build__every_size_reaches_neck_and_heads():
+    flags = "--model tiny --dim 8 --proposals 20 --boxes 12 --anchor 4".split()
+    model = detect.build(config(*flags, encoder="tiny"), 10)
+    assert model.neck.output[0][0].weight.shape[0] == model.roi.box_head[0][0].in_channels == 8
+    assert model.rpn.post_nms_top_n() == 20 and model.rpn.pre_nms_top_n() == 40
+    anchors = model.rpn.anchors([torch.zeros(1, 8, 32 // 2**i, 32 // 2**i) for i in range(5)])
+    assert model.roi.trained == 12 and anchors[1].tolist() == [-4, -4, 4, 4]  # stride 2
+
+
 # ------------------------------------------------------------------------------------ command line
 
 

@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from common import Block
 from vit import ViT
-from downstream import encoders
+from downstream import convmae, encoders
 from downstream import windows as windows_module
-from downstream.windows import Windows, biased, edges, everywhere, join, offsets, partition
+from downstream.windows import Biased, Windows, edges, everywhere, join, offsets, partition
 
 GRIDS = [(8, 8), (6, 9), (5, 7)]
 
@@ -120,25 +120,39 @@ def test_global_bias__is_resized_to_another_map_and_learns():
     assert windows.global_bias_table.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("scores", [1, 2 * 2 * 24 * 5, 10**9])
-def test_biased__is_attention_with_the_bias_however_it_is_cut(monkeypatch, scores):
+@pytest.mark.parametrize("scores, parts", [(1, 24), (2 * 2 * 24 * 5, 5), (10**9, 1)])
+def test_Biased__is_attention_with_the_bias_however_it_is_cut(monkeypatch, scores, parts):
     monkeypatch.setattr(windows_module, "SCORES", scores)
-    cut, real = [], windows_module.checkpoint
-    counted = lambda f, q, *a, **k: cut.append(q.shape[2]) or real(f, q, *a, **k)  # noqa: E731
-    monkeypatch.setattr(windows_module, "checkpoint", counted)
     given = [torch.randn(2, 2, 24, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     given.append(torch.randn(7 * 11, 2, dtype=torch.float64, requires_grad=True))
-    found, grads = {}, {}
-    for name in ("ours", "torch's"):
-        if name == "ours":
-            y = biased(*given, (4, 6))
-        else:
-            y = scaled_dot_product_attention(*given[:3], attn_mask=offsets(given[3], (4, 6))[None])
-        found[name], grads[name] = y, torch.autograd.grad((y * y.detach().sin()).sum(), given)
-    torch.testing.assert_close(found["ours"], found["torch's"])
-    for a, b in zip(grads["ours"], grads["torch's"]):
+    found = Biased.apply(*given, (4, 6))
+    want = scaled_dot_product_attention(*given[:3], attn_mask=offsets(given[3], (4, 6))[None])
+    torch.testing.assert_close(found, want)
+    weight = torch.randn_like(want)
+    grads = (torch.autograd.grad((y * weight).sum(), given) for y in (found, want))
+    for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
-    assert cut == {1: [1] * 24, 480: [5, 5, 5, 5, 4], 10**9: []}[scores]
+    assert len(Biased.parts(given[0])) == parts
+
+
+def test_Biased__under_autocast_is_near_and_keeps_its_types():
+    given = [torch.randn(1, 2, 24, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    given.append(torch.randn(7 * 11, 2, requires_grad=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Biased.apply(*given, (4, 6))
+    want = Biased.apply(*(x.detach().float() for x in given), (4, 6))
+    torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
+    grads = torch.autograd.grad(found.float().sum(), given)
+    assert [x.dtype for x in (found, *grads)] == [torch.bfloat16] * 4 + [torch.float32]
+
+
+def test_table__of_mcmae_s_segmentation_is_its_bias():
+    """Grids that are not square, larger and smaller than the one it is kept for."""
+    attn = convmae.RelativeAttention(8, 2, (3, 5))
+    torch.nn.init.normal_(attn.relative_position_bias_table)
+    for grid in ((3, 5), (4, 7), (2, 3)):
+        attn.now = grid
+        assert torch.equal(offsets(attn.table(grid), grid), attn.bias())
 
 
 def test_offsets__each_pair_has_the_row_of_its_offset():
