@@ -303,8 +303,8 @@ def test_moving_scenes__keys_determinism_and_splits():
     assert torch.equal(fixed[0, 5]["rgb"], fixed[3, 5]["rgb"])
     val = MovingScenes("val", 32, 4, train=False)
     assert not torch.equal(fixed[0, 5]["rgb"], val[0, 5]["rgb"])
-    labels = np.bincount([int(val[0, i]["label"]) for i in range(140)], minlength=7)
-    assert len(labels) == len(MOTIONS) == len(val.classes) == 7 and labels.min() > 8
+    labels = np.bincount([int(val[0, i]["label"]) for i in range(210)], minlength=7)
+    assert len(labels) == len(MOTIONS) == len(val.classes) == 7 and labels.min() > 15
     wide = MovingScenes("val", (24, 40), 2, train=False)[0, 0]["rgb"]
     assert wide.shape == (2, 3, 24, 40)
 
