@@ -25,8 +25,8 @@ REACH, SWELL = 0.16, 0.2  # of a path from its middle, of the size
 
 
 class MovingScenes(ShapeScenes):
-    """Clips of ShapeScenes: two or three objects go along periodic paths on one kind of ground,
-    before a view that moves, too.
+    """Clips of ShapeScenes: two or three objects go along periodic paths on the same snow in all
+    clips, before a view that moves, too.
 
     The class is the motion of the largest object, which lies in front. Each of its four phases
     (down, right, angle, size) is drawn uniformly and a motion only adds to some of them, so that in
@@ -47,6 +47,8 @@ class MovingScenes(ShapeScenes):
         length = length or (10_000 if split == "train" else 1_000)
         larger = tuple(n + self.margin for n in size)
         super().__init__(split, larger, 1, ("rgb",), train, seed, length)
+        nowhere = (np.zeros(n, np.float32) for n in larger)
+        self.ground, _ = self._ground(random.Random(0).random, *nowhere)  # snow
         self.shown, self.frames, self.moves = size, frames, stride > 0
         self.classes = list(MOTIONS)
 
@@ -78,13 +80,12 @@ class MovingScenes(ShapeScenes):
             for n, e in zip(self.size, self.extent)
         )
         y, x = y.astype(np.float32), x.astype(np.float32)
-        ground, _ = self._ground(draw, 0 * y, x)  # of one kind, the far one
         light, count = 2 * draw() - 1, 2 + int(draw() * 2)
         objects = [self._object(draw, number == count) for number in range(1, count + 1)]
         lit = 1.05 - 0.2 * (light * (x - 0.5) + (y[:, None] - 0.5))
         clip = np.empty((self.frames, 3, *self.shown), np.uint8)
         for number in range(self.frames):
-            at, canvas = number / self.frames * self.moves, ground.copy()
+            at, canvas = number / self.frames * self.moves, self.ground.copy()
             for looks, _, phases, speed, size in objects:
                 spread = 0.2 if size > 1 else 0.4
                 pose = self._pose(at, phases, speed, size)

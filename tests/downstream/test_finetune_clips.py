@@ -45,7 +45,7 @@ def parse(*flags) -> tuning.Config:
 def build(cfg) -> tuning.Classifier:
     torch.manual_seed(0)
     model = tuning.build(cfg, tuning.class_names("shapes"))[0]
-    torch.nn.init.normal_(model.head.weight)  # at 2e-5 nothing but the head sees much
+    torch.nn.init.normal_(model.head.weight)  # of small ones nothing but the head sees much
     return model
 
 
@@ -83,7 +83,7 @@ def test_build__takes_the_encoder_or_fresh_weights(source):
     assert "fresh weights" in words
     larger = parse("--checkpoint", source, "--image-size", 32, "--frames", 8)
     assert tuning.build(larger, ["a", "b"])[0].encoder.grid == (4, 4, 4)
-    fresh = parse("--encoder", "tiny", "--drop-path", 0.3)
+    fresh = parse("--encoder", "tiny", "--drop-path", 0.3, "--head-std", 2e-5)
     assert (fresh.image_size, fresh.frames, fresh.patch_size) == (48, 8, 8)
     model = tuning.build(fresh, ["a", "b"])[0]
     weight, bound = model.encoder.patch_embed4.weight, (6 / (96 + 96)) ** 0.5  # Xavier's
