@@ -437,7 +437,11 @@ def test_scaling__measures_batches_sizes_and_runs(monkeypatch, capsys):
     def child(args, rows, batch_size, flags, **_):
         asked.append((rows, batch_size, flags.split()[-1]))
         pixels = batch_size * int(flags.split()[-1]) ** 2
-        return {"cpu": [9.0, pixels / 1e4, 0.0], "times": [pixels / 1e4], "peak": 50 + pixels / 1e4}
+        return {
+            "cpu": [99.0, pixels / 1e4, 0.0],
+            "times": [pixels / 1e4],
+            "peak": 50 + pixels / 1e4,
+        }
 
     def train(script, flags, ranks):  # 5 seconds to begin with, and 2 a step
         asked.append((script, ranks, flags[flags.index("--workers") + 1]))
