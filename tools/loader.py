@@ -220,4 +220,19 @@ def usual(dataset: data.FolderDataset, ours: float) -> dict:
         print(f"{said}bare decode_jpeg {bare:.0f} (ours {1 / ours / bare:.0%})")
     else:
         print(f"{said}no bare decode_jpeg, as not all are RGB or grey JPEG")
+    if torch.cuda.is_available() and "bare_decode" in found:
+        found["cuda_decode"] = on_cuda(whole)
+        print(f"  decode_jpeg on the device, all of them in one call: {found['cuda_decode']:.0f}")
     return found
+
+
+def on_cuda(whole: list[torch.Tensor]) -> float:
+    """Images/s, by the clock, that torchvision decodes on the device."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    def batch(_: int) -> None:
+        decode_jpeg(whole, mode=ImageReadMode.RGB, device="cuda")
+        torch.cuda.synchronize()
+
+    batch(0)
+    return len(whole) / seconds(batch, 3)[1]

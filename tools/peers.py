@@ -4,7 +4,8 @@ Each takes our batch and returns (loss, {}), so that the same loop times them. A
 
     pip install transformers lightly timm vit-pytorch mmpretrain mmcv-lite
 
-transformers' and mmpretrain's MAE are the paper's, ViT-B/16 at 75 %. What differs in the others:
+mmpretrain 1.2 cannot be imported where transformers 5 and pycocotools are: it wants an environment
+without one of them. Its and transformers' MAE are the paper's, ViT-B/16 at 75 %. The others:
 
     lightly             raw pixels; the class token is among those that a mask may hide
     vit-pytorch         raw pixels, no class token, q, k, v without a bias, attention written out

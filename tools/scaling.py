@@ -64,13 +64,15 @@ def whole_run(script: str, flags: list[str], ranks: int, workers: int, steps: in
 
 def series(found: list[dict], what: str, units: Callable[[dict], float]) -> None:
     """Print a table of steps of growing size; `units`, how much of `what` one has: "images"."""
+    if not found:
+        return
     print(f"\n| {what} | {' | '.join(HEAD)} |\n|{'---|' * (1 + len(HEAD))}")
     for i, r in enumerate(found):
         n, before = units(r), found[i - 1]
         each = f"{1e3 * r['cpu'] / n:.2f}"
         more = f"{(r['peak'] - before['peak']) / (n - units(before)):.2f}" if i else ""
         row = f"{r['cpu']:.3f}", f"{r['seconds']:.3f}", each, f"{r['peak']:.0f}", more
-        print(f"| {n} | {' | '.join(row)} |")
+        print(f"| {n} | {' | '.join(row)} |", flush=True)
 
 
 def scaling(args: argparse.Namespace, child: Callable, rows: dict) -> list[dict]:
@@ -78,8 +80,6 @@ def scaling(args: argparse.Namespace, child: Callable, rows: dict) -> list[dict]
     names, given = args.rows.split(","), args.flags
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(rows)}")
-    batches, sizes = ([int(n) for n in x.split(",") if n] for x in (args.batches, args.sizes))
-    runs = [[int(n) for n in x.split("x")] for x in args.runs.split(",") if x]
 
     def steps(row: str, batch: int, size: int) -> dict:
         flags = f"{given} --image-size {size}"
@@ -92,28 +92,39 @@ def scaling(args: argparse.Namespace, child: Callable, rows: dict) -> list[dict]
     results = []
     for row in names:
         print(f"\n{row} {given}, {args.precision}: at {args.size} pixels; with {args.batch} images")
-        found = [steps(row, n, args.size) for n in batches]
+        found = [steps(row, n, args.size) for n in args.batches]
         series(found, "images", lambda r: r["batch"])
-        found += (larger := [steps(row, args.batch, n) for n in sizes])
-        series(larger, "pixels", lambda r: r["batch"] * r["size"] ** 2)
+        found += (larger := [steps(row, args.batch, n) for n in args.sizes])
+        series(larger, "patches of 16 x 16", lambda r: r["batch"] * r["size"] ** 2 // 256)
         script, own = rows[row]
-        flags = [*own.split(), *given.split(), "--data", "shapes", "--image-size", str(args.size)]
-        flags += ["--batch-size", str(args.batch), "--precision", args.precision]
-        flags += ["--device", args.device]
-        if runs:
-            print(
-                "\n| ranks | workers | CPU s a step | s a step | memory of rank 0, MiB |\n"
-                + "|---" * 5
-                + "|"
-            )
-        for ranks, workers in runs:
+        flags = [*own.split(), *given.split(), "--data", "shapes", "--device", args.device]
+        flags += ["--image-size", str(args.size), "--batch-size", str(args.batch)]
+        flags += ["--precision", args.precision]
+        line = "\n| ranks | workers | CPU s a step | s a step | memory of rank 0, MiB |\n"
+        print(line + "|---" * 5 + "|" if args.runs else "")
+        for ranks, workers in args.runs:
             r = whole_run(script, flags, ranks, workers, args.run_steps)
-            print(
-                f"| {ranks} | {workers} | {r['cpu']:.3f} | {r['seconds']:.3f} | {r['peak']:.0f} |"
-            )
+            cells = ranks, workers, f"{r['cpu']:.3f}", f"{r['seconds']:.3f}", f"{r['peak']:.0f}"
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
             found.append({"row": row, **r})
         results += found
     return results
+
+
+def numbers(text: str) -> list[int]:
+    """Positive numbers of a list with commas; ValueError."""
+    found = [int(n) for n in text.split(",") if n]
+    if any(n < 1 for n in found):
+        raise ValueError
+    return found
+
+
+def splits(text: str) -> list[tuple[int, int]]:
+    """(ranks, workers) of "1x0,2x1"; ValueError."""
+    found = [tuple(int(n) for n in x.split("x")) for x in text.split(",") if x]
+    if any(len(x) != 2 or x[0] < 1 or x[1] < 0 for x in found):
+        raise ValueError
+    return found
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -122,11 +133,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     p = commands.add_parser("scaling", description=__doc__, formatter_class=raw)
     p.add_argument("--rows", default="mae", help="comma-separated, of `step`'s")
     p.add_argument("--flags", default="--model tiny --patch-size 16", help="in quotes")
-    p.add_argument("--batches", default="8,16,32,64,128,256", help="at --size")
-    p.add_argument("--sizes", default="128,224,320,448", help="pixels, with --batch images")
+    p.add_argument("--batches", type=numbers, default="8,16,32,64,128,256", help="at --size")
+    p.add_argument(
+        "--sizes", type=numbers, default="128,224,320,448", help="pixels, with --batch images"
+    )
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--size", type=int, default=128)
-    p.add_argument("--runs", default="1x0,1x1,1x2,2x0,2x1", help="RANKSxWORKERS")
+    p.add_argument("--runs", type=splits, default="1x0,1x1,1x2,2x0,2x1", help="RANKSxWORKERS")
     p.add_argument("--run-steps", type=int, default=20)
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -331,6 +331,7 @@ def test_loader__times_all_parts(capsys):
         assert set(r["parts"]) == {"read", "decode", "crop", "collate"}
         assert r["images_per_s"] > 0 and abs(sum(r["parts"].values()) - 1) < 1e-9
     assert rows[0]["classic"] > 0 and rows[0]["bare_decode"] > 0
+    assert ("cuda_decode" in rows[0]) == torch.cuda.is_available()
     assert rows[0]["bytes"] == rows[3]["bytes"] < rows[1]["bytes"] == rows[4]["bytes"]
     assert 0 <= rows[0]["enlarged"] == rows[4]["enlarged"] < rows[6]["enlarged"] < 1
     assert "cores feed 100 images/s" in capsys.readouterr().out
@@ -368,6 +369,8 @@ def test_loader__png(capsys, tmp_path):
     ("step --batch-size 0", "--batch-size 0: wanted 1 or more"),
     ("step --steps 0", "--steps 0"), ("step --rounds 0", "--rounds 0"),
     ("scaling --rows nothere", "^--rows nothere: choose from mae"),
+    ("scaling --batches 8,0", "--batches: invalid numbers value: '8,0'"),
+    ("scaling --runs 2", "--runs: invalid splits value: '2'"),
     ("precision --rows nothere", "^--rows nothere: choose from mae"),
     ("step --warmup -1", "--warmup -1: wanted 0 or more"), ("loader --count 0", "--count 0"),
 ])  # fmt: skip
@@ -434,7 +437,11 @@ def test_scaling__measures_batches_sizes_and_runs(monkeypatch, capsys):
     def child(args, rows, batch_size, flags, **_):
         asked.append((rows, batch_size, flags.split()[-1]))
         pixels = batch_size * int(flags.split()[-1]) ** 2
-        return {"cpu": [9.0, pixels / 1e4, 0.0], "times": [pixels / 1e4], "peak": 50 + pixels / 1e4}
+        return {
+            "cpu": [99.0, pixels / 1e4, 0.0],
+            "times": [pixels / 1e4],
+            "peak": 50 + pixels / 1e4,
+        }
 
     def train(script, flags, ranks):  # 5 seconds to begin with, and 2 a step
         asked.append((script, ranks, flags[flags.index("--workers") + 1]))
