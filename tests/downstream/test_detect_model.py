@@ -329,7 +329,7 @@ def test_maps__levels_are_those_depths_of_a_plain_encoder():
     model = detector("semanticmim", neck="levels")  # four blocks
     imgs = torch.randn(2, 3, 64, 64)
     maps, x, wanted = model.maps(imgs), model.encoder.embed(imgs), []
-    assert [m.shape for m in maps] == [(2, 96, 8, 8)] * 4
+    assert [m.shape for m in maps] == [(2, 128, 4, 4)] * 4
     for block in model.encoder.blocks:  # a third, a half, two thirds and all of four
         wanted.append(x := block(x))
     for a, b in zip(maps, wanted):
