@@ -34,7 +34,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest import mock
 
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
@@ -219,9 +218,14 @@ def semanticmim(clone: Path, config: str, **changes: object) -> nn.Module:
     cfg.update(changes)
     other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
     mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
-    with mock.patch.dict(sys.modules, mmseg), imports_of(clone):
-        importlib.import_module(Path(config).parts[0])
+    sys.modules.update(mmseg)
+    try:
+        with imports_of(clone):
+            importlib.import_module(Path(config).parts[0])
         return MODELS.build(cfg)
+    finally:
+        for module in mmseg:
+            del sys.modules[module]
 
 
 class SemanticMIM(MaskFeat):
