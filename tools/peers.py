@@ -208,14 +208,14 @@ class Hiera(Peer):
         return self.model(imgs, mask_ratio=0.6)[0]
 
 
-def semanticmim(clone: Path, config: str, **changes: object) -> nn.Module:
+def semanticmim(clone: Path, config: str) -> nn.Module:
     """A model of SemanticMIM's by its configuration, with eight proxies; mmseg is not needed."""
     from mmengine import Config, Registry
     from mmpretrain.registry import MODELS
 
     cfg = Config.fromfile(clone / "configs" / config).model
     cfg.backbone.num_cls_tokens = 8
-    cfg.update(changes)
+    cfg.target_generator.pop("init_cfg", None)  # no download: random weights
     other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
     mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
     sys.modules.update(mmseg)
@@ -239,9 +239,7 @@ class SemanticMIMdVAE(BEiT):
     hidden = 118
 
     def build(self) -> nn.Module:
-        return semanticmim(
-            self.clone, "beit/beit_bottleneck_pretrain.py", target_generator=dict(type="DALL-E")
-        )
+        return semanticmim(self.clone, "beit/beit_bottleneck_pretrain.py")
 
 
 class MultiMAE(Peer):
