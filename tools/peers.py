@@ -34,7 +34,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest import mock
 
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
@@ -209,19 +208,24 @@ class Hiera(Peer):
         return self.model(imgs, mask_ratio=0.6)[0]
 
 
-def semanticmim(clone: Path, config: str, **changes: object) -> nn.Module:
+def semanticmim(clone: Path, config: str) -> nn.Module:
     """A model of SemanticMIM's by its configuration, with eight proxies; mmseg is not needed."""
     from mmengine import Config, Registry
     from mmpretrain.registry import MODELS
 
     cfg = Config.fromfile(clone / "configs" / config).model
     cfg.backbone.num_cls_tokens = 8
-    cfg.update(changes)
+    cfg.target_generator.pop("init_cfg", None)  # no download: random weights
     other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
     mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
-    with mock.patch.dict(sys.modules, mmseg), imports_of(clone):
-        importlib.import_module(Path(config).parts[0])
+    sys.modules.update(mmseg)
+    try:
+        with imports_of(clone):
+            importlib.import_module(Path(config).parts[0])
         return MODELS.build(cfg)
+    finally:
+        for module in mmseg:
+            del sys.modules[module]
 
 
 class SemanticMIM(MaskFeat):
@@ -235,9 +239,7 @@ class SemanticMIMdVAE(BEiT):
     hidden = 118
 
     def build(self) -> nn.Module:
-        return semanticmim(
-            self.clone, "beit/beit_bottleneck_pretrain.py", target_generator=dict(type="DALL-E")
-        )
+        return semanticmim(self.clone, "beit/beit_bottleneck_pretrain.py")
 
 
 class MultiMAE(Peer):
