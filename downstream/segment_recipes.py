@@ -201,7 +201,7 @@ class Config(transfer.SourceConfig):
     FURTHER: typing.ClassVar = tuple(
         "beta1 beta2 clip_grad momentum loss_size aux_weight dim aux_dim dropout scale_min "
         "scale_max crop_scale_min deterministic log log_every save_minutes save_epochs val_epochs "
-        "val_samples preview_epochs everywhere shifted".split()
+        "val_samples preview_epochs window everywhere shifted".split()
     )
     GONE: typing.ClassVar = ("description", "norm_batch")  # of older runs; facts by now
     FREE = transfer.SourceConfig.FREE + GONE + ("patch_size",)

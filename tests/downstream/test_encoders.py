@@ -101,7 +101,7 @@ def test_ours__checkpoint_of_a_transfer(tmp_path):
     again, description, report = open_encoder(checkpoint=tmp_path / "b.pt")
     assert description["method"] == "semanticmim"
     assert description["config"]["image_size"] == [96, 64]
-    assert "fresh: nothing" in report and again.grid == (12, 8)
+    assert "fresh: nothing" in report and again.grid == (6, 4)
     assert_close(again.state_dict(), dict(encoder.state_dict()), rtol=0, atol=0)
 
 

@@ -252,14 +252,14 @@ def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_timm__init_reads_heads_mean_and_deviation_off_the_file(suffix, tmp_path):
-    """Three heads of 32: a width of 96 alone would not tell."""
+    """Four heads of 32: a width of 128 alone would not tell."""
     our_checkpoint(tmp_path / "a.pt", "semanticmim")
     encoder, description, _ = open_encoder(checkpoint=tmp_path / "a.pt", mean=(0.5, 0.4, 0.3))
     transfer(tmp_path / "last.pt", encoder, description, 64)
     said = export(tmp_path / "last.pt", tmp_path / f"vit.{suffix}", "timm")
-    assert encoder.blocks[0].attn.num_heads == 3 and f"vit.{suffix}" in said
+    assert encoder.blocks[0].attn.num_heads == 4 and f"vit.{suffix}" in said
     theirs, found, report = open_encoder(init=tmp_path / f"vit.{suffix}")
-    assert theirs.blocks[0].attn.num_heads == 3 and "does not tell" not in report
+    assert theirs.blocks[0].attn.num_heads == 4 and "does not tell" not in report
     assert found["mean"] == [0.5, 0.4, 0.3] and found["std"] == description["std"]
     wanted = features(open_encoder(checkpoint=tmp_path / "last.pt")[0])
     assert_close(features(theirs), wanted, rtol=1e-5, atol=1e-5)
