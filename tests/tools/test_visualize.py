@@ -18,7 +18,8 @@ import vit
 TINY = {
     "mae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
     "cfmae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
-    "semanticmim": "--image-size 32 --patch-size 8 --embed-dim 48 --depth 3 --num-heads 3 --proxies 2",
+    "semanticmim": "--image-size 32 --patch-size 8 --embed-dim 48 --depth 3 --num-heads 3 "
+    "--proxies 2",
     "mcmae": "--image-size 32 --embed-dims 16,16,32 --num-heads 2 --decoder-depth 1",
     "coma_dyvit": "--image-size 32 --decoder-depth 1",
 }
