@@ -110,7 +110,7 @@ def following(run: object) -> str:
     folder, note = shlex.quote(run.cfg.data), ""
     if run.val_set is None or len(run.train_set.classes) < 2:
         folder = "DATA"
-        note = "\n            (DATA: a folder of {train,val}/<class>/NAME.jpg, two classes or more)"
+        note = "\n            (DATA: train and val, two or more class folders in each)"
     words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
     package = __name__.removesuffix("engine.report")  # "" in a checkout
     commands = [f"python -m {package}{line.format(**words)}" for line in run.then]

@@ -60,7 +60,7 @@ def test_ours__features_of_the_model(method, changes, tmp_path):
     assert "left out: nothing" in report and json.loads(json.dumps(description)) == description
     if method == "semanticmim":  # the norm of pre-training is not the encoder's: it starts afresh
         assert "fresh: norm (2)" in report and (encoder.norm.weight == 1).all()
-        model.encoder.norm = nn.LayerNorm(96, eps=1e-6)
+        model.encoder.norm = nn.LayerNorm(128, eps=1e-6)
     imgs = torch.randn(2, 3, 64, 64)
     for a, b in zip(encoder.forward_features(imgs)[0], model.encoder.forward_features(imgs)[0]):
         assert torch.equal(a, b)

@@ -86,7 +86,8 @@ ROWS = benchmark.ROWS | benchmark.VIDEO
 
 @pytest.mark.parametrize("row", [r for r in ROWS if not r.startswith("beit")])
 def test_one__every_row_runs(row):
-    result = stopwatch.one(options(rows=row), ROWS)
+    size = 64 if row == "semanticmim-80" else 32  # or nothing is visible
+    result = stopwatch.one(options(rows=row, flags=f"--model tiny --image-size {size}"), ROWS)
     assert result["row"] == row and len(result["times"]) == 1
     assert result["flops_step"] > 1.5 * result["flops"] > 0
     assert sum(result["parts"].values()) == pytest.approx(1)
