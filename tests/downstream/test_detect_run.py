@@ -224,6 +224,14 @@ def test_folder__mistakes_are_one_line_before_training(tmp_path):
     (tmp_path / "coco/train2017/0.png").write_bytes(
         (tmp_path / "coco/train2017/2.png").read_bytes()
     )
+    with pytest.raises(UserError, match="annotation 0 has run lengths of 2400 pixels, of an image"):
+        train(tmp_path / "b", "--data", tmp_path / "coco", *FOLDER)
+    first = given["images"][0]["id"]
+    given["annotations"] = [a for a in given["annotations"] if a["image_id"] != first]
+    write(tmp_path / "coco", given)
+    (tmp_path / "coco/train2017/0.png").write_bytes(
+        (tmp_path / "coco/train2017/2.png").read_bytes()
+    )
     with pytest.raises(UserError, match=r"1 of 5 checked samples do not fit"):
         train(tmp_path / "b", "--data", tmp_path / "coco", *FOLDER)
     with pytest.raises(UserError, match="cannot read .*instances_train2017.json"):
