@@ -19,7 +19,6 @@ categories.csv, predictions.json and a picture of val images with true and predi
 import csv
 import json
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from downstream.detector import Detector
 from downstream.mask_rcnn import paste
 from downstream.objects import CocoImages, Jitter, Scenes, collate
 from engine import UserError, parse
+from engine.folder import wait_for
 from engine.ranks import World
 from pictures import colorize
 
@@ -109,10 +109,7 @@ def open_split(
 
     if not world.from_rank_0(listing):
         return None
-    for _ in range(60):  # a network file system shows a new folder late
-        if (place / "objects.json").exists():
-            break
-        time.sleep(0.5)
+    wait_for(place / "objects.json", world)
     return CocoImages(folder, coco.Objects.open(place), jitter, cfg.seed)
 
 

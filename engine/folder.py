@@ -45,6 +45,15 @@ def most_unreadable(length: int) -> int:
     return max(10, length // 1000)
 
 
+def wait_for(path: Path, world: World) -> None:
+    """Wait until this rank sees a file of rank 0's; UserError where it does not come."""
+    for _ in range(60):  # a network file system shows a new folder late
+        if path.exists():
+            return
+        time.sleep(0.5)
+    raise UserError(f"rank {world.rank} does not see {path}: all nodes must share --output")
+
+
 def open_data(
     cfg: Config, world: World, out: Path, split: str, source: ModuleType = data, **options
 ) -> torch.utils.data.Dataset | None:
@@ -78,10 +87,5 @@ def open_data(
 
     if not world.from_rank_0(listing):
         return None
-    for _ in range(60):  # a network file system shows a new folder late
-        if (folder / "files.json").exists():
-            break
-        time.sleep(0.5)
-    else:
-        raise UserError(f"rank {world.rank} does not see {folder}: all nodes must share --output")
+    wait_for(folder / "files.json", world)
     return source.open_dataset(cfg.data, split, files=data.FileList.open(folder), **keys)
