@@ -162,7 +162,10 @@ class RoI(RoIHeads):
             None, MaskRCNNHeads(dim, [dim] * 4, 1, norm), MaskRCNNPredictor(dim, dim, classes + 1),
         )  # fmt: skip
         self.strides, self.trained = tuple(strides), trained
-        for layer, std in (  # detectron2's first weights
+        fc = next(m for m in self.box_head if isinstance(m, nn.Linear))
+        nn.init.kaiming_uniform_(fc.weight, a=1)  # detectron2's first weights, here and below
+        nn.init.zeros_(fc.bias)
+        for layer, std in (
             (self.box_predictor.cls_score, 0.01),
             (self.box_predictor.bbox_pred, 0.001),
             (self.mask_predictor.mask_fcn_logits, 0.001),

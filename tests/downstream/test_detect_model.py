@@ -60,6 +60,22 @@ def test_shares__are_a_mean_over_rows_then_over_samples():
 # ------------------------------------------------------------------------------------------- heads
 
 
+def test_roi__first_weights_are_detectron2_s():
+    """c2_xavier_fill for the linear layer, c2_msra_fill for convolutions, normal for predictors."""
+    torch.manual_seed(0)
+    roi = RoI(64, [4, 8, 16, 32], 10)
+    (fc,) = [m for m in roi.box_head if isinstance(m, torch.nn.Linear)]
+    wanted = {fc: (64 * 49) ** -0.5}
+    wanted |= {m[0]: (2 / (64 * 9)) ** 0.5 for m in [*list(roi.box_head)[:4], *roi.mask_head]}
+    predictor = roi.box_predictor
+    wanted |= {predictor.cls_score: 0.01, predictor.bbox_pred: 0.001}
+    wanted |= {roi.mask_predictor.mask_fcn_logits: 0.001}
+    for layer, std in wanted.items():
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1), layer
+        assert layer.bias is None or not layer.bias.any(), layer
+    assert fc.weight.abs().max() <= (3 / (64 * 49)) ** 0.5
+
+
 def test_pool__levels_are_torchvision_s_but_aligned():
     maps = [torch.randn(2, 3, 256 // s, 256 // s) for s in (4, 8, 16, 32)]
     sides = torch.tensor([5.0, 60, 111, 113, 200, 250])
