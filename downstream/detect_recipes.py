@@ -56,15 +56,16 @@ RECIPES["mcmae 11"] = RECIPES["mcmae"] | dict(everywhere="1,4,7,11")  # Sec. 2.3
 RECIPES |= {k: VITDET for k in ("mae", "semanticmim", "vit", "beit")}
 RECIPES |= {f"{k} 24": VITDET_L for k in ("mae", "vit", "semanticmim")}
 RECIPES |= {f"{k} 32": VITDET_H for k in ("mae", "vit")}
-TINY = dict(  # --model tiny, ours: 64 x 64 scenes, minutes on two cores
-    image_size=64, batch_size=16, iterations=1000, warmup_steps=50, lr=2e-3, weight_decay=0.05,
-    layer_decay=0.9, drop_path=0.0, schedule="cosine", drops="",
-)  # fmt: skip
+TINY = dict(iterations=1000, epochs=None, augmentation="lsj")  # where --model tiny is silent
 
 PRESETS = {
     "paper": dict(),
-    "tiny": dict(data="shapes", micro_batch=16, dim=48, proposals=100, boxes=16),
-}
+    "tiny": dict(  # ours: 64 x 64 scenes, minutes on two cores
+        data="shapes", image_size=64, batch_size=16, micro_batch=16, lr=2e-3, warmup_steps=50,
+        weight_decay=0.05, layer_decay=0.9, drop_path=0.0, schedule="cosine", drops="", dim=48,
+        proposals=100, boxes=16,
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -240,7 +241,7 @@ def recipe(cfg: Config, depth: int) -> dict:
     method = cfg.described["method"]
     found = dict(RECIPES.get(f"{method} {depth}", RECIPES[method]))
     if cfg.model == "tiny":
-        found |= TINY | {"epochs": None, "window": min(found["window"], 4), "augmentation": "lsj"}
+        found |= TINY | {"window": min(found["window"], 4)}
     if cfg.epochs or cfg.iterations:
         found |= {"epochs": None, "iterations": None}
     return found

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import shlex
 import typing
 
 from data import UserError
@@ -55,14 +56,10 @@ def parse(
         group.add_argument(flag(f.name), default=argparse.SUPPRESS, help=shown, **extra)
     rare = [flag(name) for name in cls.FURTHER if name not in cls.SET]
     further = f"further flags: {' '.join(rare)}\n\n" if rare else ""
-    parser.epilog = (
-        further
-        + "presets (--model), which change these defaults:\n"
-        + "\n".join(
-            f"  {name}: " + (" ".join(f"{flag(k)} {v}" for k, v in values.items()) or AS_ABOVE)
-            for name, values in presets.items()
-        )
-    )
+    parser.epilog = further + "presets (--model), which change these defaults:"
+    for name, values in presets.items():
+        words = [str(x) for k, v in values.items() for x in (flag(k), v)]
+        parser.epilog += f"\n  {name}: {shlex.join(words) or AS_ABOVE}"
     given = vars(parser.parse_args(argv))
     preset = presets[given.get("model", cls.model)]
     cfg = cls(**{**preset, **given})
