@@ -65,7 +65,7 @@ class Trial:
         self.runs = {(r["arm"], r["seed"]): r for r in self.content.get("runs", ())}
 
     def key(self, arm: Arm, kind: str) -> str:
-        return f"{kind} {arm.train} on {self.claim.data}"
+        return f"{kind} {arm.train if kind == 'pretrain' else arm.encoder} on {self.claim.data}"
 
     def train_flags(self, label: str, seed: int) -> tuple[str, str]:
         """Script and flags of an arm's pre-training; one from scratch has its partner's."""
@@ -104,10 +104,12 @@ class Trial:
         place, costs = DATA[self.claim.data][0], []
         for steps in (10, 40):
             flags_of = f"{flags} --model tiny --data {place} --epochs 1 --warmup-epochs 0"
+            flags_of += " --val-samples 64"  # less to evaluate before and after
             out, record = self.lab.run(program, f"{flags_of} --steps {steps}".strip())
             if kind == "finetuned":
                 tuned = PROGRAMS[kind].format(tuned=1, warmup=0)
                 tuned += f" --model tiny --data {place} --checkpoint {out / 'last.pt'}"
+                tuned += " --val-samples 64"
                 out, record = self.lab.run(*f"{tuned} --steps {steps}".split(" ", 1))
             costs.append(self.lab.cost(record))
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])

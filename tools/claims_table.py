@@ -30,6 +30,13 @@ class Arm(NamedTuple):
     random: bool = False
     tries: Sequence[str] = TUNED[:1]
 
+    @property
+    def encoder(self) -> str:
+        """What transfer costs by: the script, and those flags here that change an encoder."""
+        script, *flags = self.train.split()
+        pairs = [f"{k} {v}" for k, v in zip(flags, flags[1:]) if k in ("--dims", "--proxies")]
+        return " ".join([script, *pairs])
+
 
 class Claim(NamedTuple):
     """What a paper says, and the runs that would show it.

@@ -287,6 +287,21 @@ def test_rate__is_of_forty_steps_less_ten(bench):
     assert json.loads((lab.runs / "rates.json").read_text()) == lab.rates
 
 
+def test_rate__arms_of_one_encoder_share_that_of_fine_tuning(bench):
+    """Decoders, masks and targets differ in pre-training alone; a listing measures one of them."""
+    make, lab = bench
+    trial = make()
+    trial.rate(CLAIM.arms["a"], "finetuned")
+    count = len(lab.commands)
+    assert trial.rate(CLAIM.arms["b"], "finetuned") == trial.rate(CLAIM.arms["a"], "finetuned")
+    assert len(lab.commands) == count
+    assert all(c[c.index("--val-samples") + 1] == "64" for c in lab.commands)
+    encoders = {a.encoder for c in claims_table.CLAIMS.values() for a in c.arms.values()}
+    proxies = {f"semanticmim --proxies {n}" for n in (0, 1, 4, 8, 16)}
+    own = {"mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"}
+    assert encoders == proxies | own | {"coma_dyvit --dims 24-48-96-192"}
+
+
 def test_run__a_second_process_waits_for_the_first(bench, tmp_path):
     _, lab = bench
     lab.run("mae", "--model tiny --data shapes")
