@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import data
-from downstream import coco, encoders
+from downstream import coco, encoders, transfer
 from downstream.coco_scores import predict, score, truth
 from downstream.detect_recipes import PRESETS, Config, learning_rate
 from downstream.detector import Detector
@@ -225,9 +225,8 @@ def main(argv: list[str] | None = None) -> int | None:
     with Run("detect", cfg, cfg.iterations, facts={"description": cfg.described}) as run:
         categories = run.facts["categories"]
         detector = build(cfg, len(categories))
-        if not (run.checkpoint or cfg.random or cfg.method):
-            encoder, source = detector.encoder, (cfg.checkpoint, cfg.init, cfg.init_key)
-            run.say(encoders.load(encoder, cfg.described, *source))
+        if not run.checkpoint:
+            run.say(transfer.start(detector.encoder, cfg))
         model, optimizer = run.place(detector), make_optimizer(cfg, detector)
         preview = partial(show, names=[name for _, name in categories])
         for step in run.steps(model, optimizer, evaluate, preview):

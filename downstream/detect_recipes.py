@@ -23,7 +23,7 @@ from torch import nn
 from downstream import encoders, transfer
 from downstream.objects import CANVAS
 from downstream.windows import everywhere
-from engine import UserError, arg, require
+from engine import arg, require
 from engine.field import data_arg, optim_arg
 
 # detectron2's mask_rcnn_vitdet_b_100ep: 100 epochs at 64, drops at 163,889 and 177,546.
@@ -171,8 +171,7 @@ class Config(transfer.SourceConfig):
         Errors: UserError naming the field and values that work.
         """
         self.described = transfer.describe(self)
-        if self.iterations and self.epochs:
-            raise UserError("--iterations and --epochs both say how long; give one")
+        transfer.one_length(self)
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described, self.described["config"]["patch_size"])
         depth = encoder.num_layers
@@ -218,11 +217,6 @@ class Config(transfer.SourceConfig):
             "shifted": self.shifted,
             "bias": self.relative_bias,
         }
-
-    @property
-    def colour(self) -> tuple[int, int, int]:
-        """What images are padded with: 0 after normalisation."""
-        return tuple(round(255 * x) for x in self.statistics[0])
 
 
 def shares(text: str) -> list[float]:

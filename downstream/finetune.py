@@ -217,9 +217,7 @@ def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifie
     encoder = encoders.build(cfg.described, cfg.image_size, cfg.drop_path, cfg.train_position)
     if cfg.pool == "prefix" and not getattr(encoder, "num_prefix", 0):
         raise UserError("--pool prefix: this encoder has no class or proxy tokens; --pool patch")
-    report = "encoder     fresh weights"
-    if load and not (cfg.random or cfg.method):
-        report = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, cfg.init_key)
+    report = transfer.start(encoder, cfg) if load else ""
     return Classifier(cfg, encoder, classes), report
 
 

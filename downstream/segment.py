@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import data
 import pictures
 from data import UNLABELLED
-from downstream import encoders
+from downstream import encoders, transfer
 from downstream.pixels import Augment, count, scores
 from downstream.prepare import prepare_ade, prepare_voc
 from downstream.segment_recipes import PRESETS, Config
@@ -227,9 +227,8 @@ def main(argv: list[str] | None = None) -> int | None:
         if cfg.protocol == "upernet":
             run.facts["norm_batch"] = norm_batch(run)
         segmenter = build(cfg)
-        if not (run.checkpoint or cfg.random or cfg.method):
-            encoder, source = segmenter.encoder, (cfg.checkpoint, cfg.init, cfg.init_key)
-            run.say(encoders.load(encoder, cfg.described, *source))
+        if not run.checkpoint:
+            run.say(transfer.start(segmenter.encoder, cfg))
         (mean, std), whose = cfg.statistics, cfg.described.get("input", "ImageNet's")
         run.say(f"pixels      mean {mean}, deviation {std}: {whose}")
         if run.world.size > 1 and run.device.type == "cuda":  # on CPUs each rank has its own

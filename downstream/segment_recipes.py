@@ -212,13 +212,10 @@ class Config(transfer.SourceConfig):
         Errors: UserError naming the field and values that work.
         """
         self.described = describe(self)
-        if self.iterations and self.epochs:
-            raise UserError("--iterations and --epochs both say how long; give one")
+        transfer.one_length(self)
         with torch.device("meta"):  # no memory, no time
             encoder = encoders.build(self.described)
-        for name, value in recipe(self, encoder.num_layers).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        transfer.fill(self, recipe(self, encoder.num_layers))
         self.crop_width = self.crop_width or self.image_size
         check_encoder(self, encoder)
         self.patch_size = encoder.patch_size
@@ -243,11 +240,6 @@ class Config(transfer.SourceConfig):
         if not self.window:
             return None
         return {"window": self.window, "everywhere": self.globals, "shifted": self.shifted}
-
-    @property
-    def colour(self) -> tuple[int, int, int]:
-        """What images are padded with: 0 after normalisation."""
-        return tuple(round(255 * x) for x in self.statistics[0])
 
     @property
     def crop(self) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import engine  # before torch: it sets how threads wait
 import engine.config
 
+from torch import nn
+
 import data
 import files
 import shapes
@@ -40,6 +42,11 @@ class SourceConfig(engine.config.Config):
         """Mean and deviation of the encoder's input, pixels in [0, 1]; `resolve` knows them."""
         usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}  # of runs from before they were kept
         return tuple(list(self.described.get(k) or v) for k, v in usual.items())
+
+    @property
+    def colour(self) -> tuple[int, int, int]:
+        """What images are padded with: 0 after normalisation."""
+        return tuple(round(255 * x) for x in self.statistics[0])
 
 
 @dataclass
@@ -96,6 +103,19 @@ def fill(cfg: Config, values: dict) -> None:
     for name, value in values.items():
         if getattr(cfg, name, 0) is None:
             setattr(cfg, name, value)
+
+
+def one_length(cfg: Config) -> None:
+    """UserError where the length of a run is given in both its units."""
+    if cfg.iterations and cfg.epochs:
+        raise UserError("--iterations and --epochs both say how long; give one")
+
+
+def start(encoder: nn.Module, cfg: SourceConfig) -> str:
+    """Load what the command line names, unless weights are fresh; words on it."""
+    if cfg.random or cfg.method:
+        return "encoder     fresh weights"
+    return encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, cfg.init_key)
 
 
 def inputs(cfg: Config) -> dict:
