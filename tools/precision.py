@@ -1,9 +1,10 @@
-"""Whether bf16 learns what fp32 learns, for `benchmark precision`: two runs, one seed.
+"""Whether bf16 learns what fp32 learns, for `benchmark precision`: three runs, one seed.
 
     python -m tools.benchmark precision --rows mae,cfmae
 
-Both see the same samples under the same masks. Of either the loss is smoothed, a mean over
-`--window` lines of its log; given is the largest difference of the two, as a share of fp32's.
+All see the same samples under the same masks; the third, in fp32 by micro-batches, differs from the
+first in its rounding alone, so that one sees what rounding does to a curve. The loss is smoothed, a
+mean over `--window` lines of a log; given is the largest difference from fp32's, as a share of it.
 """
 
 import argparse
@@ -33,16 +34,20 @@ def precision(args: argparse.Namespace, rows: dict) -> list[dict]:
         script, own = rows[row]
         flags = [*own.split(), *args.flags.split(), "--data", "shapes", "--device", args.device]
         flags += ["--steps", str(args.steps), "--log-every", str(every), "--val-samples", "8"]
-        found = {p: train(script, [*flags, "--precision", p]) for p in ("fp32", "bf16")}
-        fp32, bf16 = ([line["loss"] for line in found[p]["log"]] for p in found)
-        share = difference(fp32, bf16, args.window)
-        ends = [smooth(x, args.window) for x in (fp32, bf16)]
-        print(
-            f"{row}: loss {ends[0][0]:.4f} to {ends[0][-1]:.4f} in fp32, {ends[1][0]:.4f} to "
-            f"{ends[1][-1]:.4f} in bf16; smoothed, they differ by at most {share:.2%}", flush=True
-        )  # fmt: skip
-        cpu = {p: x["cpu"] for p, x in found.items()}
-        results.append({"row": row, "fp32": fp32, "bf16": bf16, "difference": share, "cpu": cpu})
+        parts = f"fp32 --micro-batch {args.micro_batch}"
+        runs = {"fp32": "fp32", "rounding": parts, "bf16": "bf16"}
+        found = {k: train(script, [*flags, "--precision", *v.split()]) for k, v in runs.items()}
+        curves = {k: [line["loss"] for line in x["log"]] for k, x in found.items()}
+        shares = {k: difference(curves["fp32"], x, args.window) for k, x in curves.items()}
+        for k, curve in curves.items():
+            ends, mean = smooth(curve, args.window), sum(curve) / sum(curves["fp32"]) - 1
+            print(
+                f"{row} {k:<9} loss {ends[0]:.4f} to {ends[-1]:.4f}, from fp32's at most "
+                f"{shares[k]:.2%}, on average {mean:+.2%}; {found[k]['cpu']:.0f} CPU seconds",
+                flush=True,
+            )
+        cpu = {k: x["cpu"] for k, x in found.items()}
+        results.append({"row": row, **curves, "difference": shares, "cpu": cpu})
     return results
 
 
@@ -54,5 +59,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     p.add_argument("--flags", default="--model tiny", help="in quotes")
     p.add_argument("--steps", type=int, default=500)
     p.add_argument("--window", type=int, default=5, help="lines of a log, of which there are fifty")
+    p.add_argument("--micro-batch", type=int, default=4, help="of the run in micro-batches")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     return p
