@@ -44,6 +44,7 @@ from vit import ViT
 class Config(engine.Config):
     """Every value the paper sets, with its source; `--model` presets change the size."""
 
+    SAMPLES = "clips"
     data: str = arg("data/k400", "folder of clips, each a folder of frames, or shapes")
     epochs: int = arg(800, "Sec. 3.4; 200 as well")
     warmup_epochs: float = arg(40, "Sec. 3.1, whose protocol Sec. 3.4 follows")
@@ -53,8 +54,7 @@ class Config(engine.Config):
     weight_decay: float = arg(0.05, "Sec. 3.1")
     beta2: float = arg(0.95, "AdamW; not given, VideoMAE's")
     image_size: int = arg(224, "as for images; VideoMAE's")
-    # NOTE paper unclear: clip. VideoMAE's frames, strides and crop; flips as the images have them,
-    # off for SSv2, where Sec. 3.4 has none in fine-tuning.
+    # NOTE paper unclear: clip. Frames, strides, crop are VideoMAE's; flips the images', no SSv2's.
     frames: int = arg(16, "of a clip; VideoMAE's", group="data")
     stride: int = arg(4, "frames from one to the next; VideoMAE's: 4, SSv2 2", group="data")
     flip: bool = arg(True, "half of the clips; --no-flip for SSv2, Sec. 3.4", group="data")

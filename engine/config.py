@@ -85,6 +85,7 @@ class Config:
     USUAL: typing.ClassVar = tuple(  # what --help shows first
         "data model output epochs steps batch_size micro_batch device compile resume".split()
     )
+    SAMPLES: typing.ClassVar = "images"  # what a run's words call them
     SET: typing.ClassVar = ()  # what the program sets, or has no use for: no flags
     FURTHER: typing.ClassVar = tuple(  # flags that --help names in one line
         "workers deterministic log log_every save_minutes save_epochs val_epochs val_samples "

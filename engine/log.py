@@ -24,8 +24,10 @@ class Meter:
     """
 
     def __init__(
-        self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None, log: str = ""
+        self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None, log: str = "",
+        samples: str = "images",
     ):  # fmt: skip
+        self.samples = samples
         self.out, self.world, self.train_set, self.bad, self.count = out, world, train_set, 0, 0
         lead = log == "tensorboard" and world.rank == 0
         self.board = tensorboard(out, checkpoint["step"] + 1 if checkpoint else 0) if lead else None
@@ -128,14 +130,15 @@ class Meter:
         self.write(record | means | times | {"unreadable_files": bad})
         if bad > (limit := most_unreadable(sampler.length)):
             raise UserError(
-                f"{bad} unreadable images in this epoch (more than {limit}); their names are in "
-                f"{self.out / 'bad_files.txt'}"
+                f"{bad} unreadable {self.samples} in this epoch (more than {limit}); their names "
+                f"are in {self.out / 'bad_files.txt'}"
             )
         self.names, self.counts, self.count = [], [], 0
         self.sum = self.part = torch.zeros(0, device=self.world.device)
         self.finite_until = None
         self.restart()
-        return f"loss {means['loss']:.4f}, {rate:.1f} images/s, data wait {times['data_wait']:.0%}"
+        wait = f"data wait {times['data_wait']:.0%}"
+        return f"loss {means['loss']:.4f}, {rate:.1f} {self.samples}/s, {wait}"
 
     def write(self, record: dict) -> None:
         if self.world.rank == 0:

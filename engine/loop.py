@@ -40,7 +40,7 @@ def steps(
     if run.number >= run.stop:  # what a cluster that restarts its jobs comes to in the end
         run.say(f"finished already: {run.out} is at step {run.number} of {run.total}")
         return
-    run.meter = Meter(run.out, run.world, run.train_set, run.checkpoint, cfg.log)
+    run.meter = Meter(run.out, run.world, run.train_set, run.checkpoint, cfg.log, cfg.SAMPLES)
     if run.lead:
         print(screen(run, run.model), flush=True)
         if run.checkpoint:

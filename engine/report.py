@@ -23,11 +23,11 @@ def screen(run: object, model: nn.Module) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     threads = "" if device != "CPU" else f", {torch.get_num_threads()} threads a rank"
     threads += ", its MPS is not used" if torch.backends.mps.is_available() else ""
-    val = f"{len(run.val_set)} images" if run.val_set else "none, so nothing is evaluated"
+    val = f"{len(run.val_set)} {cfg.SAMPLES}" if run.val_set else "none, so nothing is evaluated"
     lines = {
         "method": f"{run.method}, preset {cfg.model}, {cfg.image_size} pixels",
         "parameters": f"{million['all']:.2f} M, of which the encoder {million['encoder']:.2f} M",
-        "data": f"{cfg.data}: train {len(run.train_set)} images, val {val}; "
+        "data": f"{cfg.data}: train {len(run.train_set)} {cfg.SAMPLES}, val {val}; "
         f"{len(run.train_set.classes)} classes; {', '.join(run.train_set.granularities)}",
         "batch": f"{cfg.batch_size} = {world.size} ranks x {run.accum} steps x {run.micro}",
         "rate": f"{cfg.base_lr * cfg.batch_size / 256:.3g} = {cfg.base_lr} x batch / 256",
@@ -101,7 +101,7 @@ def learned(run: object) -> str:
     for k, found in guesses.items():
         own = "" if k == "loss" else f"; {k} {last.get(k, math.nan):.3g}"
         words += f"{own} (by guesses that learn nothing: {', '.join(found)})"
-    return f"{words}, on held-out images"
+    return f"{words}, on held-out {run.cfg.SAMPLES}"
 
 
 def following(run: object) -> str:

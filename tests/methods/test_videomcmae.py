@@ -525,7 +525,9 @@ def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path, capsys):
     line = [*FLAGS, "--data", f"{tmp_path}/data", "--output", f"{tmp_path}/run", "--stride", "2"]
     torch.set_num_threads(1)
     videomcmae.main(line)
-    said = capsys.readouterr().out.partition("next        ")[2]  # what takes clips, and no more
+    said, bar = capsys.readouterr()
+    assert "train 8 clips, val none" in said and " clips/s" in bar
+    said = said.partition("next        ")[2]  # what takes clips, and no more
     assert said.startswith("python -m downstream.finetune_clips --data DATA --model")
     assert "downstream.probe" not in said
     bad = (tmp_path / "run/bad_files.txt").read_text().split()
