@@ -119,7 +119,8 @@ class Lab:
             given += ["--resume", "--save-minutes", str(self.args.save_minutes)]
             done = progress(out)
         given += ["--workers", str(self.args.workers)]
-        print(f"run         {shown}" + (f", from {done:.0%} on" if done else ""), flush=True)
+        line = f"run         {shown}" + (f", from {done:.0%} on" if done else "")
+        print(line, file=sys.stderr, flush=True)  # a list or a table is not interrupted
         out.mkdir(exist_ok=True)
         cpu, wall = self.spawn([sys.executable, *words, *given], out / "output.txt")
         share, args = 1 - done, self.args

@@ -460,6 +460,6 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     assert not (out / "done.json").exists()
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     share = lab.run("mae", flags)[1]["continued_from"]
-    assert 0 < share < 1 and f"from {share:.0%} on" in capsys.readouterr().out
+    assert 0 < share < 1 and f"from {share:.0%} on" in capsys.readouterr().err
     assert "resumed" in (out / "output.txt").read_text()
     assert json.loads((out / "done.json").read_text())["continued_from"] == share
