@@ -152,11 +152,14 @@ def show(model: Detector, batch: dict[str, Tensor], names: list[str]) -> dict[st
 
 
 def draw(rgb: Tensor, boxes: Tensor, masks: Tensor, labels: Tensor, words: list[str]) -> Tensor:
-    """An image (3, H, W) uint8 with boxes, masks and names, at least LEAST pixels wide."""
+    """An image (3, H, W) uint8 with boxes, masks and names, at least LEAST pixels wide; of masks
+    that overlap the first one, the surest, is shown.
+    """
     unit = max(1, -(-LEAST // rgb.shape[2]))
     rgb = F.interpolate(rgb[None], scale_factor=unit)[0].cpu()
     if not len(masks):
         return rgb
+    masks = masks & (masks.cumsum(0) == 1)  # torchvision paints black what two masks share
     masks = F.interpolate(masks[None].float(), scale_factor=unit)[0].bool().cpu()
     colours = [tuple(c) for c in colorize(labels.cpu()[:, None])[..., 0].T.tolist()]
     rgb = draw_segmentation_masks(rgb, masks, alpha=0.5, colors=colours)

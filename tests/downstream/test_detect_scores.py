@@ -193,3 +193,14 @@ def test_draw__shows_objects_in_their_colours():
     assert found.shape == (3, 320, 320) and found[:, 60:90, 60:90].any()
     assert not found[:, 150:, 150:].any()
     assert draw(rgb, boxes[:0], masks[:0] > 0, torch.zeros(0, dtype=torch.int64), []).sum() == 0
+
+
+def test_draw__the_first_of_masks_that_overlap():
+    rgb, one, both = torch.zeros(3, 320, 320, dtype=torch.uint8), torch.tensor([3]), [3, 5]
+    masks = torch.zeros(2, 320, 320, dtype=torch.bool)
+    masks[0, 100:200, 100:200] = masks[1, 150:250, 150:250] = True
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9]])
+    alone = draw(rgb, boxes[:1], masks[:1], one, [""])
+    found = draw(rgb, boxes, masks, torch.tensor(both), ["", ""])
+    assert found[:, 160, 160].tolist() == alone[:, 160, 160].tolist() != [0, 0, 0]
+    assert found[:, 240, 240].any() and (found[:, 240, 240] != found[:, 160, 160]).any()
