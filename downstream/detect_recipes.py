@@ -56,14 +56,14 @@ RECIPES["mcmae 11"] = RECIPES["mcmae"] | dict(everywhere="1,4,7,11")  # Sec. 2.3
 RECIPES |= {k: VITDET for k in ("mae", "semanticmim", "vit", "beit")}
 RECIPES |= {f"{k} 24": VITDET_L for k in ("mae", "vit", "semanticmim")}
 RECIPES |= {f"{k} 32": VITDET_H for k in ("mae", "vit")}
-TINY = dict(iterations=1000, epochs=None, augmentation="lsj")  # where --model tiny is silent
+TINY = dict(iterations=2000, epochs=None, augmentation="lsj")  # where --model tiny is silent
 
 PRESETS = {
     "paper": dict(),
     "tiny": dict(  # ours: 64 x 64 scenes, minutes on two cores
-        data="shapes", image_size=64, batch_size=16, micro_batch=16, lr=2e-3, warmup_steps=50,
-        weight_decay=0.05, layer_decay=0.9, drop_path=0.0, schedule="cosine", drops="", dim=48,
-        proposals=100, boxes=16,
+        data="shapes", image_size=64, batch_size=8, micro_batch=8, lr=1e-3, clip_grad=1.0,
+        warmup_steps=50, weight_decay=0.05, layer_decay=0.9, drop_path=0.0, schedule="cosine",
+        drops="", dim=48, proposals=100, boxes=32,
     ),
 }  # fmt: skip
 
