@@ -34,7 +34,8 @@ class Arm(NamedTuple):
     def encoder(self) -> str:
         """What transfer costs by: the script, and those flags here that change an encoder."""
         script, *flags = self.train.split()
-        pairs = [f"{k} {v}" for k, v in zip(flags, flags[1:]) if k in ("--dims", "--proxies")]
+        shape = "--dims", "--proxies", "--patch-size"
+        pairs = [f"{k} {v}" for k, v in zip(flags, flags[1:]) if k in shape]
         return " ".join([script, *pairs])
 
 
@@ -118,6 +119,7 @@ CLAIMS = {
     "scratch-cfmae": scratch("cfmae --granularities R"),
     "scratch-cfmae-regions": scratch("cfmae", "regions"),
     "scratch-semanticmim": scratch("semanticmim"),
+    "scratch-semanticmim-8": scratch("semanticmim --patch-size 8"),  # its probe is the better one
     "scratch-mcmae": scratch("mcmae"),
     "scratch-coma_dyvit": scratch("coma_dyvit --evaluation none"),
     "cfmae-modalities": MODALITIES,
@@ -133,7 +135,7 @@ CLAIMS = {
     ),
     "semanticmim-proxies": Claim(
         "SemanticMIM Table 1, Fig. 5", "proxies help, the probe most",
-        arms("semanticmim --proxies", **{f"{n}": f"{n}" for n in (0, 1, 4, 8, 16)}),
+        arms("semanticmim --patch-size 8 --proxies", **{f"{n}": f"{n}" for n in (0, 1, 4, 8, 16)}),
         against(["1", "4", "8", "16"], ["0"]),
         ("linear CLS", "linear patch", "knn", "finetuned"),
     ),

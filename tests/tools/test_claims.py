@@ -297,8 +297,9 @@ def test_rate__arms_of_one_encoder_share_that_of_fine_tuning(bench):
     assert len(lab.commands) == count
     assert all(c[c.index("--val-samples") + 1] == "64" for c in lab.commands)
     encoders = {a.encoder for c in claims_table.CLAIMS.values() for a in c.arms.values()}
-    proxies = {f"semanticmim --proxies {n}" for n in (0, 1, 4, 8, 16)}
-    own = {"mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"}
+    patches = "semanticmim --patch-size 8"
+    proxies = {f"{patches} --proxies {n}" for n in (0, 1, 4, 8, 16)}
+    own = {"mae", "cfmae", "semanticmim", patches, "mcmae", "coma_dyvit"}
     assert encoders == proxies | own | {"coma_dyvit --dims 24-48-96-192"}
 
 
