@@ -173,7 +173,7 @@ def plot(results: Sequence[dict], path: str) -> None:
     axes.axvline(0, color="#bbbbbb")
     words = [f"{name}: {v['better']} > {v['worse']}, {v['measure']}" for name, v in rows]
     axes.set_yticks(range(len(rows)), words, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("difference in points, with 2 standard errors")
     figure.savefig(path)
     print(f"picture     {path}")
