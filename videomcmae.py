@@ -54,7 +54,7 @@ class Config(engine.Config):
     weight_decay: float = arg(0.05, "Sec. 3.1")
     beta2: float = arg(0.95, "AdamW; not given, VideoMAE's")
     image_size: int = arg(224, "as for images; VideoMAE's")
-    # NOTE paper unclear: clip. Frames, strides, crop are VideoMAE's; flips the images', no SSv2's.
+    # NOTE paper unclear: clip. Frames, strides, crop are VideoMAE's; flips the images'; SSv2: none.
     frames: int = arg(16, "of a clip; VideoMAE's", group="data")
     stride: int = arg(4, "frames from one to the next; VideoMAE's: 4, SSv2 2", group="data")
     flip: bool = arg(True, "half of the clips; --no-flip for SSv2, Sec. 3.4", group="data")
