@@ -20,7 +20,8 @@ seconds; on a CPU, ratios and shares are of those, as other work does not change
     forward GFLOP   torch.utils.flop_counter, of an image; 2 a multiply-add
     share of peak   forward and backward FLOPs over the time, over the rate of a matrix product at
                     this precision on this device (2048^3 on a CPU, 8192^3 on CUDA)
-    parts           of one more step, operator by operator, forward and backward
+    parts           of one more step, operator by operator, forward and backward; and where the time
+                    goes by kind of operator
 
 `--peers` adds, of other people's models (tools/peers.py), those that a chosen row is compared with,
 unless --rows names some itself. `memory` finds the largest micro-batch that fits (tools/memory.py),
@@ -185,9 +186,13 @@ def step(args: argparse.Namespace) -> list[dict]:
             words = "" if cuda else f"{cpu:.3f} of its CPU seconds, "
             wanted = f", wanted at most {bound:.2f}" if bound else ""
             print(f"{what}: {words}{time:.3f} of its time{wanted}")
+    for r in found:
+        dearest = sorted(r["operators"].items(), key=lambda x: -x[1])[:SHOWN]
+        print(f"{r['row']}: {', '.join(f'{k} {v:.1%}' for k, v in dearest)}")
     return found
 
 
+SHOWN = 12  # operators, of all that a step has
 HEAD = (
     "row", "parameters, M", "forward GFLOP", "step, ms (min-max)", "images/s",
     "CPU s a step (min-max)", "share of peak",
@@ -225,35 +230,47 @@ def memory(args: argparse.Namespace) -> list[dict]:
     return [*results, file_list()]
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = engine.Parser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in (("step", step), ("memory", memory)):
-        p = commands.add_parser(name)
-        p.set_defaults(run=run)
-        p.add_argument("--rows", help=f"comma-separated, of {', '.join((*ROWS, *VIDEO))}")
-        p.add_argument("--method", choices=SCRIPTS)
-        p.add_argument("--model", default="base", help="preset, with --method")
-        p.add_argument("--flags", default="", help="more flags for the scripts, in quotes")
-        p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-        p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-        p.add_argument("--compile", action="store_true")
-        p.add_argument("--batch-size", type=int, default=32)
-        p.add_argument("--steps", type=int, default=3, help="timed steps a round")
-        p.add_argument("--warmup", type=int, default=2, help="steps before them")
-        p.add_argument("--rounds", type=int, default=2)
-        words = "also others' models, and those that are cloned in DIR (tools/peers.py)"
-        p.add_argument("--peers", metavar="DIR", nargs="?", const="", help=words)
-    p = commands.add_parser("loader")
-    p.set_defaults(run=loader)
+def step_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--rows", help=f"comma-separated, of {', '.join((*ROWS, *VIDEO))}")
+    p.add_argument("--method", choices=SCRIPTS)
+    p.add_argument("--model", default="base", help="preset, with --method")
+    p.add_argument("--flags", default="", help="more flags for the scripts, in quotes")
+    p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    p.add_argument("--compile", action="store_true")
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--steps", type=int, default=3, help="timed steps a round")
+    p.add_argument("--warmup", type=int, default=2, help="steps before them")
+    p.add_argument("--rounds", type=int, default=2)
+    words = "also others' models, and those that are cloned in DIR (tools/peers.py)"
+    p.add_argument("--peers", metavar="DIR", nargs="?", const="", help=words)
+
+
+def loader_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", help="folder of images; default: scenes written as JPEG")
     p.add_argument("--count", type=int, default=200, help="images")
     p.add_argument("--short-side", type=int, default=256, help="of what is packed reduced")
     p.add_argument("--feed", type=float, help="images/s of a step, to count the cores for it")
-    benchmark_detect.add_parser(commands)
-    scaling.add_parser(commands).set_defaults(run=lambda args: scaling.scaling(args, child, ROWS))
-    precision.add_parser(commands).set_defaults(run=lambda args: precision.precision(args, ROWS))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = engine.Parser(description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run, add_flags, words in (
+        ("step", step, step_flags, stopwatch.__doc__),
+        ("memory", memory, step_flags, memory.__doc__),
+        ("loader", loader, loader_flags, loader.__doc__),
+        ("scaling", lambda args: scaling.scaling(args, child, ROWS), scaling.add_flags,
+         scaling.__doc__),
+        ("precision", lambda args: precision.precision(args, ROWS), precision.add_flags,
+         precision.__doc__),
+        ("detect", benchmark_detect.run, benchmark_detect.add_flags, benchmark_detect.__doc__),
+    ):  # fmt: skip
+        p = commands.add_parser(name, description=words, formatter_class=raw)
+        p.set_defaults(run=run)
+        add_flags(p)
+        if name != "loader":
+            p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
     args = parser.parse_args(argv)

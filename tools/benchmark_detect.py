@@ -135,17 +135,13 @@ def run(args: argparse.Namespace) -> list[dict]:
     return list(found.values())
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add `detect` to the benchmark's commands."""
-    p = commands.add_parser("detect", description=__doc__)
-    p.set_defaults(run=run)
+def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", help=f"comma-separated, of {', '.join(ROWS)}")
     p.add_argument("--model", default="base", help="preset of the encoders")
     p.add_argument("--flags", default="", help="more flags for downstream.detect, in quotes")
     p.add_argument("--size", type=int, default=1024, help="pixels")
     p.add_argument("--classes", type=int, default=80, help="of the heads; scenes have ten")
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--batch-size", type=int, default=1)
     p.add_argument("--steps", type=int, default=3, help="timed steps a round")
     p.add_argument("--warmup", type=int, default=1, help="steps before them")

@@ -51,14 +51,9 @@ def precision(args: argparse.Namespace, rows: dict) -> list[dict]:
     return results
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add `precision` to the benchmark's commands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = commands.add_parser("precision", description=__doc__, formatter_class=raw)
+def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", default="mae,cfmae", help="comma-separated, of `step`'s")
     p.add_argument("--flags", default="--model tiny", help="in quotes")
     p.add_argument("--steps", type=int, default=500)
     p.add_argument("--window", type=int, default=5, help="lines of a log, of which there are fifty")
     p.add_argument("--micro-batch", type=int, default=4, help="of the run in micro-batches")
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    return p

@@ -127,10 +127,7 @@ def splits(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add `scaling` to the benchmark's commands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = commands.add_parser("scaling", description=__doc__, formatter_class=raw)
+def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", default="mae", help="comma-separated, of `step`'s")
     p.add_argument("--flags", default="--model tiny --patch-size 16", help="in quotes")
     p.add_argument("--batches", type=numbers, default="8,16,32,64,128,256", help="at --size")
@@ -142,8 +139,6 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     p.add_argument("--runs", type=splits, default="1x0,1x1,1x2,2x0,2x1", help="RANKSxWORKERS")
     p.add_argument("--run-steps", type=int, default=20)
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--steps", type=int, default=3, help="timed steps")
     p.add_argument("--warmup", type=int, default=1, help="steps before them")
     p.set_defaults(method=None, model="base", compile=False, peers=None)
-    return p

@@ -7,7 +7,7 @@ clipping where the recipe has it, what a method adds (CoMA's Eq. 4), AdamW. Of t
              machine does
     FLOPs    torch.utils.flop_counter, 2 a multiply-add
     parts    one more step, in which a dispatch mode times each operator and asks which module it
-             belongs to, forward or backward. Shares, as it slows the step
+             belongs to, forward or backward; the same by operator. Shares, as it slows the step
 """
 
 import argparse
@@ -54,7 +54,10 @@ def flop_counter() -> FlopCounterMode:
 
 
 class Parts(TorchDispatchMode):
-    """Times every operator and books it on the part of the model that it belongs to."""
+    """Times every operator and books it on the part of the model that it belongs to.
+
+    `spans` has (part, operator, begin, end) of each.
+    """
 
     def __init__(self, cuda: bool):
         super().__init__()
@@ -81,15 +84,16 @@ class Parts(TorchDispatchMode):
         owners = [p.partition(".")[2] for p in self.tracker.parents]  # "" is the model itself
         names = ("encoder", "decoder", "evaluation")
         part = next((n for n in names if any(o.startswith(n) for o in owners)), "masks, loss")
-        self.spans.append((part, began, self.now()))
+        self.spans.append((part, func.overloadpacket.__name__, began, self.now()))
         return out
 
-    def shares(self) -> dict[str, float]:
+    def shares(self, key: int = 0) -> dict[str, float]:
+        """Shares of the time by part, or with `key` 1 by operator."""
         if self.cuda:
             torch.cuda.synchronize()
         total = defaultdict(float)
-        for part, a, b in self.spans:
-            total[part] += a.elapsed_time(b) if self.cuda else b - a
+        for *names, a, b in self.spans:
+            total[names[key]] += a.elapsed_time(b) if self.cuda else b - a
         whole = sum(total.values())
         return {k: v / whole for k, v in sorted(total.items())}
 
@@ -209,8 +213,9 @@ class Stopwatch(engine.Run):
         self.batches, self.watch = whole, Parts(self.cuda)
         yield Step(self)
         rest = update / statistics.median(found["times"])
-        shares = {k: v * (1 - rest) for k, v in self.watch.shares().items()}
-        found["parts"] = shares | {"optimizer": rest}
+        for key, name in enumerate(("parts", "operators")):
+            shares = {k: v * (1 - rest) for k, v in self.watch.shares(key).items()}
+            found[name] = shares | {"optimizer": rest}
         found["parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         dtype = torch.bfloat16 if self.world.bf16 else torch.float32
         found["matrix_peak"] = matrix_peak(self.device, dtype)

@@ -77,8 +77,18 @@ def test_parts__books_forward_and_backward_on_the_module():
     assert set(shares) == {"encoder", "decoder", "masks, loss"}
     assert sum(shares.values()) == pytest.approx(1)
     # two linear layers each way, forward and backward: neither part has forward operators alone
-    operators = [part for part, _, _ in parts.spans]
-    assert operators.count("encoder") > 2 and operators.count("decoder") > 2
+    owners = [span[0] for span in parts.spans]
+    assert owners.count("encoder") > 2 and owners.count("decoder") > 2
+    operators = parts.shares(1)
+    assert sum(operators.values()) == pytest.approx(1)
+    assert {"addmm", "mm", "mse_loss", "mse_loss_backward"} <= set(operators)
+
+
+def test_parts__a_share_is_of_the_time_between_an_operator_s_ends():
+    parts = stopwatch.Parts(cuda=False)
+    parts.spans = [("encoder", "mm", 0, 3), ("decoder", "mm", 3, 4), ("encoder", "gelu", 4, 8)]
+    assert parts.shares() == {"encoder": 7 / 8, "decoder": 1 / 8}
+    assert parts.shares(1) == {"mm": 0.5, "gelu": 0.5}
 
 
 ROWS = benchmark.ROWS | benchmark.VIDEO
@@ -90,7 +100,8 @@ def test_one__every_row_runs(row):
     result = stopwatch.one(options(rows=row, flags=f"--model tiny --image-size {size}"), ROWS)
     assert result["row"] == row and len(result["times"]) == 1
     assert result["flops_step"] > 1.5 * result["flops"] > 0
-    assert sum(result["parts"].values()) == pytest.approx(1)
+    for name in ("parts", "operators"):
+        assert sum(result[name].values()) == pytest.approx(1) and result[name]["optimizer"] > 0
 
 
 def test_one__counts_the_script_s_own_forward_pass():
@@ -254,7 +265,7 @@ def stand_in(args, rows, **_):
     mine = rows == "mae"
     return {"row": rows, "times": [2.0 if mine else 1.0], "cpu": [1.5 if mine else 0.5], "peak": 1,
             "parameters": 1, "flops": 1, "flops_step": 1, "parts": {"optimizer": 0.1},
-            "matrix_peak": 1}  # fmt: skip
+            "operators": {"gelu": 0.1, "mm": 0.9}, "matrix_peak": 1}  # fmt: skip
 
 
 LIBRARIES = ["transformers", "lightly", "vit-pytorch", "mmpretrain-mae"]  # that have a MAE
@@ -283,6 +294,7 @@ def test_step__times_the_peers_of_its_rows_that_are_there(monkeypatch, capsys, t
     said = capsys.readouterr().out
     assert "MAE / mmpretrain's MAE: 3.000 of its CPU seconds, 2.000 of its time" in said
     assert "| 1.50 (1.50-1.50) |" in said  # CPU seconds of a step
+    assert "\nmae: mm 90.0%, gelu 10.0%\n" in said  # the dearest first
 
 
 def test_step__without_peers_there_are_those_that_rows_name(monkeypatch, tmp_path):
