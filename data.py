@@ -341,8 +341,8 @@ def check(dataset: Dataset, limit: int | None = 1000) -> str:
         lines = [f"{len(misfits)} of {len(picks)} checked samples do not fit:", *misfits[:5]]
         raise UserError("\n  ".join(lines))
     if len(unreadable) == len(picks):
-        raise UserError(f"none of {len(picks)} images can be read, e.g. {unreadable[0]}")
-    line = f"{len(picks)} of {total} samples checked, {len(unreadable)} images unreadable"
+        raise UserError(f"none of {len(picks)} samples can be read, e.g. {unreadable[0]}")
+    line = f"{len(picks)} of {total} samples checked, {len(unreadable)} unreadable"
     return "\n  ".join([line, *unreadable[:5]])
 
 

@@ -102,7 +102,7 @@ class Config(transfer.SourceConfig):
     )
     drop_path: float | None = arg(
         None,
-        "0.1: CFMAE Table 10, SemanticMIM Table 4; 0.2: MCMAE's public code; linear: 0",
+        "0.1: CFMAE Table 10, SemanticMIM Table 4; 0.2: MCMAE's public code; linear, tiny: 0",
         within="[0, 0.99]",
     )
     dim: int = arg(
@@ -150,7 +150,8 @@ class Config(transfer.SourceConfig):
     )
     iterations: int | None = optim_arg(
         None,
-        "length. UperNet: 160,000 (CFMAE Table 10, SemanticMIM Table 4; MCMAE's text says 16,000)",
+        "length. UperNet: 160,000 (CFMAE Table 10, SemanticMIM Table 4; MCMAE's text says 16,000); "
+        "tiny: 400",
         within="(0, inf)",
     )
     epochs: int | None = optim_arg(
@@ -171,7 +172,7 @@ class Config(transfer.SourceConfig):
         None,
         "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table 4; "
         "1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01 x batch / 60, SemanticMIM's public code, or "
-        "0.01, its Table 6",
+        "0.01, its Table 6; tiny: 1e-3, linear 0.01",
         within="(0, inf)",
     )
     layer_decay: float | None = optim_arg(

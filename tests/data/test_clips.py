@@ -262,7 +262,7 @@ def test_clip_dataset__a_bad_clip_is_replaced_under_its_own_seed(root):
 
 
 def test_check__counts_and_refuses_nothing_but_bad_clips(root):
-    assert clips.check(dataset(root)).startswith("4 of 4 samples checked, 0 images unreadable")
+    assert clips.check(dataset(root)).startswith("4 of 4 samples checked, 0 unreadable")
     for place, _, names in os.walk(f"{root}/train"):
         for name in names:
             open(f"{place}/{name}", "w").close()

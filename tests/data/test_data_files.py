@@ -170,7 +170,7 @@ def test_check__takes_ids_up_to_semantic_classes(good):
     checks = np.where(np.indices((40, 60)).sum(0) % 2, 255, 199).astype(np.uint8)
     write(f"{good}/train/semantic/2.png", checks)
     dataset = FolderDataset(good, "train", None, 32, 4, ALL, semantic_classes=200)
-    assert data.check(dataset, None).startswith("6 of 6 samples checked, 0 images unreadable")
+    assert data.check(dataset, None).startswith("6 of 6 samples checked, 0 unreadable")
     assert 199 in dataset[0, 2]["semantic"]
     with pytest.raises(UserError, match="semantic_classes 256"):
         FolderDataset(good, "train", None, 32, 4, ALL, semantic_classes=256)
@@ -225,11 +225,11 @@ def test_folder__replaces_unreadable_images_under_the_same_seed(good, monkeypatc
     os.remove(f"{good}/train/rgb/5.png")
     os.symlink("nowhere", f"{good}/train/rgb/5.png")
     assert sample(good, 5)["bad"] == 5 and len(calls) == 3  # three more tries, then number 0
-    assert data.check(other).startswith("6 of 6 samples checked, 3 images unreadable\n  1.png")
+    assert data.check(other).startswith("6 of 6 samples checked, 3 unreadable\n  1.png")
     for i in (0, 3, 4):
         os.remove(f"{good}/train/rgb/{i}.png")
     assert "6 images in a row cannot be read" in other[0, 1]["error"]
-    with pytest.raises(UserError, match="none of 6 images"):
+    with pytest.raises(UserError, match="none of 6 samples"):
         data.check(other)
 
 

@@ -121,7 +121,7 @@ def test_read__keeps_few_shards_open_and_threads_apart(out, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         for got, wanted in zip(pool.map(lambda place: fresh.read(*place), places), contents):
             assert np.array_equal(got, wanted)
-    assert data.check(dataset).startswith("12 of 12 samples checked, 3 images unreadable")
+    assert data.check(dataset).startswith("12 of 12 samples checked, 3 unreadable")
     assert len(os.listdir("/proc/self/fd")) <= handles + 1 and len(dataset.files.opened) == 1
     again = [fresh.read(out, g, i) for i in reversed(range(12)) for g in reversed(ALL)]
     assert all(np.array_equal(a, b) for a, b in zip(contents, reversed(again)))

@@ -211,7 +211,7 @@ def test_unreadable_images__are_counted_named_and_limited(tmp_path, capsys):
     assert sorted(names) == sorted([f"{i:03d}.jpg" for i in range(3)] * 2)
 
     said = capsys.readouterr().out  # before the first step
-    assert "warning train: 40 of 40 samples checked, 3 images unreadable" in " ".join(said.split())
+    assert "warning train: 40 of 40 samples checked, 3 unreadable" in " ".join(said.split())
     assert said.index("001.jpg") < said.index("more than 10 in an epoch") < said.index("method ")
 
     make_folder(tmp_path / "many", 40, 15)

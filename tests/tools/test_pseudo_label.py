@@ -137,7 +137,7 @@ def test_run__unreadable_images_are_listed_and_training_replaces_them(tmp_path, 
     listed = (tmp_path / "train/unreadable.txt").read_text().splitlines()
     assert listed == ["1.png: not an image that Pillow or torchvision reads"]
     dataset = data.FolderDataset(str(tmp_path), "train", None, granularities=tuple(files.FOLDERS))
-    assert dataset[0, 1]["bad"] == 1 and "1 images unreadable" in data.check(dataset, None)
+    assert dataset[0, 1]["bad"] == 1 and "1 unreadable" in data.check(dataset, None)
     for g in MAPS:
         (tmp_path / f"train/{g}/1.png").unlink()
     run(tmp_path)
