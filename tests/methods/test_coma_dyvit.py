@@ -14,7 +14,7 @@ import engine
 import pictures
 from data import UserError
 
-SMALL = """--model tiny --dims 8-16-32-64 --heads 1-1-2-4 --blocks 1-1-1-1
+SMALL = """--model tiny --no-norm-pix-loss --dims 8-16-32-64 --heads 1-1-2-4 --blocks 1-1-1-1
     --decoder-embed-dim 32 --decoder-depth 1""".split()
 
 
