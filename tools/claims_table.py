@@ -164,10 +164,10 @@ CLAIMS = {
     "dyvit-vit": Claim(
         "DyViT Table 2", "DyViT beats ViT at as many parameters",
         {"dyvit": Arm("coma_dyvit --evaluation none --dims 24-48-96-192"),
-         "vit": Arm("mae --mask-ratio 0.6 --no-norm-pix-loss"),
+         "vit": Arm("mae --mask-ratio 0.6"),
          "dyvit, scratch": Arm("coma_dyvit --evaluation none --dims 24-48-96-192", random=True,
                                tries=FRESH),
-         "vit, scratch": Arm("mae --mask-ratio 0.6 --no-norm-pix-loss", random=True, tries=FRESH)},
+         "vit, scratch": Arm("mae --mask-ratio 0.6", random=True, tries=FRESH)},
         [("dyvit", "vit"), ("dyvit, scratch", "vit, scratch")], ("finetuned",),
     ),
 }  # fmt: skip
