@@ -412,7 +412,7 @@ PRESETS = {
     "tiny": dict(
         image_size=64, patch_size=8, embed_dims="32,64,128", depths="1,1,3", num_heads=4,
         decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, epochs=2, warmup_epochs=0.2,
-        batch_size=64, base_lr=4e-3, data="shapes", val_epochs=1,
+        batch_size=32, base_lr=8e-3, data="shapes", val_epochs=1,
     ),
     # Table 7: MCMAE-S, -B, -B*, -L, -H.
     "small": dict(embed_dims="128,256,384", num_heads=6),
