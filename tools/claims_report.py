@@ -118,14 +118,16 @@ def tables(results: Sequence[dict]) -> str:
             words = ""
     lines += ["", "Means over seeds ± their standard error:", ""]
     reached = {m: MEASURES[m] for m in MEASURES if any(m in x["measures"] for x in results)}
-    lines += ["| claim | arm | seeds | " + " | ".join(m.words for m in reached.values()) + " |"]
-    lines += ["|---" * (3 + len(reached)) + "|"]
+    heads = "claim", "arm", "seeds", "CPU s a seed", *(m.words for m in reached.values())
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for x in results:
         for arm in x["arms"]:
             of = {m: values(x["runs"], arm, m) for m in x["measures"]}
             cells = [mean_error(of.get(k, ()), m.digits) for k, m in reached.items()]
-            n = sum(r["arm"] == arm for r in x["runs"])
-            lines.append(f"| {x['claim']} | {arm} | {n} | {' | '.join(cells)} |")
+            rows = [r["commands"].values() for r in x["runs"] if r["arm"] == arm]
+            cost = sum(c["cpu_seconds"] for row in rows for c in row) / max(1, len(rows))
+            cells = x["claim"], arm, str(len(rows)), f"{cost:.0f}", *cells
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Budgets and costs:", "", *costs(results)])
 
 

@@ -385,7 +385,8 @@ def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path
     text = PAGE.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| a | b | fine-tuned, top-1 % |") == 1 and "**not seen**" in text
-    assert "| x | a | 3 | 41.0 ± 0.6 |" in text  # 40, 41, 42: deviation 1, over sqrt(3)
+    # Two epochs of 2 s, a probe of 2, one of 4; 40, 41, 42: deviation 1, over sqrt(3)
+    assert "| x | a | 3 | 10 | 41.0 ± 0.6 |" in text
     PAGE.write_text("no marks")
     with pytest.raises(UserError, match="lacks the lines"):
         claims_report.write_page(PAGE, found)
