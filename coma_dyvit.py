@@ -413,7 +413,7 @@ def load_encoder(path: str | Path, **kwargs) -> DyViT:
 # ---------------------------------------------------------------------------------- presets, loop
 
 PRESETS = {
-    # Ours, for a laptop: 16 patches, stem of stride 2; why pixels are normalised: docs/decisions.md.
+    # Ours, for a laptop: 16 patches, stem of stride 2; normalised pixels: docs/decisions.md.
     "tiny": dict(
         image_size=64, patch_size=16, dims="16-32-64-128", blocks="1-1-2-1", heads="1-2-4-8",
         decoder_embed_dim=96, decoder_depth=2, decoder_num_heads=4, epochs=2, warmup_epochs=0.1,
