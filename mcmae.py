@@ -408,7 +408,7 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
 # ---------------------------------------------------------------------------------- presets, loop
 
 PRESETS = {
-    # Ours, for a laptop: 64 x 64 scenes at strides 2, 4, 8, two minutes on two cores.
+    # Ours, for a laptop: 64 x 64 scenes at strides 2, 4, 8, three and a half minutes on two cores.
     "tiny": dict(
         image_size=64, patch_size=8, embed_dims="32,64,128", depths="1,1,3", num_heads=4,
         decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, epochs=2, warmup_epochs=0.2,
