@@ -32,8 +32,8 @@ from tools.claims_lab import ROOT, Lab
 from tools.claims_table import CLAIMS, DATA, Arm, Claim
 
 PROGRAMS = {  # measure: what finds it out; `tuned`: epochs of fine-tuning
-    "linear": "downstream.probe --protocol linear --layers all",
-    "knn": "downstream.probe --protocol knn --layers all",
+    "linear": "downstream.probe --protocol linear",
+    "knn": "downstream.probe --protocol knn",
     "finetuned": "downstream.finetune --epochs {tuned} --warmup-epochs {warmup}",
     "segmentation": "downstream.segment --protocol linear",
 }

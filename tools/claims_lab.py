@@ -111,6 +111,7 @@ class Lab:
         """Run a command from where its folder left it; what it was, and its cost."""
         words = [*(["-m"] if "." in program else []), program + ".py" * ("." not in program)]
         shown = shlex.join(["python", *words, *shlex.split(flags), "--output", str(out)])
+        shown = shown.replace(f"{self.runs}/", "runs/claims/")  # as the default has it
         given = [self.places.get(x, x) for x in shlex.split(flags)] + ["--output", str(out)]
         done = 0.0
         if program == "downstream.probe":

@@ -36,7 +36,7 @@ MEASURES = {
 
 
 def found(program: str, result: dict) -> dict[str, float]:
-    """The measures in a result.json; of a probe the best layer and rate, all alike."""
+    """The measures in a result.json; of a probe the best feature and rate, all alike."""
     if program == "segmentation":
         return {"segmentation": 100 * result["mIoU"]}
     if program == "finetuned":

@@ -159,6 +159,7 @@ def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
     assert command.startswith("python mae.py --model tiny --data data/tiny_imagenet_40 --epochs 2 ")
     assert "elsewhere" not in json.dumps(content)  # where the data lies here is nobody's business
     assert all("elsewhere" in c for c in lab.commands)
+    assert "--output runs/claims/mae-" in command  # nor where the runs do
     by_measure = {v["measure"]: v for v in content["verdicts"]}
     assert by_measure["loss"]["difference"] == pytest.approx((2 + 3 + 4) / 3 - 1)  # lower is better
     assert by_measure["loss"]["verdict"] == "seen" and by_measure["linear"]["verdict"] == "not seen"
