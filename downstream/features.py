@@ -10,10 +10,16 @@ final norm, before the mean, or fine-tuning's, after it. Where pre-training's no
 else (SemanticMIM's, MCMAE's), it is a fresh LayerNorm after the mean, as their public code has it.
 """
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where two probes must not fill a cache at once
+    fcntl = None
 
 import engine  # before torch: it sets how threads wait
 
@@ -197,7 +203,10 @@ def cached(
     world: World,
     norm: nn.Module | None,
 ) -> Path:
-    """Folder of the features, which are computed unless they lie there from the same encoder."""
+    """Folder of the features, which are computed unless they lie there from the same encoder.
+
+    One command at a time fills a folder; another one waits, and finds it filled.
+    """
     folder = Path(cfg.cache or out / "features")
     source = cfg.checkpoint or cfg.init
     stat = os.stat(source) if source and os.path.exists(source) else None
@@ -215,6 +224,9 @@ def cached(
     def start() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "features.json"
+        if fcntl and not path.exists():
+            lock = stack.enter_context(open(folder / "lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None and found != key:
             changed = ", ".join(k for k in key if found.get(k) != key[k])
@@ -224,13 +236,14 @@ def cached(
             )
         return found is not None
 
-    if not world.from_rank_0(start):
-        for view in range(max(cfg.views, 1)):
-            path = folder / f"train-{view}"
-            extract(encoder, train_set, view, layers, width, path, cfg, world, norm)
-        extract(encoder, val_set, 0, layers, width, folder / "val", cfg, world, norm)
-        if world.rank == 0:
-            (folder / "features.json").write_text(json.dumps(key, indent=1))
-    elif world.rank == 0:
-        print(f"features    from {folder}", flush=True)
+    with contextlib.ExitStack() as stack:
+        if not world.from_rank_0(start):
+            for view in range(max(cfg.views, 1)):
+                path = folder / f"train-{view}"
+                extract(encoder, train_set, view, layers, width, path, cfg, world, norm)
+            extract(encoder, val_set, 0, layers, width, folder / "val", cfg, world, norm)
+            if world.rank == 0:
+                (folder / "features.json").write_text(json.dumps(key, indent=1))
+        elif world.rank == 0:
+            print(f"features    from {folder}", flush=True)
     return folder

@@ -1,7 +1,9 @@
 """Frozen features: knn against brute force, LARS and the heads against formulas, cached passes."""
 
+import fcntl
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -280,6 +282,20 @@ def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.slow
+def test_run__a_cache_is_filled_by_one_command_at_a_time(tmp_path):
+    flags = ["--method", "mae", "--encoder", "tiny", "--protocol", "knn", "--layers", "1"]
+    flags += ["--cache", tmp_path, "--output", tmp_path / "b"]
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another one has it
+        other = threading.Thread(target=run, args=flags)
+        other.start()
+        other.join(timeout=3)
+        waited = other.is_alive() and not [*tmp_path.glob("*.npy")]
+    other.join()
+    assert waited and (tmp_path / "features.json").exists()
 
 
 @pytest.mark.slow
