@@ -142,7 +142,9 @@ def costs(results: Sequence[dict]) -> list[str]:
         at = ", ".join(sorted({c["revision"] for c in records}))
         longer = "; ".join(f"{k}: {n}" for k, n in x["budget"]["epochs_of"].items())
         epochs = f"{x['budget']['epochs']}" + f" ({longer})" * bool(longer)
-        cells = x["claim"], x["data"], epochs, str(x["budget"]["tuned"]), f"{hours:.2f}", on, at
+        some = any("finetuned" in r["values"] for r in x["runs"])
+        tuned = str(x["budget"]["tuned"]) if some else "not run"
+        cells = x["claim"], x["data"], epochs, tuned, f"{hours:.2f}", on, at
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

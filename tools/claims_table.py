@@ -62,7 +62,7 @@ class Claim(NamedTuple):
 
 DATA = {  # name: (default place, what it is)
     "images": ("data/tiny_imagenet_40", "40 classes of Tiny ImageNet"),
-    "regions": ("data/tiny_imagenet_40_regions", "the same, with region maps"),
+    "regions": ("data/tiny_imagenet_40_regions", "40 classes of Tiny ImageNet with region maps"),
     "shapes": ("shapes", "ShapeScenes"),
 }
 

@@ -199,7 +199,7 @@ def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     make, lab = bench
     make(wanted=["loss"]).finish(PAGE)
-    assert all(c[1] == "mae.py" for c in lab.commands)
+    assert all(c[1] == "mae.py" for c in lab.commands) and "| not run |" in PAGE.read_text()
     kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
     assert kinds["linear"] == kinds["finetuned"] == "unfinished" and kinds["loss"] == "seen"
     for measure, program in ("finetuned", "downstream.finetune"), ("linear", "downstream.probe"):
@@ -210,7 +210,7 @@ def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     assert {"linear", "loss", "finetuned"} <= row["values"].keys()
     assert {"pretrain", "linear", "finetuned"} <= {k.partition(" ")[0] for k in row["commands"]}
     kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
-    assert "unfinished" not in kinds.values()
+    assert "unfinished" not in kinds.values() and "not run" not in PAGE.read_text()
 
 
 def test_finish__another_budget_is_refused(bench, tmp_path):
