@@ -102,14 +102,15 @@ def mean_error(x: Sequence[float], digits: int) -> str:
 
 
 def tables(results: Sequence[dict]) -> str:
-    """Markdown: verdicts; what every arm reached; what it cost and where."""
+    """Markdown: verdicts of what was begun; what every arm reached; what it cost and where."""
     lines = [
         "| claim | better | than | by | difference ± SE | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for x in results:
         words = f"{x['source']}: {x['sentence']} ([{x['claim']}](results/{x['claim']}.json))"
-        for v in x["verdicts"]:
+        begun = {k for r in x["runs"] for k in r["values"]}
+        for v in (v for v in x["verdicts"] if v["measure"] in begun):
             m, shown = MEASURES[v["measure"]], ""
             if v["se"] is not None:
                 shown = f"{v['difference']:+.{m.digits}f} ± {v['se']:.{m.digits}f}"
