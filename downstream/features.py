@@ -226,7 +226,11 @@ def cached(
         path = folder / "features.json"
         if fcntl and not path.exists():
             lock = stack.enter_context(open(folder / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # the system lets go of it with the other's process
+                print(f"features    another command fills {folder}; waiting", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None and found != key:
             changed = ", ".join(k for k in key if found.get(k) != key[k])

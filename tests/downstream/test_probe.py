@@ -285,7 +285,7 @@ def test_knn__of_a_public_classifier_takes_its_norm(tmp_path):
 
 
 @pytest.mark.slow
-def test_run__a_cache_is_filled_by_one_command_at_a_time(tmp_path):
+def test_run__a_cache_is_filled_by_one_command_at_a_time(tmp_path, capsys):
     flags = ["--method", "mae", "--encoder", "tiny", "--protocol", "knn", "--layers", "1"]
     flags += ["--cache", tmp_path, "--output", tmp_path / "b"]
     with open(tmp_path / "lock", "w") as lock:
@@ -296,6 +296,7 @@ def test_run__a_cache_is_filled_by_one_command_at_a_time(tmp_path):
         waited = other.is_alive() and not [*tmp_path.glob("*.npy")]
     other.join()
     assert waited and (tmp_path / "features.json").exists()
+    assert "; waiting" in capsys.readouterr().out
 
 
 @pytest.mark.slow
