@@ -290,13 +290,14 @@ def test_run__a_cache_is_filled_by_one_command_at_a_time(tmp_path, capsys):
     flags += ["--cache", tmp_path, "--output", tmp_path / "b"]
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as another one has it
-        other = threading.Thread(target=run, args=flags)
+        other, said = threading.Thread(target=run, args=flags), ""
         other.start()
-        other.join(timeout=3)
-        waited = other.is_alive() and not [*tmp_path.glob("*.npy")]
+        while other.is_alive() and "; waiting" not in said:
+            other.join(timeout=0.1)
+            said += capsys.readouterr().out
+        filled = [*tmp_path.glob("*.npy")]
     other.join()
-    assert waited and (tmp_path / "features.json").exists()
-    assert "; waiting" in capsys.readouterr().out
+    assert "; waiting" in said and not filled and (tmp_path / "features.json").exists()
 
 
 @pytest.mark.slow
