@@ -175,12 +175,18 @@ class Trial:
         return row is not None and row["key"] == self.stamp(label, seed)
 
     def whole(self, label: str, seed: int) -> bool:
-        """Whether that row has every measure that is wanted."""
+        """Whether that row has every measure that is wanted, by the commands of today."""
         if not self.current(label, seed):
             return False
-        have = self.runs[label, seed]["values"]
-        lacking = {report.MEASURES[m].program for m in self.wanted if m not in have}
-        return not lacking & {*self.measures(label)}
+        out = self.lab.folder(*self.train_flags(label, seed))
+        commands = self.runs[label, seed]["commands"].values()
+        ran = {c["command"].partition(" --output ")[0] for c in commands}
+        for kind in self.measures(label):
+            words = self.known["tries"].get(label, "") if kind == "finetuned" else ""
+            flags = f"{self.transfer_flags(label, kind, out, words)} --seed {seed}"
+            if self.lab.shown(*flags.split(" ", 1)) not in ran:
+                return False
+        return True
 
     def left(self) -> list[tuple[str, int]]:
         """(arm, seed) that are to be run, all arms of a seed before the next one."""

@@ -56,6 +56,11 @@ def revision() -> str:
         return ""
 
 
+def launch(program: str) -> list[str]:
+    """What follows `python`: a script's file, or `-m` and a module."""
+    return ["-m", program] if "." in program else [f"{program}.py"]
+
+
 class Lab:
     """Runs commands, each in a folder of its own, and remembers what they cost.
 
@@ -107,11 +112,14 @@ class Lab:
                 done.write_text(json.dumps(record, indent=1))
         return out, record
 
+    def shown(self, program: str, flags: str) -> str:
+        """A command as it stands in a JSON: with the default places, whatever they are here."""
+        line = shlex.join(["python", *launch(program), *shlex.split(flags)])
+        return line.replace(f"{self.runs}/", "runs/claims/")
+
     def execute(self, program: str, flags: str, out: Path) -> dict:
         """Run a command from where its folder left it; what it was, and its cost."""
-        words = [*(["-m"] if "." in program else []), program + ".py" * ("." not in program)]
-        shown = shlex.join(["python", *words, *shlex.split(flags), "--output", str(out)])
-        shown = shown.replace(f"{self.runs}/", "runs/claims/")  # as the default has it
+        words, shown = launch(program), self.shown(program, f"{flags} --output {out}")
         given = [self.places.get(x, x) for x in shlex.split(flags)] + ["--output", str(out)]
         done = 0.0
         if program == "downstream.probe":

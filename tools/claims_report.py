@@ -80,6 +80,8 @@ def verdicts(claim: Claim, rows: Sequence[dict]) -> list[dict]:
     table = []
     for better, worse in claim.better:
         for m in claim.measures:
+            if m == "loss" and (better, worse) in claim.unlike:
+                continue
             a, b = values(rows, better, m), values(rows, worse, m)
             pair = {"better": better, "worse": worse, "measure": m}
             table.append(pair | judge(a, b, MEASURES[m].lower))

@@ -194,6 +194,13 @@ def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "TINY", tiny)  # the one of fine-tuning and probes
     make().finish(PAGE)
     assert {c[2] for c in lab.commands} == {"downstream.probe", "downstream.finetune"}
+    lab.commands = []
+    monkeypatch.setitem(claims.PROGRAMS, "linear", "downstream.probe --protocol linear --layers 1")
+    make().finish(PAGE)  # how one measure is found out, and no setting
+    assert {c[2] for c in lab.commands} == {"downstream.probe"} and len(lab.commands) == 6
+    lab.commands = []
+    make().finish(PAGE)
+    assert not lab.commands
 
 
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
@@ -213,6 +220,14 @@ def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     assert {"pretrain", "linear", "finetuned"} <= {k.partition(" ")[0] for k in row["commands"]}
     kinds = {v["measure"]: v["verdict"] for v in rows(tmp_path)["verdicts"]}
     assert "unfinished" not in kinds.values() and "not run" not in PAGE.read_text()
+
+
+def test_verdicts__a_loss_on_other_patches_is_not_judged():
+    claim = claims_table.CLAIMS["mcmae-parts"]
+    pairs = {(v["better"], v["worse"], v["measure"]) for v in claims_report.verdicts(claim, [])}
+    assert ("block", "token", "linear") in pairs and ("block", "token", "loss") not in pairs
+    assert ("block", "unmasked", "loss") in pairs and ("multi scale", "block", "loss") in pairs
+    assert claims_table.CLAIMS["coma-masks"].unlike == ()
 
 
 def test_finish__another_budget_is_refused(bench, tmp_path):
