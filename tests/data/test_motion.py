@@ -124,6 +124,7 @@ def test_moving_scenes__nothing_but_the_motion_depends_on_the_label():
         assert np.bincount(looks, minlength=7).min() > 40
 
 
+@pytest.mark.slow
 def test_moving_scenes__the_view_moves_and_mirrors():
     """Each frame is a window of its canvas, which wanders evenly, and a mirrored one says so."""
     scenes, moved, mirrored = MovingScenes("train", 32, 4), set(), set()

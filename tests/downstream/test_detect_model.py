@@ -394,6 +394,7 @@ def parameters(**kwargs):
     return model
 
 
+@pytest.mark.slow
 def test_parameters__mcmae_b_s_count():
     source = dict(method="mcmae", model="base")
     windows = dict(window=7, everywhere=[1, 4, 7, 11], shifted=True, bias=True)

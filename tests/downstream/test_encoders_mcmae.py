@@ -1,5 +1,6 @@
 """What a transfer adds to MCMAE's encoder goes through checkpoints: options, trained positions."""
 
+import pytest
 import torch
 from test_encoders import our_checkpoint, transfer_of
 
@@ -9,6 +10,7 @@ from downstream.encoders import build, describe, open_encoder
 OPTIONS = {"relative_bias": True, "init_values": 1.0, "fourth": "conv"}
 
 
+@pytest.mark.slow
 def test_options__of_mcmae(tmp_path):
     torch.manual_seed(0)
     our_checkpoint(tmp_path / "a.pt", "mcmae")

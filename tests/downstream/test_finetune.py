@@ -364,6 +364,7 @@ class Ranks(World):
         return x / self.size
 
 
+@pytest.mark.slow
 def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path):
     cfg = parse("--checkpoint", write_checkpoint(tmp_path, "mcmae"), "--micro-batch", 4)
     model = build(cfg).eval()
@@ -386,6 +387,7 @@ def test_count_hits__every_image_once_on_any_number_of_ranks(tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.slow
 def test_bad_input__one_line(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     for name in ("one/train/cat/1.png", "more/train/cat/1.png", "more/train/bat/1.png",

@@ -274,6 +274,7 @@ def test_main__every_setting_reaches_what_it_is_for(root, tmp_path):
 # ------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line, words", [
     ("", "where is the encoder from"),
     ("--encoder tiny --checkpoint x.pt", "where is the encoder from"),

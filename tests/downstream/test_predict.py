@@ -130,6 +130,7 @@ def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path,
     assert data.decode_map(np.fromfile(out / "in/b.png", np.uint8)).shape == (64, 64)
 
 
+@pytest.mark.slow
 def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
     """Images of one size go through the network together."""
     model, cfg = segment.open_run(segmenter / "last.pt")

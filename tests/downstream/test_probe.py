@@ -210,6 +210,7 @@ def encoder_of(method, **kwargs):
         return encoders.build(description)
 
 
+@pytest.mark.slow
 def test_layers__defaults_and_bad_ones(tmp_path):
     defaults = {m: features.choose_layers(None, encoder_of(m)) for m in encoders.METHODS}
     assert defaults.pop("semanticmim") == ["7"]  # SemanticMIM Sec. 4.2
@@ -338,6 +339,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         run(*linear, "--output", tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_run__normalises_as_told(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     flags = ["--checkpoint", path, "--protocol", "knn", "--cache-dtype", "float32", "--cache",

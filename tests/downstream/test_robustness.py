@@ -130,6 +130,7 @@ def test_main__all_four_sets(finetuned, tmp_path, capsys):
         robustness.main([*common, str(tmp_path / "o"), "--imagenet-c", str(tmp_path / "c")])
 
 
+@pytest.mark.slow
 def test_bad_input__one_line(finetuned, tmp_path):
     write_images(tmp_path / "x", ["ring", "zebra"], 1)
     write_images(tmp_path / "c/fog/1", ["ring"], 1)

@@ -126,6 +126,7 @@ def test_parse__a_crop_has_two_flags():
         engine.parse(Config, PRESETS, "", ["--image-size", "64x96"])
 
 
+@pytest.mark.slow
 def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
     imgs = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
     for i, (flags, mean, std, words) in enumerate((
@@ -242,6 +243,7 @@ def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--relative-bias"])
 def test_build__a_window_as_large_as_the_map_is_global_attention(flags):
     """MCMAE's stage 3 has no prefix tokens; its grid here is 8 x 8."""

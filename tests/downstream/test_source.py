@@ -39,6 +39,7 @@ def test_open_source__a_transfers_facts_and_those_of_before(tmp_path):
             open_source(tmp_path / "none.pt")
 
 
+@pytest.mark.slow
 def test_open_source__reads_a_file_once(tmp_path, monkeypatch):
     our_checkpoint(tmp_path / "a.pt", "cfmae")
     reads, load = [], torch.load

@@ -155,6 +155,7 @@ def test_decay_groups__no_decay_on_biases_norms_tokens_embeddings():
 # ------------------------------------------------------------------------------------- the folder
 
 
+@pytest.mark.slow
 def test_open_folder__a_run_is_not_touched_without_resume(tmp_path):
     assert tiny_run.train(tmp_path, "--resume", "--steps", 1) == 0  # nothing there yet: it starts
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -169,6 +169,7 @@ def test_evaluation__common_teaches_the_encoder_in_one_branch_and_the_decoder_in
     assert not torch.equal(model.complement(*args), before)
 
 
+@pytest.mark.slow
 def test_follow__evaluation_holds_the_weights_of_the_forward_pass_a_step_earlier():
     model, seen = make(), []
     train(model, 3, accum=2, seen=seen)

@@ -125,6 +125,7 @@ def test_embed__of_visible_patches_is_that_of_the_whole_image(patch_size, stem_m
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem_mask, leaks", [("before", False), ("after", True)])
 def test_encode__hidden_pixels_reach_visible_tokens_only_with_stem_mask_after(stem_mask, leaks):
     encoder = dyvit(stem_mask=stem_mask)

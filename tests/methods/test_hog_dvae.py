@@ -133,6 +133,7 @@ def test_tokenizer__follows_the_steps_precision(monkeypatch):
         assert set(seen[:-1]) == {inner} and seen[-1] == torch.float32  # logits: OpenAI's module
 
 
+@pytest.mark.slow
 def test_tokenizer__bf16_changes_7_of_392_codes():
     """Of random weights, which are near a tie: 2 of their 64 codes take all patches."""
     g, kinds = golden("dalle_encoder.pt"), ("fp32", "bf16")

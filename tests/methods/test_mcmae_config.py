@@ -415,6 +415,7 @@ def test_load_init__refuses_and_loads_nothing(public, tmp_path, change, words):
     assert not Path("/tmp/mcmae-test-attack").exists()
 
 
+@pytest.mark.slow
 def test_load_encoder__round_trip(tmp_path):
     cfg, path = parse(MINI), tmp_path / "last.pt"
     model = mcmae.MCMAE(cfg).eval()

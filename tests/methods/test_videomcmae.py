@@ -65,6 +65,7 @@ def batch() -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------- two forms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("line", ["", "--kernel-size 3", "--kernel-size 7 --no-multi-scale"])
 def test_sparse__equals_dense_in_outputs_and_gradients(batch, line, dtype):
@@ -364,6 +365,7 @@ def test_load_init__an_image_model_on_a_clip_that_stands_still(tmp_path):
     assert_close(found, mcmae.strided(image.stage1_output_decode, E), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_load_init_and_load_encoder__ours_or_a_word(tmp_path):
     model, other = build(), build()
     nn.init.normal_(other.decoder_pred.weight)

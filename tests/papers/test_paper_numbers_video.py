@@ -107,6 +107,7 @@ def test_settings__of_fine_tuning():
 # ---------------------------------------------------------------------------------- size and cost
 
 
+@pytest.mark.slow
 def test_readme__86_million_are_846_with_stride_1_in_time():
     """Does not hold with these strides; with 2 in time before stages 2 and 3 it would."""
     encoder = on_meta().encoder

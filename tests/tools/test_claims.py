@@ -203,6 +203,7 @@ def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     assert not lab.commands
 
 
+@pytest.mark.slow
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     make, lab = bench
     make(wanted=["loss"]).finish(PAGE)
@@ -230,6 +231,7 @@ def test_verdicts__a_loss_on_other_patches_is_not_judged():
     assert claims_table.CLAIMS["coma-masks"].unlike == ()
 
 
+@pytest.mark.slow
 def test_finish__another_budget_is_refused(bench, tmp_path):
     make, _ = bench
     make().finish(PAGE)
@@ -394,6 +396,7 @@ def test_main__refuses_in_words(argv, words, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- report
 
 
+@pytest.mark.slow
 def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path):
     make, _ = bench
     make().finish(PAGE)

@@ -190,6 +190,7 @@ def test_export__a_head_that_timm_cannot_have_is_left_out(config, why, tmp_path)
     assert why in said and "fc_norm (2), head (2)" in said and "num_classes=0" in said
 
 
+@pytest.mark.slow
 def test_export__positions_refer_to_the_grid_that_was_trained(tmp_path):
     """A run at 96 x 64 of an encoder pre-trained at 64: the positions written are those in use."""
     our_checkpoint(tmp_path / "a.pt", "cfmae")
@@ -233,6 +234,7 @@ def test_command__one_line_and_status_2(tmp_path):
 # -------------------------------------------------------------------------------- safetensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, changes", [("semanticmim", {}), ("coma_dyvit", {})])
 def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
     """The same as a file of torch's: by --checkpoint, by the script, in a picture's caption."""

@@ -313,6 +313,7 @@ def test_pack__says_that_the_disk_is_full(folder, tmp_path, capfd):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_pack__stops_at_maps_that_do_not_fit(folder, tmp_path):
     write(f"{folder}/train/semantic/b/5.png", np.zeros((40, 61), np.uint8))
     with pytest.raises(UserError, match="semantic/b/5.png: 61 x 40, but its image .* 60 x 40"):

@@ -145,6 +145,7 @@ def test_model_class__is_what_the_script_trains():
     assert found == ["MAE", "CFMAE", "SemanticMIM", "MCMAE", "CoMA"]
 
 
+@pytest.mark.slow
 def test_choose_mask__chosen_patches(checkpoints):
     for name, path in checkpoints.items():
         method, model, batch = opened(path)
@@ -179,6 +180,7 @@ def test_choose_mask__whole_granularities(checkpoints):
         reconstruct.choose_mask(options(only=("rgb",)), *photo(checkpoints["mae"]))
 
 
+@pytest.mark.slow
 def test_predict__reads_visible_patches_alone(checkpoints):
     """What the flags hide cannot change a prediction; what they leave visible does."""
     for path in checkpoints.values():
