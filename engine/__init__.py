@@ -16,8 +16,12 @@ Arrows go one way: scripts -> engine -> data.
 import os
 
 # OpenMP's threads otherwise wait for one another in a busy loop: on a CPU with anything else to do,
-# loader processes included, a step then takes many times as long. It is read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# loader processes included, a step then takes many times as long. So they sleep, though not before
+# some 50 us, as in a small model's step the next piece of work is there by then (docs/speed.md).
+# Both are read when torch is loaded; the second is libgomp's, which Linux has.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from data import UserError
 from engine.checkpoint import FORMAT, load, load_config, load_encoder, load_optimizer, load_weights

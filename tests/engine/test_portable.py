@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -51,6 +52,25 @@ def test_run__where_processes_start_afresh(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "finished: step 2 of" in done.stdout and "1 loader processes" in done.stdout
     assert '"peak_memory_mib": 0.0' in (tmp_path / "x/log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, ("passive", "2000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+def test_import__sets_how_threads_wait_unless_the_user_has(given, expected, monkeypatch):
+    names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored in the end, whatever the import does
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(engine)
+    assert tuple(map(os.environ.get, names)) == expected
 
 
 def test_pack__without_fcntl_is_one_line(tmp_path, monkeypatch):
