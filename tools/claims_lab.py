@@ -81,7 +81,9 @@ class Lab:
         known = json.loads(path.read_text()) if path.exists() else {}
         self.rates |= known | {k: round(v, 2) for k, v in rates.items()}
         if rates:
-            path.write_text(json.dumps(self.rates, indent=1, sort_keys=True))
+            temporary = path.with_suffix(f".{os.getpid()}")  # others read it meanwhile
+            temporary.write_text(json.dumps(self.rates, indent=1, sort_keys=True))
+            os.replace(temporary, path)
 
     def folder(self, program: str, flags: str) -> Path:
         """Where a command's files go: another place once a preset has changed."""

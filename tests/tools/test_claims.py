@@ -307,6 +307,24 @@ def test_rate__is_of_forty_steps_less_ten(bench):
     assert json.loads((lab.runs / "rates.json").read_text()) == lab.rates
 
 
+def test_learn__others_never_read_half_a_file(bench, monkeypatch):
+    """Two processes side by side are the usual way to run claims."""
+    _, lab = bench
+    lab.runs.mkdir()
+    lab.learn(a=1.0)
+    write = Path.write_text
+
+    def torn(path, text):
+        write(path, "")
+        FakeLab(lab.args)  # reads in the middle of it
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    lab.learn(b=2.0)
+    assert FakeLab(lab.args).rates == {"a": 1.0, "b": 2.0}
+    assert [p.name for p in lab.runs.glob("rates*")] == ["rates.json"]
+
+
 def test_rate__arms_of_one_encoder_share_that_of_fine_tuning(bench):
     """Decoders, masks and targets differ in pre-training alone; a listing measures one of them."""
     make, lab = bench
