@@ -172,14 +172,16 @@ def plot(results: Sequence[dict], path: str) -> None:
     if not rows:
         raise UserError(f"nothing has {SEEDS} seeds of each arm so far")
     colours = {"seen": "#009e73", "not seen": "#000000", "opposite": "#d55e00"}
-    figure = Figure(figsize=(9, 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9, 0.8 + 0.19 * len(rows)), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for y, (_, v) in enumerate(rows):
+    for y, (name, v) in enumerate(rows):
         bar, colour = LIMIT * v["se"], colours[v["verdict"]]
-        axes.errorbar(v["difference"], y, xerr=bar, fmt="o", color=colour, capsize=3)
+        axes.errorbar(v["difference"], y, xerr=bar, fmt="o", color=colour, capsize=2, markersize=4)
+        if y and rows[y - 1][0] != name:
+            axes.axhline(y - 0.5, color="#dddddd", linewidth=0.8)  # between claims
     axes.axvline(0, color="#bbbbbb")
     words = [f"{name}: {v['better']} > {v['worse']}, {v['measure']}" for name, v in rows]
-    axes.set_yticks(range(len(rows)), words, fontsize=8)
+    axes.set_yticks(range(len(rows)), words, fontsize=7)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("difference in points, with 2 standard errors")
     figure.savefig(path)
