@@ -16,8 +16,8 @@ Arrows go one way: scripts -> engine -> data.
 import os
 
 # OpenMP's threads otherwise wait for one another in a busy loop: on a CPU with anything else to do,
-# loader processes included, a step then takes many times as long. So they sleep, though not before
-# some 50 us, as in a small model's step the next piece of work is there by then (docs/speed.md).
+# loader processes included, a step then takes many times as long. So they sleep, though after a
+# short look for work: in a small model's step the next piece is there by then (docs/speed.md).
 # Both are read when torch is loaded; the second is libgomp's, which Linux has.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
