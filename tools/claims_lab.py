@@ -121,7 +121,8 @@ class Lab:
 
     def execute(self, program: str, flags: str, out: Path) -> dict:
         """Run a command from where its folder left it; what it was, and its cost."""
-        words, shown = launch(program), self.shown(program, f"{flags} --output {out}")
+        place = f"--output {shlex.quote(str(out))}"
+        words, shown = launch(program), self.shown(program, f"{flags} {place}")
         given = [self.places.get(x, x) for x in shlex.split(flags)] + ["--output", str(out)]
         done = 0.0
         if program == "downstream.probe":
