@@ -4,7 +4,7 @@
     python -m tools.claims scratch-mae mcmae-parts     # run; again: goes on where it was
     python -m tools.claims scratch-mae --epochs 5 --tuned 5      # a smaller budget
     python -m tools.claims --write       # tables of docs/results.md from docs/results/
-    python -m tools.claims --plot docs/results.png         # the same as a picture (matplotlib)
+    python -m tools.claims --plot docs/results.png         # as pictures (matplotlib), curves beside
 
 A claim (claims_table.py) is a sentence of a paper, arms that differ in one switch, measures, seeds
 and a budget. Its runs are the project's own commands in processes of their own; the numbers, each
@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from shlex import quote
 
 import engine  # before torch: it sets how threads wait
 
@@ -86,7 +87,7 @@ class Trial:
         """An arm's epochs: a share of the claim's, or what costs as much as another arm."""
         arm, known = self.claim.arms[label], self.known
         if not arm.as_long_as:
-            return max(1, round((known["tuned"] if arm.random else known["epochs"]) * arm.share))
+            return arm.part(known["tuned" if arm.random else "epochs"])
         if label not in known["epochs_of"]:
             other, rate = self.claim.arms[arm.as_long_as], self.rate
             cost = self.epochs(arm.as_long_as) * rate(other, "pretrain")
@@ -108,7 +109,7 @@ class Trial:
             out, record = self.lab.run(program, f"{flags_of} --steps {steps}".strip())
             if kind == "finetuned":
                 tuned = PROGRAMS[kind].format(tuned=1, warmup=0)
-                tuned += f" --model tiny --data {place} --checkpoint {out / 'last.pt'}"
+                tuned += f" --model tiny --data {place} --checkpoint {quote(f'{out}/last.pt')}"
                 tuned += " --val-samples 64"
                 out, record = self.lab.run(*f"{tuned} --steps {steps}".split(" ", 1))
             costs.append(self.lab.cost(record))
@@ -165,8 +166,9 @@ class Trial:
     def transfer_flags(self, label: str, kind: str, out: Path, words: str) -> str:
         epochs = self.tuned(label)
         text = PROGRAMS[kind].format(tuned=epochs, warmup=f"{epochs / 10:g}")
-        text += f" --model tiny --data {DATA[self.claim.data][0]} --checkpoint {out / 'last.pt'}"
-        text += f" --cache {out / 'features'}" if "probe" in text else ""  # read once for both
+        text += f" --model tiny --data {DATA[self.claim.data][0]}"
+        text += f" --checkpoint {quote(f'{out}/last.pt')}"
+        text += f" --cache {quote(f'{out}/features')}" if "probe" in text else ""  # for both
         return " ".join(filter(None, [text, "--random" * self.claim.arms[label].random, words]))
 
     def current(self, label: str, seed: int) -> bool:
@@ -239,7 +241,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="NAME", help="claims; default: all")
     parser.add_argument("--list", action="store_true", help="claims, what is left, its cost here")
     parser.add_argument("--write", action="store_true", help="tables of docs/results.md alone")
-    parser.add_argument("--plot", metavar="PNG", help="a picture of them alone")
+    parser.add_argument("--plot", metavar="PNG", help="as pictures, curves too")
     for name, (default, what) in DATA.items():
         if name != "shapes":
             flag = "--data" if name == "images" else f"--{name}"
@@ -277,7 +279,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{', '.join(unknown)}: choose from {', '.join(CLAIMS)}")
     results = Path(args.results)
     if args.plot:
-        return report.plot(report.read_results(results), args.plot)
+        found = report.read_results(results)
+        report.plot(found, args.plot)
+        return report.plot_curves(found, args.plot)
     if not args.write:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the run below, too
         lab, budget = Lab(args), {k: getattr(args, k) for k in ("epochs", "tuned", "seeds", "most")}

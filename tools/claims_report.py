@@ -10,7 +10,7 @@ from typing import NamedTuple
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
 from engine import UserError
-from tools.claims_table import Claim
+from tools.claims_table import Arm, Claim
 
 LIMIT = 2.0  # standard errors of a difference that count
 SEEDS = 3  # of each arm, below which nothing is judged
@@ -161,19 +161,24 @@ def write_page(path: Path, results: Sequence[dict]) -> None:
     path.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
 
 
-def plot(results: Sequence[dict], path: str) -> None:
-    """Differences in points with 2 standard errors; right of 0 is as the paper has it."""
+def figure(width: float, height: float):
+    """A figure of matplotlib's, and its axes; UserError without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    made = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return made, made.subplots()
+
+
+def plot(results: Sequence[dict], path: str) -> None:
+    """Differences in points with 2 standard errors; right of 0 is as the paper has it."""
     rows = [(x["claim"], v) for x in results for v in x["verdicts"]]
     rows = [(name, v) for name, v in rows if v["se"] is not None and v["measure"] != "loss"]
     if not rows:
         raise UserError(f"nothing has {SEEDS} seeds of each arm so far")
     colours = {"seen": "#009e73", "not seen": "#000000", "opposite": "#d55e00"}
-    figure = Figure(figsize=(9, 0.8 + 0.19 * len(rows)), dpi=110, layout="constrained")
-    axes = figure.subplots()
+    whole, axes = figure(9, 0.8 + 0.19 * len(rows))
     for y, (name, v) in enumerate(rows):
         bar, colour = LIMIT * v["se"], colours[v["verdict"]]
         axes.errorbar(v["difference"], y, xerr=bar, fmt="o", color=colour, capsize=2, markersize=4)
@@ -184,5 +189,38 @@ def plot(results: Sequence[dict], path: str) -> None:
     axes.set_yticks(range(len(rows)), words, fontsize=7)
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel("difference in points, with 2 standard errors")
-    figure.savefig(path)
+    whole.savefig(path)
     print(f"picture     {path}")
+
+
+def curves(result: dict, measure: str) -> dict[str, list[tuple[int, float, float]]]:
+    """What arms reach that differ in epochs alone: by command (epochs, mean, standard error)."""
+    lines: dict[str, list] = {}
+    for label, fields in result["arms"].items():
+        arm, x = Arm(**fields), values(result["runs"], label, measure)
+        if len(x) >= SEEDS and not arm.random and not arm.as_long_as:
+            point = statistics.fmean(x), statistics.stdev(x) / math.sqrt(len(x))
+            lines.setdefault(arm.train, []).append((arm.part(result["budget"]["epochs"]), *point))
+    return {k: sorted(line) for k, line in lines.items() if len({n for n, *_ in line}) > 1}
+
+
+def plot_curves(results: Sequence[dict], path: str) -> None:
+    """Of each claim whose arms differ in epochs its curves, with 2 standard errors as a band."""
+    for x in results:
+        for measure in x["measures"]:
+            if not (lines := curves(x, measure)):
+                continue
+            whole, axes = figure(6, 3.6)
+            for name, line in lines.items():
+                epochs, mean, se = zip(*line)
+                axes.plot(epochs, mean, marker="o", markersize=4, label=name)
+                low, high = ([m + k * LIMIT * s for m, s in zip(mean, se)] for k in (-1, 1))
+                axes.fill_between(epochs, low, high, alpha=0.2)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(epochs, [str(n) for n in epochs])
+            axes.set_xlabel(f"epochs of pre-training, {x['data']}")
+            axes.set_ylabel(MEASURES[measure].words)
+            axes.legend()
+            place = Path(path).with_name(f"{Path(path).stem}-{x['claim']}-{measure}.png")
+            whole.savefig(place)
+            print(f"picture     {place}")

@@ -38,6 +38,10 @@ class Arm(NamedTuple):
         pairs = [f"{k} {v}" for k, v in zip(flags, flags[1:]) if k in shape]
         return " ".join([script, *pairs])
 
+    def part(self, epochs: int) -> int:
+        """Its share of a claim's epochs, whole ones."""
+        return max(1, round(epochs * self.share))
+
 
 class Claim(NamedTuple):
     """What a paper says, and the runs that would show it.

@@ -442,6 +442,38 @@ def test_plot__needs_three_seeds(bench, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
+def test_curves__mean_and_error_by_epochs_of_arms_that_differ_in_them_alone():
+    arms = {"a": Arm("mae"), "a, half": Arm("mae", share=0.5), "b": Arm("mcmae"),
+            "b, half": Arm("mcmae", share=0.5), "c": Arm("cfmae"), "n": Arm("mae", random=True),
+            "l": Arm("mae", as_long_as="b")}  # fmt: skip
+    runs = [{"arm": a, "seed": s, "values": {"finetuned": 10 * n + 3 * s}}
+            for n, a in enumerate(arms) for s in range(3) if (a, s) != ("b, half", 2)]  # fmt: skip
+    arms = {k: a._asdict() for k, a in arms.items()}
+    found = claims_report.curves({"arms": arms, "runs": runs, "budget": {"epochs": 8}}, "finetuned")
+    se = pytest.approx(3 / math.sqrt(3))
+    assert found == {"mae": [(4, 13, se), (8, 3, se)]}  # b's half lacks a seed, c has one length
+
+
+def test_plot_curves__a_picture_of_each_claim_that_has_some(tmp_path, bench, capsys):
+    pytest.importorskip("matplotlib")
+    make, _ = bench
+    arms = {f"{n}": Arm("mae", share=n) for n in (0.5, 1.0)}
+    make(CLAIM._replace(arms=arms, better=(), measures=("finetuned",))).finish(PAGE)
+    claims_report.plot_curves(claims_report.read_results(tmp_path / "results"), tmp_path / "r.png")
+    made = tmp_path / "r-x-finetuned.png"
+    assert made.stat().st_size > 5000 and str(made) in capsys.readouterr().out
+
+
+def test_finish__a_folder_with_a_space_in_its_name(bench, tmp_path):
+    make, lab = bench
+    lab.runs = tmp_path / "my runs"
+    make().finish(PAGE)
+    for c in lab.commands:
+        given = [Path(c[c.index(k) + 1]) for k in ("--checkpoint", "--cache") if k in c]
+        assert all(p.parent.is_dir() and p.parent.parent == lab.runs for p in given), c
+    assert not make().left()  # found again by their commands
+
+
 def test_page__of_the_project_is_what_its_json_says():
     """The tables of docs/results.md are those that the JSON files beside it make."""
     docs = Path(claims.__file__).parents[1] / "docs"
