@@ -186,7 +186,8 @@ def draw_mix(
 
 
 def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
-    """Mix images (B, C, H, W) float, or paste maps (B, H, W), with the batch in reverse order.
+    """Mix images (B, C, H, W) or clips (B, T, C, H, W) float, or paste maps (B, H, W), with the
+    batch in reverse order.
 
     `box` (B, h, w) is enlarged to the map's size by whole factors.
     """
@@ -194,8 +195,9 @@ def mix(x: Tensor, blend: Tensor, box: Tensor) -> Tensor:
         box = box.repeat_interleave(x.shape[dim - 3] // box.shape[dim], dim)
     if x.ndim == 3:
         return torch.where(box, x.flip(0), x)
-    blend = blend[:, None, None, None]
-    return torch.where(box[:, None], x.flip(0), x * blend + x.flip(0) * (1 - blend))
+    blend = blend.view(-1, *[1] * (x.ndim - 1))
+    box = box.view(len(x), *[1] * (x.ndim - 3), *box.shape[1:])
+    return torch.where(box, x.flip(0), x * blend + x.flip(0) * (1 - blend))
 
 
 def soft_targets(label: Tensor, lam: Tensor | None, classes: int, smoothing: float) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import engine  # before torch: it sets how threads wait
 
 from downstream import encoders, finetune, recipes, transfer
-from downstream.finetune import Classifier
+from downstream.classifier import Classifier, test
 from downstream.scores import match_classes
 from downstream.source import open_source
 from engine import UserError, require
@@ -52,7 +52,7 @@ def open_public(
     if (rows := len(state["head.weight"])) != len(classes):
         raise UserError(f"--init {init} classifies {rows} classes, {root} has {len(classes)}")
     cfg.pool = description["pool"]
-    model = finetune.Classifier(cfg, encoder, classes)
+    model = finetune.classifier_on(encoder, cfg, classes)
     state = {
         k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in state.items()
     }
@@ -121,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{cfg.data} has no folder val")
     numbers = match_classes(transfer.in_classes(dataset).classes, model.classes, cfg.data)
     facts = finetune.told(cfg, args.finetuned, trained=not args.init)
-    finetune.report(model, dataset, out, world, facts, numbers)
+    test(model, dataset, out, world, facts, numbers)

@@ -15,9 +15,8 @@ mixup and cutmix mix a micro-batch with itself. So with them, other than in pre-
 of samples that a device takes at a time is part of the result, and --resume refuses another.
 
 Map: `recipes.py`                   the papers' settings by method
-     `Classifier`                   encoder, mean of tokens, norm, linear layer, loss
+     `classifier.py`                encoder, mean of tokens, norm, linear layer, loss; its test
      `main`                         the loop
-     `report`                       top-1 and top-5 over all of val
 
 Data: ROOT/{train,val}/<class>/NAME.jpg (or rgb/<class>/, see data.py). A run leaves result.json and
 per_class.csv beside engine.Run's files. augment.py has the augmentation, evaluate.py the second
@@ -28,23 +27,20 @@ import math
 import sys
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
 import engine.config
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import data
 from cfmae import NAMES
 from common import Normalize
 from downstream import encoders, recipes, transfer
-from downstream.augment import Augmented, draw_mix, mix, soft_targets
-from downstream.scores import count_hits, shares, tally, write_result
+from downstream.augment import Augmented
+from downstream.classifier import Classifier, evaluate, settle, test
 from engine import UserError, arg, cosine, layer_decay_groups, require
-from engine.ranks import World
 
 
 @dataclass
@@ -168,48 +164,11 @@ class Config(transfer.Config):
         )
 
 
-# ------------------------------------------------------------------------------------------ model
+# ------------------------------------------------------------------------------- model, its test
 
 
-class Classifier(nn.Module):
-    """Encoder, mean over tokens, fresh norm, linear layer; `model(batch, progress)` gives a loss.
-
-    As MAE, the norm comes after the mean: tokens are taken from the last layer before the encoder's
-    own final norm, which therefore has no part in it. It stays in the checkpoint, frozen, so that
-    every trainable parameter has a gradient (DDP asks for that) and the file still holds the whole
-    encoder. With maps the mean is over the tokens of all granularities.
-    """
-
-    def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
-        super().__init__()
-        self.cfg, self.encoder, self.classes = cfg, encoder, classes
-        self.normalize, self.layer = Normalize(*cfg.statistics), encoder.num_layers
-        dim = encoder.norm.normalized_shape[0]
-        encoder.norm.requires_grad_(False)
-        self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))
-        nn.init.trunc_normal_(self.head.weight, std=cfg.head_std)
-        nn.init.zeros_(self.head.bias)
-
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {m: self.normalize(batch[m]) if m == "rgb" else batch[m] for m in self.cfg.names}
-
-    def classify(self, inputs: dict[str, Tensor], seed: Tensor | None = None) -> Tensor:
-        """Logits (B, classes); `seed` (B,) turns drop path on."""
-        imgs = inputs if len(inputs) > 1 else inputs["rgb"]
-        ((tokens, prefix),) = self.encoder.forward_features(imgs, [self.layer], seed)
-        return self.head(self.fc_norm((tokens if self.cfg.pool == "patch" else prefix).mean(1)))
-
-    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
-        """Cross-entropy with smoothed, mixed targets of a batch (see data.py for its keys)."""
-        cfg, inputs, lam = self.cfg, self.inputs(batch), None
-        if cfg.mixup or cfg.cutmix:
-            # with maps the box lies on their grid, so that it cuts all granularities alike
-            size = list(inputs.values())[-1].shape[-2:]
-            lam, blend, box = draw_mix(batch["seed"], size, cfg.mixup, cfg.cutmix, cfg.switch_prob)
-            inputs = {m: mix(x, blend, box) for m, x in inputs.items()}
-        logits = self.classify(inputs, batch["seed"]).float()
-        target = soft_targets(batch["label"], lam, logits.shape[1], cfg.smoothing)
-        return -(target * logits.log_softmax(-1)).sum(-1).mean(), {}
+def classifier_on(encoder: nn.Module, cfg: Config, classes: list[str]) -> Classifier:
+    return Classifier(cfg, encoder, classes, Normalize(*cfg.statistics), cfg.names, cfg.pool)
 
 
 def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifier, str]:
@@ -218,41 +177,7 @@ def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifie
     if cfg.pool == "prefix" and not getattr(encoder, "num_prefix", 0):
         raise UserError("--pool prefix: this encoder has no class or proxy tokens; --pool patch")
     report = transfer.start(encoder, cfg) if load else ""
-    return Classifier(cfg, encoder, classes), report
-
-
-# ------------------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def evaluate(model: Classifier, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy and the shares of top-1 and top-5 hits in a batch."""
-    logits = model.classify(model.inputs(batch)).float()
-    _, top1, top5 = tally(logits, batch["label"]).sum(0) / len(logits)
-    return {"loss": F.cross_entropy(logits, batch["label"]), "top1": top1, "top5": top5}
-
-
-def report(
-    model: Classifier,
-    dataset: data.Dataset,
-    out: Path,
-    world: World,
-    facts: dict,
-    numbers: Tensor | None = None,
-) -> None:
-    """Test a model on all of a split and write result.json and per_class.csv.
-
-    Args: `facts`: of result.json; `numbers`: as `count_hits`'.
-    """
-    counts, unreadable = count_hits(model.eval(), dataset, model.cfg, world, numbers)
-    if world.rank == 0:
-        write_result(out, model.classes, counts, facts | {"unreadable": unreadable})
-        x = shares(counts)
-        print(
-            f"val         {x['images']} images, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
-            f"{out / 'result.json'}",
-            flush=True,
-        )
+    return classifier_on(encoder, cfg, classes), report
 
 
 def told(cfg: Config, finetuned: str | None = None, trained: bool = True) -> dict:
@@ -273,23 +198,11 @@ def loading(cfg: Config) -> dict:
     return options
 
 
-def settle(run: engine.Run) -> None:
-    """Compare with what the resumed run saw, for what its config does not tell; UserError."""
-    cfg, facts = run.cfg, run.facts
-    if cfg.mixup or cfg.cutmix:
-        facts["mix_batch"] = run.micro
+def kept_facts(run: engine.Run) -> dict | None:
+    """Facts of the run that this one continues; those from before had some in their config."""
     if run.checkpoint is None:
-        return
-    kept, source = encoders.kept_facts(cfg), run.checkpoint["config"]
-    if kept["classes"] != facts["classes"]:
-        raise UserError(f"{cfg.data} has other classes than when {run.out} was begun")
-    mixed = kept.get("mix_batch", source.get("mix_batch"))
-    if "mix_batch" in facts and mixed not in (None, run.micro):
-        raise UserError(
-            f"{run.out}: mixup and cutmix mixed {mixed} samples with one another, now it would be "
-            f"{run.micro}; continue with --micro-batch {mixed}, on a number of ranks that divides "
-            f"{cfg.batch_size // mixed}"
-        )
+        return None
+    return {"mix_batch": run.checkpoint["config"].get("mix_batch")} | encoders.kept_facts(run.cfg)
 
 
 def few_steps(run: engine.Run) -> str:
@@ -318,9 +231,9 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["evaluate"]:
-        from downstream.evaluate import main as test  # which needs this module
+        from downstream import evaluate as again  # which needs this module
 
-        return test(argv[1:])
+        return again.main(argv[1:])
     cfg = engine.parse(Config, PRESETS, __doc__, argv)
     facts = {"description": cfg.described, "classes": transfer.class_names(cfg.data)}
 
@@ -331,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     with engine.Run(
         "classify", cfg, wrap=augmented, facts=facts, val={"crop_pct": cfg.crop_pct}, **loading(cfg)
     ) as run:
-        settle(run)
+        settle(run, kept_facts(run))
         classifier, words = build(cfg, facts["classes"], load=run.checkpoint is None)
         if run.checkpoint is None:
             run.say(words)
@@ -350,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
                 step.backward(loss, logs)
             step.update(cosine(cfg, step))
         if run.lacks("result.json") and run.val_set is not None:
-            report(classifier, run.val_set, run.out, run.world, told(cfg))
+            test(classifier, run.val_set, run.out, run.world, told(cfg))
 
 
 if __name__ == "__main__":

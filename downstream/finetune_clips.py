@@ -11,7 +11,7 @@ Settings are VideoMAE's, which the paper leaves them to, but for what Sec. 3.4 n
 no flips on SSv2, 3 x 5 and 3 x 2 test views. `Config` has them, docs/decisions.md what is silent.
 
 Map: `Augmented`                    one RandAugment and one erasing for all frames of a clip
-     `Classifier`                   encoder, mean of tokens, norm, linear layer, loss
+     `classifier.py`                mean of tokens, norm, linear layer, loss; here its views
      `main`                         the loop, and the test over all views of all of val
 
 Data: ROOT/{train,val}/CLASS/CLIP/000001.jpg, see clips.py. A run leaves result.json and
@@ -28,16 +28,15 @@ import engine.config
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import clips
 import motion
 import videomcmae
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize, init_weights
-from downstream.augment import RandAugment, draw_mix, mix, soft_targets
-from downstream.scores import count_hits, shares, tally, write_result
+from downstream.augment import RandAugment
+from downstream.classifier import Classifier, evaluate, settle, test
 from downstream.transfer import in_classes
 from engine import UserError, arg, cosine, layer_decay_groups, require
 from engine.folder import open_data
@@ -183,48 +182,19 @@ class Augmented(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------------------ model
 
 
-class Classifier(nn.Module):
-    """Encoder, mean over tokens, fresh norm, linear layer, as VideoMAE; the encoder's own final
-    norm has no part in it and stays frozen.
-    """
+class ClipClassifier(Classifier):
+    """The same on clips, as VideoMAE."""
 
-    def __init__(self, cfg: Config, encoder: nn.Module, classes: list[str]):
-        super().__init__()
-        self.cfg, self.encoder, self.classes, self.normalize = cfg, encoder, classes, Normalize()
-        encoder.norm.requires_grad_(False)
-        dim = encoder.embed_dim
-        self.fc_norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, len(classes))
-        nn.init.trunc_normal_(self.head.weight, std=cfg.head_std)
-        nn.init.zeros_(self.head.bias)
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Clips (B, T, 3, H, W) uint8, normalised; views of them, (B, n, T, 3, H, W), wait."""
+        return batch if batch["rgb"].ndim == 6 else super().inputs(batch)
 
-    def logits(self, imgs: Tensor, seed: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of normalised clips (B, T, 3, H, W); `seed` (B,): drop path."""
-        last = len(self.encoder.blocks)
-        ((tokens, _),) = self.encoder.forward_features(imgs, [last], seed)
-        return self.head(self.fc_norm(tokens.mean(1)))
-
-    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["rgb"]
-
-    def classify(self, rgb: Tensor) -> Tensor:
-        """Logits (B, classes) of clips (B, T, 3, H, W) uint8; of views of them, (B, n, T, 3, H, W),
-        one view at a time, the logarithm of their mean probability.
-        """
-        if rgb.ndim == 6:
-            views = [self.classify(view).float().softmax(-1) for view in rgb.unbind(1)]
-            return torch.stack(views).mean(0).log()
-        return self.logits(self.normalize(rgb))
-
-    def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
-        """Cross-entropy with smoothed, mixed targets of a batch (see clips.py for its keys)."""
-        cfg, imgs, lam = self.cfg, self.normalize(batch["rgb"]), None
-        if cfg.mixup or cfg.cutmix:
-            size = imgs.shape[-2:]
-            lam, blend, box = draw_mix(batch["seed"], size, cfg.mixup, cfg.cutmix, cfg.switch_prob)
-            imgs = mix(imgs.flatten(1, 2), blend, box).view_as(imgs)
-        logits = self.logits(imgs, batch["seed"]).float()
-        target = soft_targets(batch["label"], lam, logits.shape[1], cfg.smoothing)
-        return -(target * logits.log_softmax(-1)).sum(-1).mean(), {}
+    def classify(self, inputs: dict[str, Tensor], seed: Tensor | None = None) -> Tensor:
+        """Logits (B, classes); of views, one at a time, the log of their mean probability."""
+        if inputs["rgb"].ndim == 5:
+            return super().classify({"rgb": inputs["rgb"]}, seed)
+        views = [self.classify(self.inputs({"rgb": x})) for x in inputs["rgb"].unbind(1)]
+        return torch.stack([x.float().softmax(-1) for x in views]).mean(0).log()
 
 
 def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifier, str]:
@@ -236,33 +206,15 @@ def build(cfg: Config, classes: list[str], load: bool = True) -> tuple[Classifie
     if load and cfg.checkpoint and not cfg.random:
         _, state = engine.load_encoder(cfg.checkpoint, "videomcmae", videomcmae.Config)
         report = engine.load_weights(encoder, state, cfg.checkpoint)
-    return Classifier(cfg, encoder, classes), f"encoder     {report or 'fresh weights'}"
+    model = ClipClassifier(cfg, encoder, classes, Normalize())
+    return model, f"encoder     {report or 'fresh weights'}"
 
 
-@torch.no_grad()
-def evaluate(model: Classifier, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy and the shares of top-1 and top-5 hits in a batch, one view of each clip."""
-    logits = model.classify(model.inputs(batch)).float()
-    _, top1, top5 = tally(logits, batch["label"]).sum(0) / len(logits)
-    return {"loss": F.cross_entropy(logits, batch["label"]), "top1": top1, "top5": top5}
-
-
-def test(run: engine.Run, model: Classifier, loading: dict) -> None:
-    """Test all of val by the mean probability over its views; result.json, per_class.csv."""
-    cfg, world = run.cfg, run.world
-    views = open_data(cfg, world, run.out, "val", views=cfg.test_views, **loading)
-    counts, unreadable = count_hits(model.eval(), views, cfg, world)
-    if run.lead:
-        facts = {"protocol": "finetune_clips", "source": cfg.checkpoint or cfg.encoder}
-        facts |= {"random": cfg.random or not cfg.checkpoint, "data": cfg.data, "views": cfg.views}
-        facts |= {"epochs": cfg.epochs, "steps": cfg.steps, "unreadable": unreadable}
-        write_result(run.out, model.classes, counts, facts)
-        x = shares(counts)
-        print(
-            f"val         {x['images']} clips, top-1 {x['top1']:.2f}, top-5 {x['top5']:.2f}; "
-            f"{run.out / 'result.json'}",
-            flush=True,
-        )
+def told(cfg: Config) -> dict:
+    """What result.json says of a model."""
+    facts = {"protocol": "finetune_clips", "source": cfg.checkpoint or cfg.encoder}
+    facts |= {"random": cfg.random or not cfg.checkpoint, "data": cfg.data, "views": cfg.views}
+    return facts | {"epochs": cfg.epochs, "steps": cfg.steps}
 
 
 # ---------------------------------------------------------------------------------- presets, loop
@@ -278,24 +230,13 @@ def class_names(root: str) -> list[str]:
     return names
 
 
-def settle(run: engine.Run, classes: list[str]) -> None:
-    """Refuse classes without a training clip, and what a resumed run's config does not tell."""
-    cfg, listed = run.cfg, getattr(run.train_set, "files", None)
+def need_all(run: engine.Run, classes: list[str]) -> None:
+    """Refuse classes without a training clip."""
+    listed = getattr(run.train_set, "files", None)
     lacking = {} if listed is None else set(range(len(classes))) - set(listed.labels.tolist())
     if lacking:
         shown = ", ".join(classes[n] for n in sorted(lacking)[:5])
-        raise UserError(f"{len(lacking)} classes have no clip in {cfg.data}/train: {shown}")
-    if cfg.mixup or cfg.cutmix:
-        run.facts["mix_batch"] = run.micro
-    kept = run.checkpoint["facts"] if run.checkpoint else run.facts
-    if kept["classes"] != classes:
-        raise UserError(f"{cfg.data} has other classes than when {run.out} was begun")
-    if (mixed := kept.get("mix_batch")) != run.facts.get("mix_batch"):
-        raise UserError(
-            f"{run.out}: mixup and cutmix mixed {mixed} clips with one another, now it would be "
-            f"{run.micro}; continue with --micro-batch {mixed}, on a number of ranks that divides "
-            f"{cfg.batch_size // mixed}"
-        )
+        raise UserError(f"{len(lacking)} classes have no clip in {run.cfg.data}/train: {shown}")
 
 
 PRESETS = {
@@ -324,7 +265,8 @@ def main(argv: list[str] | None = None) -> None:
 
     facts = {"encoder": cfg.described, "classes": classes}
     with engine.Run("finetune_clips", cfg, wrap=augmented, facts=facts, **loading) as run:
-        settle(run, classes)
+        need_all(run, classes)
+        settle(run, run.checkpoint and run.checkpoint["facts"], "clips")
         classifier, words = build(cfg, classes, load=run.checkpoint is None)
         if run.checkpoint is None:
             run.say(words)
@@ -339,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
                 step.backward(loss, logs)
             step.update(cosine(cfg, step))
         if run.lacks("result.json") and run.val_set is not None:
-            test(run, classifier, loading)
+            views = open_data(cfg, run.world, run.out, "val", views=cfg.test_views, **loading)
+            test(classifier, views, run.out, run.world, told(cfg), what="clips")
 
 
 if __name__ == "__main__":

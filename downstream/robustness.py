@@ -34,7 +34,7 @@ import engine  # before torch: it sets how threads wait
 
 import data
 from downstream.evaluate import model_flags, open_model
-from downstream.finetune import Classifier
+from downstream.classifier import Classifier
 from downstream.scores import count_hits, match_classes, shares
 from engine import UserError
 from engine.ranks import World

@@ -17,6 +17,7 @@ from common import Normalize
 from noise import AUGMENT, DROP_PATH, uniform
 from downstream import encoders, finetune, scores, transfer
 from downstream import evaluate as testing
+from downstream.classifier import Classifier
 from engine.ranks import World
 
 SMALL = {
@@ -52,11 +53,11 @@ def parse(*flags: str) -> finetune.Config:
     return engine.parse(finetune.Config, finetune.PRESETS, "", [*FLAGS, *map(str, flags)])
 
 
-def build(cfg: finetune.Config) -> finetune.Classifier:
+def build(cfg: finetune.Config) -> Classifier:
     return finetune.build(cfg, transfer.class_names(cfg.data))[0]
 
 
-def groups_of(model: finetune.Classifier) -> list[dict]:
+def groups_of(model: Classifier) -> list[dict]:
     heads = [model.fc_norm, model.head]
     return engine.layer_decay_groups(model.encoder, heads, 0.05, model.cfg.layer_decay)
 
@@ -259,7 +260,7 @@ def test_finetune__val_is_the_centre_crop(tmp_path, monkeypatch):
             (tmp_path / f"d/{split}/{i % 2}").mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (48, 48)).save(tmp_path / f"d/{split}/{i % 2}/{i}.png")
     seen = []
-    monkeypatch.setattr(finetune, "report", lambda model, dataset, *rest: seen.append(dataset))
+    monkeypatch.setattr(finetune, "test", lambda model, dataset, *rest: seen.append(dataset))
     path = write_checkpoint(tmp_path, "cfmae")
     run("--checkpoint", path, "--data", tmp_path / "d", "--crop-pct", 0.75, "--batch-size", 4,
         "--steps", 1, "--output", tmp_path / "o")  # fmt: skip

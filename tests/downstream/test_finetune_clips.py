@@ -42,7 +42,7 @@ def parse(*flags) -> tuning.Config:
     return engine.parse(tuning.Config, tuning.PRESETS, "", [*FLAGS.split(), *map(str, flags)])
 
 
-def build(cfg) -> tuning.Classifier:
+def build(cfg) -> tuning.ClipClassifier:
     torch.manual_seed(0)
     model = tuning.build(cfg, tuning.class_names("shapes"))[0]
     torch.nn.init.normal_(model.head.weight)  # of small ones nothing but the head sees much
@@ -97,7 +97,7 @@ def test_classifier__norm_after_the_mean_and_mean_of_probabilities(source):
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     logits = model.classify(model.inputs(batch))
     assert_close(logits, model.head(x), atol=1e-4, rtol=1e-4)
-    views = model.classify(batch["rgb"].unflatten(0, (2, 3)))
+    views = model.classify({"rgb": batch["rgb"].unflatten(0, (2, 3))})
     assert_close(views.exp(), logits.softmax(-1).unflatten(0, (2, 3)).mean(1))
 
 
@@ -105,7 +105,7 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
     model, batch = build(parse("--checkpoint", source, "--mixup", 0, "--cutmix", 1)), batch_of()
     seen = []
     with mock.patch.object(
-        model, "logits", lambda imgs, seed: seen.append(imgs) or imgs.new_ones(4, 7)
+        model, "classify", lambda x, seed: seen.append(x["rgb"]) or x["rgb"].new_ones(4, 7)
     ):
         model(batch, None)
     imgs = model.normalize(batch["rgb"])
@@ -119,16 +119,16 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
             whole = inside[b, :, rows.min() : rows.max() + 1, cols.min() : cols.max() + 1]
             assert whole.all()  # one box for all frames
     dropping = build(parse("--checkpoint", source, "--drop-path", 0.9))
-    x, seed = dropping.normalize(batch["rgb"]), batch["seed"]
-    assert torch.equal(dropping.logits(x, seed), dropping.logits(x, seed))
-    assert not torch.equal(dropping.logits(x, seed), dropping.logits(x))
+    x, seed = dropping.inputs(batch), batch["seed"]
+    assert torch.equal(dropping.classify(x, seed), dropping.classify(x, seed))
+    assert not torch.equal(dropping.classify(x, seed), dropping.classify(x))
 
 
 def test_forward__cross_entropy_with_smoothed_mixed_targets(source):
     cfg = parse("--checkpoint", source, "--mixup", 0.8, "--smoothing", 0.3)
     model, batch = build(cfg), batch_of()
     logits = torch.randn(4, 7)
-    with mock.patch.object(model, "logits", lambda imgs, seed: logits):
+    with mock.patch.object(model, "classify", lambda x, seed: logits):
         loss = model(batch, None)[0]
     lam, (share, other) = draw_mix(batch["seed"], (16, 16), 0.8, 0.0, 0.5)[0], (0.7, 0.3 / 7)
     expected, log = 0.0, logits.log_softmax(1)
@@ -226,7 +226,7 @@ def test_test__averages_what_the_views_say(source, root, tmp_path):
         sample = views[0, i]
         if sample["bad"] < 0:
             rgb = model.normalize(sample["rgb"])
-            probability = sum(model.logits(view[None]).softmax(-1) for view in rgb)
+            probability = sum(model.classify({"rgb": view[None]}).softmax(-1) for view in rgb)
             hits.append(int(probability.argmax()) == int(sample["label"]))
     assert len(hits) == 5 and result["top1"] == pytest.approx(100 * sum(hits) / 5)
 
