@@ -518,7 +518,7 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
         "claims_lab.Lab(args).run('mae', sys.argv[2])\n"
     )
     flags = "--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 "
-    flags += "--steps 60 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8"
+    flags += "--steps 60 --batch-size 16 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8"
     command = [sys.executable, "-c", code, str(tmp_path), flags]
     root = Path(claims.__file__).parents[1]
     first = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
