@@ -3,8 +3,9 @@
 import fcntl
 import json
 import math
+import multiprocessing
+import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -511,25 +512,23 @@ def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
 @pytest.mark.slow
 def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     """SIGTERM ends the tool and the run below, which saves; the next call takes it up there."""
-    code = (
-        "import sys; sys.path.insert(0, '.'); from tools import claims, claims_lab\n"
-        "args = claims.options().parse_args(['--runs', sys.argv[1]])\n"
-        "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "claims_lab.Lab(args).run('mae', sys.argv[2])\n"
-    )
     flags = "--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 "
     flags += "--steps 60 --batch-size 16 --epochs 1 --num-heads 2 --log-every 5 --val-samples 8"
-    command = [sys.executable, "-c", code, str(tmp_path), flags]
-    root = Path(claims.__file__).parents[1]
-    first = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+    def work() -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as claims.main
+        claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)])).run("mae", flags)
+
+    first = multiprocessing.get_context("fork").Process(target=work)
+    first.start()
     end = time.monotonic() + 60
     while not any('"step": 5,' in p.read_text() for p in tmp_path.glob("*/log.jsonl")):
-        assert first.poll() is None and time.monotonic() < end
+        assert first.is_alive() and time.monotonic() < end
         time.sleep(0.02)
     first.terminate()
-    first.communicate()
+    first.join()
     (out,) = (p for p in tmp_path.glob("mae-*") if p.is_dir())
-    assert first.returncode == 143 and (out / "last.pt").exists()
+    assert first.exitcode == 143 and (out / "last.pt").exists()
     assert not (out / "done.json").exists()
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     share = lab.run("mae", flags)[1]["continued_from"]

@@ -217,14 +217,14 @@ def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tm
 def test_pack__killed_by_the_system_and_continued(folder, tmp_path):
     command = [sys.executable, "-m", "tools.pack", str(folder)]
     flags = ["--shard-size", "0.02", "--workers", "2"]
-    subprocess.run([*command, str(tmp_path / "whole"), *flags], cwd=ROOT, check=True)
+    run(folder, tmp_path / "whole", *flags)
     out = tmp_path / "out"
     child = subprocess.Popen([*command, str(out), *flags], cwd=ROOT)
     while not (out / "train/000000.tar").exists() and child.poll() is None:
         time.sleep(0.001)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    subprocess.run([*command, str(out), *flags], cwd=ROOT, check=True)
+    run(folder, out, *flags)
     assert contents(out) == contents(tmp_path / "whole")
 
 
