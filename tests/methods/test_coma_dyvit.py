@@ -218,8 +218,8 @@ def test_tiny__loss_falls_below_the_mean_colour():
     scenes = shapes.ShapeScenes("train", 64, 4, ("rgb",))
     optimizer = torch.optim.AdamW(engine.decay_groups(model, 0.05), lr=2e-3)
     first = cd.evaluate(model, data.collate([scenes[1, 10_000 + i] for i in range(64)]))["loss"]
-    for step in range(50):
-        batch = data.collate([scenes[0, 32 * step + i] for i in range(32)])
+    for step in range(60):
+        batch = data.collate([scenes[0, 16 * step + i] for i in range(16)])
         model(batch, torch.tensor(0.0))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
