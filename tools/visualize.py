@@ -10,7 +10,7 @@
     dataset      CFMAE Fig. 6: images beside their maps
     log          loss terms, rate, images/s of runs; --output x.csv: as a table
     results      what transfer gave over a setting of pre-training, or parameters: SemanticMIM
-                 Figs. 5, 6 (proxies, mask_ratio), CoMA Fig. 5, MCMAE Fig. 4 (epochs)
+                 Figs. 5, 6 (proxies, mask_ratio), CoMA Fig. 5
 
     python -m tools.visualize reconstruct --checkpoint runs/x/last.pt --output reconstruct.png
     python -m tools.visualize attention --checkpoint runs/x/last.pt --query 3,4 --output maps.png
