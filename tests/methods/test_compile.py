@@ -26,7 +26,6 @@ CASES = [
     (cfmae, "CFMAE", "--granularities R"),
     (semanticmim, "SemanticMIM", ""),
     (mcmae, "MCMAE", ""),
-    (coma_dyvit, "CoMA", "--evaluation none"),
     (coma_dyvit, "CoMA", ""),
     (mae, "MAE", ""),
 ]

@@ -4,6 +4,7 @@ What needs 200 epochs or more is taken as printed; here only sums, differences, 
 done again. Detection's and segmentation's parameters and FLOPs (Tables 2, 3) include their heads.
 """
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,7 @@ def on_meta(*argv: str) -> mcmae.MCMAE:
         return mcmae.MCMAE(parse(*argv))
 
 
+@functools.cache
 def flops(*argv: str) -> float:
     """Of one image, forward. (The counter takes the backward of grouped convolutions for dense.)"""
     model = on_meta(*argv)
