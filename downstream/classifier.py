@@ -1,9 +1,9 @@
 """A classifier on an encoder: what fine-tuning on images and on clips have in common.
 
-Classifier     encoder, mean of tokens, norm, linear layer, loss
-evaluate       loss and hits of a batch, while training
-settle         refuse what a resumed run's config does not tell
-test           top-1 and top-5 over all of a split; result.json, per_class.csv
+Map: `Classifier`     encoder, mean of tokens, norm, linear layer, loss
+     `evaluate`       loss and hits of a batch, while training
+     `settle`         refuse what a resumed run's config does not tell
+     `test`           top-1 and top-5 over all of a split; result.json, per_class.csv
 """
 
 from pathlib import Path
