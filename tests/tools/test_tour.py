@@ -15,6 +15,7 @@ DRIVER = """
 import json, sys, types
 shown = []
 sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].version_info = 9, 0  # matplotlib asks for it
 display = sys.modules["IPython.display"] = types.ModuleType("IPython.display")
 display.Image, display.display = (lambda path: path), shown.append
 scope = {}
