@@ -168,6 +168,7 @@ class Config(transfer.Config):
 
 
 def classifier_on(encoder: nn.Module, cfg: Config, classes: list[str]) -> Classifier:
+    """The classifier of a run, with its encoder's pixels and granularities."""
     return Classifier(cfg, encoder, classes, Normalize(*cfg.statistics), cfg.names, cfg.pool)
 
 

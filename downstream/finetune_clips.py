@@ -192,7 +192,7 @@ class ClipClassifier(Classifier):
     def classify(self, inputs: dict[str, Tensor], seed: Tensor | None = None) -> Tensor:
         """Logits (B, classes); of views, one at a time, the log of their mean probability."""
         if inputs["rgb"].ndim == 5:
-            return super().classify({"rgb": inputs["rgb"]}, seed)
+            return super().classify(inputs, seed)
         views = [self.classify(self.inputs({"rgb": x})) for x in inputs["rgb"].unbind(1)]
         return torch.stack([x.float().softmax(-1) for x in views]).mean(0).log()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import engine  # noqa: F401 - before torch: it sets how threads wait
 
 from engine import UserError
+from tools.charts import matplotlib
 from tools.claims_table import Arm, Claim
 
 LIMIT = 2.0  # standard errors of a difference that count
@@ -163,10 +164,7 @@ def write_page(path: Path, results: Sequence[dict]) -> None:
 
 def figure(width: float, height: float):
     """A figure of matplotlib's, and its axes; UserError without it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    Figure, _ = matplotlib()
     made = Figure(figsize=(width, height), dpi=110, layout="constrained")
     return made, made.subplots()
 
@@ -216,8 +214,9 @@ def plot_curves(results: Sequence[dict], path: str) -> None:
                 axes.plot(epochs, mean, marker="o", markersize=4, label=name)
                 low, high = ([m + k * LIMIT * s for m, s in zip(mean, se)] for k in (-1, 1))
                 axes.fill_between(epochs, low, high, alpha=0.2)
+            ticks = sorted({n for line in lines.values() for n, *_ in line})
             axes.set_xscale("log", base=2)
-            axes.set_xticks(epochs, [str(n) for n in epochs])
+            axes.set_xticks(ticks, [str(n) for n in ticks])
             axes.set_xlabel(f"epochs of pre-training, {x['data']}")
             axes.set_ylabel(MEASURES[measure].words)
             axes.legend()

@@ -26,6 +26,7 @@ CASES = [
     (cfmae, "CFMAE", "--granularities R"),
     (semanticmim, "SemanticMIM", ""),
     (mcmae, "MCMAE", ""),
+    (coma_dyvit, "CoMA", "--evaluation none"),
     (coma_dyvit, "CoMA", ""),
     (mae, "MAE", ""),
 ]
