@@ -1,4 +1,4 @@
-"""Frozen features: knn against brute force, LARS and the heads against formulas, cached passes."""
+"""Frozen features: how heads are trained, what a feature is, cached passes, whole runs."""
 
 import fcntl
 import json
@@ -17,6 +17,7 @@ import shapes
 import engine
 from common import init_weights
 from downstream import encoders, features, probe, scores
+from downstream.heads import knn, score_heads
 from engine import UserError
 from vit import ViT
 
@@ -34,59 +35,6 @@ def test_tally__counts_by_hand():
     assert counts.tolist()[:4] == [[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 1]]
     assert scores.tally(logits[:1], torch.tensor([6]))[6].tolist() == [1, 0, 0]
     assert scores.shares(counts) == {"top1": pytest.approx(200 / 3), "top5": 100, "images": 3}
-
-
-# -------------------------------------------------------------------------------------------- knn
-
-
-def naive_knn(bank, labels, queries, classes, k, temperature):
-    votes = np.zeros((len(queries), classes))
-    for q, x in enumerate(queries.astype(np.float64)):
-        cosine = [(x @ b / np.linalg.norm(x) / np.linalg.norm(b), y)
-                  for b, y in zip(bank.astype(np.float64), labels) if y >= 0]  # fmt: skip
-        for c, y in sorted(cosine, reverse=True)[:k]:
-            votes[q, y] += np.exp(c / temperature)
-    return votes
-
-
-@pytest.mark.parametrize("block", [7, 64, 1000])
-def test_knn__equals_brute_force(block):
-    rng = np.random.default_rng(0)
-    bank, queries = rng.normal(size=(150, 12)), rng.normal(size=(31, 12))
-    bank, queries = bank.astype(np.float16), queries.astype(np.float16)
-    labels = rng.integers(-1, 9, 150)
-    votes = probe.knn(bank, labels, queries, 9, 20, 0.07, block)
-    assert np.allclose(votes, naive_knn(bank, labels, queries, 9, 20, 0.07), rtol=1e-3)
-
-
-def test_knn__a_bank_smaller_than_k():
-    bank = np.eye(3, dtype=np.float32)
-    votes = probe.knn(bank, np.array([0, 1, 1]), bank[:1], 2, 20, 0.5)
-    assert votes[0].tolist() == pytest.approx([np.exp(2), 2])
-
-
-# ----------------------------------------------------------------------------------------- linear
-
-
-def test_lars__equals_its_formula():
-    torch.manual_seed(0)
-    w, b = torch.randn(4, 3), torch.randn(3)
-    params = [torch.nn.Parameter(x.clone()) for x in (w, b)]
-    optimizer = probe.LARS(params, lr=0.5, weight_decay=0.2, momentum=0.9)
-    mw, mb = torch.zeros(4, 3), torch.zeros(3)
-    for _ in range(3):
-        gw, gb = torch.randn(4, 3), torch.randn(3)
-        params[0].grad, params[1].grad = gw.clone(), gb.clone()
-        optimizer.step()
-        gw = gw + 0.2 * w
-        mw = 0.9 * mw + gw * 0.001 * w.norm() / gw.norm()
-        mb = 0.9 * mb + gb
-        w, b = w - 0.5 * mw, b - 0.5 * mb
-    assert torch.allclose(params[0], w, atol=1e-6) and torch.allclose(params[1], b, atol=1e-6)
-    zero = torch.nn.Parameter(torch.zeros(2, 2))
-    zero.grad = torch.ones(2, 2)
-    probe.LARS([zero], lr=1.0).step()
-    assert torch.equal(zero, -torch.ones(2, 2))  # no size yet: plain SGD
 
 
 def settings(**changes):
@@ -149,21 +97,12 @@ def test_train_heads__adamw_has_a_layer_norm():
     assert torch.allclose(scores_one, heads(torch.from_numpy(rows))[:, :1], atol=1e-5)
 
 
-def test_Heads__running_statistics_are_the_means_over_all_batches():
-    torch.manual_seed(0)
-    heads, batches = probe.Heads(1, 3, 2).train(), 5 + 2 * torch.randn(6, 8, 3)
-    for x in batches:
-        heads(x)
-    assert torch.allclose(heads.norm.running_mean, batches.mean((0, 1)), atol=1e-5)
-    assert torch.allclose(heads.norm.running_var, batches.var(1).mean(0), atol=1e-5)
-
-
 @pytest.mark.slow
 def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
     rows, labels = toy(256)
     cfg = settings(probe="adamw", epochs=40)
     heads = probe.train_heads(rows, labels, 4, [0.1], cfg, CPU)
-    counts = probe.score_heads(heads, rows, labels, CPU)[0]
+    counts = score_heads(heads, rows, labels, CPU)[0]
     assert scores.shares(counts)["top1"] > 90  # a guess: 25
     spoiled, hidden = rows.copy(), labels.copy()
     spoiled[:64], hidden[:64] = np.nan, -1
@@ -328,7 +267,7 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         (bank, names), (queries, labels) = (
             features.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
         )
-        votes = probe.knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
+        votes = knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
         found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
         assert {k: row[k] for k in found} == found and found["top1"] != found["top5"]
     with pytest.raises(engine.UserError, match="another run .*bf16.* differ"):
