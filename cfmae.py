@@ -96,20 +96,20 @@ class Config(engine.Config):
         # NOTE paper unclear: visible tokens with fewer granularities. A quarter, as MAE.
         if self.mask_ratio is None:
             self.mask_ratio = 5 / 6 if M == 3 else 3 / 4  # Tables 6a, 6e
-        words = f"{self.mask_ratio} leaves {self.num_visible} patches; use [{1 - 1 / M:.3f}, 1)"
-        require((1 <= self.num_visible <= min(N, M * N - 1), "mask_ratio", words))
+        n, most = self.num_visible, min(N, M * N - 1)
+        words = f"{self.mask_ratio} leaves {n} patches; use one that leaves 1 to {most}, as 0.75"
+        require((1 <= n <= most, "mask_ratio", words))
         self.masking = self.masking or ("SG-IG-RD" if M == 3 else "RD")
         kinds, known = self.masking.split("-"), [k for k in MASKS if MASKS[k][1] in self.names]
         ok = len(kinds) in (1, 3) and len({*kinds} & {*known}) == len(kinds)
         words = ", ".join(f"{k} with {g} maps" for k, (_, g) in MASKS.items())
-        require((ok, "masking", f"{self.masking}: --masking RD, 'SG-IG-RD', or else of {words}"))
+        require((ok, "masking", f"{self.masking}: one, as RD, or three different of {words}"))
         require((0.5 < self.alpha <= 1, "alpha", f"{self.alpha} is outside (0.5, 1] (Eq. 8)"))
         ok = 0 <= self.e1 <= self.e2 <= self.e3 <= self.e4 <= 1
         require((ok, "e1", "<= --e2 <= --e3 <= --e4 must lie in [0, 1], e.g. 0.2 0.4 0.6 0.8"))
         for name in ("embed_dim", "decoder_embed_dim"):
-            n = getattr(self, name)
             divides(self, name, name.replace("embed_dim", "num_heads"))
-            require((n % 4 == 0, name, f"{n} is not divisible by 4, as positions need"))
+            require((getattr(self, name) % 4 == 0, name, "must be divisible by 4, for positions"))
 
     @property
     def names(self) -> tuple[str, ...]:  # in the order of GRANULARITIES

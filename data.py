@@ -192,7 +192,7 @@ def renumber(ids: np.ndarray) -> np.ndarray:
     return relabel(ids, UNLABELLED if ids.dtype == np.uint8 else 65535)
 
 
-# A further map, depth say, is a row here and in files.FOLDERS, and a loss by its kind in cfmae.py.
+# A further map, depth say, is a row here and in files.FOLDERS; the rest: docs/architecture.md.
 GRANULARITIES = {
     "rgb": Granularity("pixels", lambda pixels: pixels),
     "instance": Granularity("labels", renumber),

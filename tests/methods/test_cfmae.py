@@ -160,6 +160,18 @@ def test_decode__equals_naive_loop(line):
             assert_close(got[t][b], F, rtol=1e-4, atol=1e-5)
 
 
+def test_decode__without_cross_attention_adds_to_the_query():
+    model, N, F = build("--decoder no-cross-attention"), 64, 0  # docs/decisions.md: "w/o CA"
+    nn.init.normal_(model.mask_token), nn.init.normal_(model.task_embed)
+    mask = common.random_mask(torch.rand(2, 3 * N), 3 * N - 40)
+    x, ids = torch.randn(2, 40, 16), common.split(mask, 40)[2]
+    H = common.fill(x, model.mask_token, ids).view(2, 3, N, 16)
+    H, found = H + model.decoder_pos_embed + model.task_embed, model.decode(x, ids)
+    for t in ("semantic", "instance", "rgb"):
+        F = model.decoder_blocks[t].blocks(H[:, SOLE[t]] + F)
+        assert_close(found[t], F, rtol=1e-4, atol=1e-5)
+
+
 def test_label_embed__equals_one_hot_product():
     embed = cfmae.LabelEmbed(5, 8)
     nn.init.normal_(embed.bias)
@@ -227,6 +239,19 @@ def test_forward__is_finite_when_nothing_is_labelled(batch):
     loss.backward()
     assert logs["loss_instance"] == logs["loss_semantic"] == 0 and loss > 0
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_evaluate__is_finite_when_nothing_is_labelled(batch):
+    empty = batch | {t: torch.full_like(batch[t], 255) for t in ("instance", "semantic")}
+    assert all(x.isfinite() for x in cfmae.evaluate(build(), empty).values())
+
+
+def test_loss__is_in_fp32(batch):
+    model = build()
+    imgs, (mask, _) = model.images(batch), cfmae.make_mask(model.cfg, batch, torch.tensor(0.5))
+    half = {t: x.bfloat16() for t, x in model.predict(imgs, mask).items()}
+    full = {t: x.float() for t, x in half.items()}
+    assert torch.equal(model.loss(half, imgs, mask)[0], model.loss(full, imgs, mask)[0])
 
 
 def test_forward__loss_is_the_mean_over_micro_batches(batch):

@@ -43,13 +43,16 @@ def test_config__ablation_rows_are_command_lines(line, expected):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--mask-ratio 0", "0.667"), ("--mask-ratio 0.6657", "0.667"), ("--mask-ratio 1", "1)"),
+    ("--mask-ratio 0", "1 to 196"), ("--mask-ratio 0.6657", "1 to 196, as 0.75"),
+    ("--mask-ratio 1", "leaves 0"), ("--granularities R --mask-ratio 0", "1 to 195, as 0.75"),
     ("--mask-ratio 0.9999", "leaves 0"), ("--semantic-classes 256", "[1, 255]"),
     ("--data shapes --semantic-classes 15", "[16, 255]"), ("--alpha 0.5", "Eq. 8"),
-    ("--granularities R --masking SG", "--masking RD"), ("--e2 0.1", "--e1"),
+    ("--granularities R --masking SG", "as RD"), ("--e2 0.1", "--e1"),
     ("--granularities R+I --masking SG", "semantic maps"),
     ("--granularities R+S --masking SG-IG-RD", "instance maps"),
-    ("--e4 1.1", "--e4"),
+    ("--e4 1.1", "--e4"), ("--e1 -0.1", "--e1"), ("--alpha 1.1", "Eq. 8"),
+    ("--masking SG-SG-RD", "three different"), ("--masking SG-RD", "three different"),
+    ("--decoder-embed-dim 6 --decoder-num-heads 2", "divisible by 4"),
     ("--image-size 225", "224 or 240"), ("--num-heads 7", "--num-heads 7"),
     ("--decoder-num-heads 7", "252 or 259"), ("--order S-S-R", "S-I-R"), ("--mix max", "sample"),
     ("--granularities R+D", "R+S"), ("--decoder serial", "cascaded"),

@@ -176,6 +176,18 @@ def test_mix_score__is_a_switch_where_coefficients_cross():
 
 
 @pytest.mark.slow
+def test_mix_score__breaks_ties_by_the_random_order():
+    """Where both weights are alike, what either mask hides is hidden in that order."""
+    cfg = config("--e1", "0", "--e2", "0.5", "--e3", "0.5", "--e4", "1")
+    instance, semantic = scenes(40, 14)
+    mask = masks(cfg, SEEDS, 0.25, instance, semantic)
+    a, b = (masks(config("--masking", k), SEEDS, 0, instance, semantic) for k in ("SG", "IG"))
+    assert mask[a & b].all() and not mask[~a & ~b].any() and (a ^ b).any()
+    order = uniform(SEEDS, 3 * 196, MASK).view(40, 3, 196).argsort(-1).argsort(-1)
+    last = order.where((a ^ b) & mask, -1).amax(-1)
+    assert (last < order.where((a ^ b) & ~mask, 999).amin(-1)).all()
+
+
 def test_mix_sample__frequencies_are_the_coefficients(monkeypatch):
     # a patch of these maps has one label: faster
     monkeypatch.setattr(cfmae, "patch_region", lambda labels: labels[..., 0])
