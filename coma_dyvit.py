@@ -26,7 +26,7 @@ share of hidden patches. What CoMA adds is a choice of reading, `--evaluation`:
            `loss` is what is minimised, `loss_assembled` Eq. 3, `loss_evaluation` that branch
   none     without it: the same weights
   common   a frozen encoder, one decoder that both branches train ("passed to *the* decoder")
-  shared   both branches learn (what that brings: docs/ablations.md)
+  shared   both branches learn (what that brings: docs/results.md, coma-masks)
 
   CPU:  python coma_dyvit.py --data shapes --model tiny
   GPU:  torchrun --nproc_per_node=8 coma_dyvit.py --data data/imagenet --epochs 300
@@ -60,7 +60,7 @@ class Config(engine.Config):
     """Every value the paper sets, with its source; `--model` presets change the size."""
 
     epochs: int = arg(300, "Table 2 (300 or 800)")
-    # NOTE paper unclear: learning rate, weight decay, warm-up, crop, decoder width. MAE's.
+    # NOTE paper unclear: learning rate, betas, decay, warm-up, crop, decoder, first weights. MAE's.
     batch_size: int = arg(4096, "Implementation Details; the global batch")
     image_size: int = arg(224, "Table 2")
     patch_size: int = arg(32, "Implementation Details")
@@ -88,13 +88,13 @@ class Config(engine.Config):
             ok = re.fullmatch(r"[1-9]\d*(-[1-9]\d*){3}", x := getattr(self, name))
             require((ok, name, f"{x}: want four numbers, as 96-192-384-768"))
         dims, heads, x = numbers(self.dims), numbers(self.heads), self.windows
-        fit, ok = not any(d % h for d, h in zip(dims, heads)), "(8,)*[124](,[1248])*"
+        fit, ok = not any(d % h for d, h in zip(dims, heads)), r"(?!.*(\d).*\1)(8,)*[124](,[1248])*"
         p, V, N = self.patch_size, self.num_visible, self.num_patches
         require(
             (fit, "dims", f"{self.dims} is not divisible by --heads {self.heads}"),
             (re.fullmatch(ok, x), "windows", f"{x}: want some of 8, 4, 2, 1, one 4 or less: 8,4,2"),
             (p % 8 == 0, "patch_size", f"{p} is not divisible by 8; nearest: {nearest(p, 8)}"),
-            (0 < V < N, "mask_ratio", f"leaves {V} of {N}; {1 / N:.3g} to {1 - 1 / N:.3g} work"),
+            (0 < V < N, "mask_ratio", f"leaves {V} patches; use one that leaves 1 to {N - 1}"),
         )
         for name, n in ("dims", dims[0]), ("decoder_embed_dim", self.decoder_embed_dim):
             require((n % 4 == 0, name, f"{n} is not divisible by 4, as positions need"))
@@ -325,6 +325,7 @@ class CoMA(nn.Module):
         (ids_keep, _, ids_restore), by = split(mask, num_visible), by or self
         stages = by.encoder.run(by.encoder.embed(imgs, mask, ids_keep))
         x = self.decoder_embed(by.encoder.norm(by.fuse(stages)))  # (B, V, D)
+        # NOTE paper unclear: hidden patches in the decoder. "Empty", "noise"; MAE's mask token.
         x = fill(x, self.mask_token, ids_restore) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
@@ -339,7 +340,7 @@ class CoMA(nn.Module):
         return decoder.predict(imgs, ~mask, V, self.evaluation)  # Eq. (1)
 
     def loss(self, pred: Tensor, other: Tensor | None, imgs: Tensor, mask: Tensor) -> tuple:
-        """Squared error of the assembled image, and each branch's share, in fp32.
+        """Squared error of the assembled image, and its mean over each branch's patches, in fp32.
 
         Without `other` the patches that it would predict count as errors of 0: for `pred`
         (B, N, p*p*3), from which `mask` (B, N) was hidden, the gradient is the same.
@@ -367,7 +368,7 @@ class CoMA(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: CoMA, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eq. (3) on held-out images, its shares, and a guess: the mean colour of visible patches.
+    """Eq. (3) on held-out images, by branch, and what the mean colour of visible patches gets.
 
     Both branches run with the current weights, whatever `--evaluation` is, so that runs compare.
     """
@@ -420,8 +421,7 @@ PRESETS = {
         batch_size=32, base_lr=8e-3, norm_pix_loss=True, data="shapes", val_epochs=1,
     ),
     "small": dict(  # Table 1, DyViT-S
-        dims="96-192-384-768", blocks="1-2-11-2", heads="2-4-8-16", micro_batch=256, val_epochs=1
-    ),
+        dims="96-192-384-768", blocks="1-2-11-2", micro_batch=256, val_epochs=1),
     "base": dict(val_epochs=1),  # Table 1, DyViT-B
 }  # fmt: skip
 

@@ -147,7 +147,7 @@ class MAE(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: MAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss on held-out images, beside that of a guess: each patch in its own mean colour."""
+    """Loss on held-out images, beside that of a guess: each patch in its own mean, one grey."""
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
     target = pixel_target(imgs, model.cfg.patch_size, model.cfg.norm_pix_loss)
     flat = target.mean(-1, keepdim=True).expand_as(target)

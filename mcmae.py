@@ -355,10 +355,10 @@ class MCMAE(nn.Module):
 
 @torch.no_grad()
 def evaluate(model: MCMAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss on held-out images, beside that of a guess: each patch in its own mean colour."""
+    """Loss on held-out images, beside that of a guess: each patch in its own mean, one grey."""
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
-    patches = patchify(imgs, model.cfg.patch_size)
-    flat = 0 * patches if model.cfg.norm_pix_loss else patches.mean(-1, keepdim=True) + 0 * patches
+    target = pixel_target(imgs, model.cfg.patch_size, model.cfg.norm_pix_loss)
+    flat = target.mean(-1, keepdim=True).expand_as(target)
     return {"loss": model(batch, None)[0], "loss_flat": model.loss(flat, imgs, mask)}
 
 
@@ -399,8 +399,9 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
     """The encoder of a checkpoint; kwargs: image_size (H, W) and drop_path."""
     cfg, state = engine.load_encoder(path, "mcmae", Config)
     size = (cfg.image_size, cfg.image_size)
-    own = {"image_size": size} if cfg.learned_position else {}  # these are resized when used
-    encoder = make_encoder(cfg, **{"trained_size": size, **kwargs, **own})
+    encoder = make_encoder(cfg, **{"trained_size": size, **kwargs})
+    if cfg.learned_position:
+        state["pos_embed"] = resize_position(state["pos_embed"], encoder.trained_grid, encoder.grid)
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -72,7 +72,7 @@ class Config(engine.Config):
     sparse: bool = arg(True, "compute visible tubes alone: the same numbers, less work")
     # NOTE paper unclear: decoder. VideoMAE's for ViT-B; the image model's is 8 layers of 512.
     decoder_embed_dim: int = arg(384, "VideoMAE-B's")
-    decoder_depth: int = arg(4, "VideoMAE's", within="[0, inf)")
+    decoder_depth: int = arg(4, "VideoMAE-B's", within="[0, inf)")
     decoder_num_heads: int = arg(6, "VideoMAE-B's")
     norm_pix_loss: bool = arg(True, "pixels normalised by cube and channel; VideoMAE's")
     init: str | None = arg(None, "ours: weights of a run, or of mcmae.py, inflated", group="run")
@@ -205,8 +205,8 @@ class Encoder(ViT):
             ((torch.arange(n) + 0.5) * (n0 / n) - 0.5) for n, n0 in zip(grid, self.trained_grid)
         )
         _, h, w = self.trained_grid
-        index = (t * h + y[:, None, None, None]) * w + x[:, None, None]  # (h, 1 | w, 1, t)
-        return sincos_1d(dim, index.flatten(0, -2).view(-1, grid[0]))
+        index = (t * h + y[:, None, None]) * w + x[:, None]  # (h, w, t)
+        return sincos_1d(dim, index.flatten(0, 1))
 
     def grid_of(self, imgs: Tensor) -> tuple[int, int, int]:
         """Cubes (t, h, w) of clips (B, T, 3, H, W); ValueError where cubes do not fill them."""
@@ -333,7 +333,7 @@ class VideoMCMAE(nn.Module):
 @torch.no_grad()
 def evaluate(model: VideoMCMAE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss on held-out clips; beside it that of a guess, each cube in its own mean colour, and the
-    model's own where it is shown the visible tubes of another clip: what it has without looking.
+    model's own where it sees another clip's visible tubes (a lone clip's: its own): not looking.
     """
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model.cfg, batch, None)
     cubes = cut(imgs, model.cfg.patch_size, model.cfg.cube_frames)
@@ -364,7 +364,7 @@ def reconstruct(
 
 
 def inflate(state: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:
-    """Weights of mcmae.py for clips: on a clip that stands still each frame gives what it gave.
+    """Weights of mcmae.py for clips: on one that stands still stages 1 and 2 give what they gave.
 
     A cube's embedding is the mean over its frames; a 5 x 5 kernel lies in the middle of a zero one.
     """
@@ -391,9 +391,9 @@ def load_init(model: VideoMCMAE, path: str | Path) -> str:
         return engine.load_weights(model, state, path)
     parts = ("encoder.", "stage1_output", "stage2_output")  # the decoder is another
     state = inflate({k: v for k, v in state.items() if k.startswith(parts)}, model.cfg)
-    fresh = ("decoder_", "mask_token", "stage")
+    fresh, left = ("decoder_", "mask_token", "stage"), ("stage", "pos_embed")  # positions: fixed
     words = engine.load_weights(
-        model, state, path, lambda k: k.startswith(fresh), lambda k: k.startswith("stage")
+        model, state, path, lambda k: k.startswith(fresh), lambda k: k.startswith(left)
     )
     return f"{words}; inflated in time"
 
@@ -422,7 +422,7 @@ PRESETS = {
                   decoder_num_heads=3),
     "base": dict(micro_batch=32),
     "large": dict(embed_dims="384,768,1024", depths="2,2,23", mlp_ratios="8,8,4", num_heads=16,
-                  decoder_embed_dim=512, decoder_num_heads=8, micro_batch=16),
+                  decoder_embed_dim=512, decoder_depth=12, decoder_num_heads=8, micro_batch=16),
 }  # fmt: skip
 
 

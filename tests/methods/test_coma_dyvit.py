@@ -212,6 +212,46 @@ def test_forward__gradients_reach_every_trainable_parameter(flags):
     assert [n for n, grad in trained.items() if grad is None or not grad.abs().sum() > 0] == []
 
 
+@torch.no_grad()
+def test_predict__hidden_patches_are_told_apart_by_their_position():
+    model = make("--evaluation", "none")
+    mask = make_mask(model, torch.zeros(1).long())
+    hidden = model.predict(torch.randn(1, 3, 64, 64), mask, 6)[mask]
+    assert not torch.isclose(hidden[0], hidden[1:], rtol=1e-3).all(1).any()
+
+
+@torch.no_grad()
+def test_evaluate__is_both_branches_of_the_current_weights_beside_a_guess():
+    model, batch = make(), make_batch()
+    for p in model.evaluation.parameters():
+        p.zero_()  # not what is evaluated
+    imgs, mask = model.normalize(batch["rgb"]), make_mask(model, batch["seed"])
+    patches = common.patchify(imgs, 16)
+    pred, other = model.predict(imgs, mask, 6), model.predict(imgs, ~mask, 10)
+    guess = [patches[b, ~mask[b]].view(-1, 3).mean(0).repeat(256) for b in range(4)]
+    guess = [(patches[b, mask[b]] - guess[b]).square().mean() for b in range(4)]
+    found = cd.evaluate(model, batch)
+    expected = torch.where(mask[..., None], pred, other)
+    torch.testing.assert_close(found["loss"], (expected - patches).square().mean())
+    torch.testing.assert_close(found["loss_mean_colour"], sum(guess) / 4)
+
+
+def test_init__is_maes():
+    model = make()
+    assert model.mask_token.std() > 0.01
+    assert all((m.bias == 0).all() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def test_norm_pix_loss__is_what_is_compared_and_drawn(monkeypatch):
+    model, batch = make("--norm-pix-loss"), make_batch()
+    imgs, mask = model.normalize(batch["rgb"]), make_mask(model, batch["seed"])
+    target = common.pixel_target(imgs, 16, True)
+    assert model.loss(target, target, imgs, mask)[0] == 0
+    monkeypatch.setattr(cd.CoMA, "predict", lambda *a: target)
+    drawn = cd.reconstruct(model, batch)["assembled"]
+    assert (drawn[2].int() - batch["rgb"].int()).abs().max() <= 1
+
+
 @pytest.mark.slow
 def test_tiny__loss_falls_below_the_mean_colour():
     model = make("--evaluation", "none", "--dims", "16-32-64-128")
@@ -232,8 +272,9 @@ def test_tiny__loss_falls_below_the_mean_colour():
 
 @pytest.mark.parametrize("flags, words", [
     (("--patch-size", "12", "--image-size", "48"), "--patch-size 12 .* 8 or 16"),
-    (("--image-size", "70"), "64 or 80"), (("--mask-ratio", "1.2"), "0.0625 to 0.938"),
-    (("--mask-ratio", "0.99"), "leaves 0 of 16"), (("--windows", "8"), "4 or less"),
+    (("--image-size", "70"), "64 or 80"), (("--mask-ratio", "1.2"), "leaves 1 to 15"),
+    (("--mask-ratio", "0.99"), "leaves 0 patches"), (("--windows", "8"), "4 or less"),
+    (("--windows", "4,4"), "8, 4, 2, 1"), (("--windows", "8,8,4"), "8, 4, 2, 1"),
     (("--windows", "3,2"), "8, 4, 2, 1"), (("--windows", "a"), "8, 4, 2, 1"),
     (("--blocks", "1-0-1-1"), "--blocks 1-0-1-1: want four numbers"),
     (("--dims", "8-16-32"), "four numbers"), (("--heads", "3-1-1-1"), "not divisible"),
@@ -327,6 +368,7 @@ def test_load_init__an_exported_encoder_starts_a_run_and_a_resumed_run_does_not_
     cd.main([*run, "--steps", "1"])
     (tmp_path / "encoder.pth").unlink()
     cd.main([*run, "--steps", "2", "--resume"])
+    cd.main([*flags, str(tmp_path / "b"), "--steps", "3", "--resume"])  # --init is not named again
     torch.save({k: v for k, v in alone.items() if "stem" not in k}, tmp_path / "less.pth")
     with pytest.raises(UserError, match="missing stem.weight"):
         cd.load_init(model, tmp_path / "less.pth")

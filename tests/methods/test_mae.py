@@ -195,6 +195,16 @@ def test_loss__is_the_mean_over_hidden_pixels_of_normalised_patches():
     assert_close(model.loss(pred, imgs, mask), torch.stack(errors).mean())
 
 
+def test_evaluate__plain_pixels_beside_each_patch_s_mean():
+    model = mae.MAE(config("--patch-size", "8", "--no-norm-pix-loss"))
+    batch = batch_of(2, model.cfg)
+    found, mask = mae.evaluate(model, batch), mae.make_mask(model.cfg, batch, None)
+    patches = common.patchify(model.normalize(batch["rgb"]), 8)
+    spread = patches.var(-1, unbiased=False)[mask].mean()
+    assert_close(found["loss_flat"], spread, rtol=1e-4, atol=0)
+    assert_close(found["loss"], model(batch, torch.tensor(0.0))[0].detach())
+
+
 @pytest.mark.slow
 def test_main__learns_resumes_and_leaves_a_picture(tmp_path):
     torch.set_num_threads(1)

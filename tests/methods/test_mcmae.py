@@ -287,7 +287,7 @@ def test_forward__bf16_is_finite_and_near_fp32(batch, form):
 @pytest.mark.slow
 def test_training__tiny_preset_learns():
     """Invariant 6: in 60 steps of 16 scenes the loss falls below 0.65 of where it began, and below
-    that of painting each hidden patch in its own mean colour.
+    that of each hidden patch in its own mean, a grey.
     """
     cfg, scenes = parse("--model tiny"), ShapeScenes("train", 64, 2, ("rgb",))
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 import engine
 import mcmae
 import pictures
-from common import Attention, drop_path, patchify
+from common import Attention, drop_path, patchify, pixel_target
 from data import collate
 from downstream import convmae
 from shapes import ShapeScenes
@@ -244,12 +245,20 @@ def test_make_encoder__options_change_what_they_name_alone():
 def test_evaluate_and_reconstruct__on_every_masking(tmp_path):
     scenes = ShapeScenes("val", 64, 2, ("rgb",))
     batch = collate([scenes[0, i] for i in range(2)])
-    for line in ("", "--masking token --no-norm-pix-loss"):
+    for line in ("", "--no-norm-pix-loss", "--masking token --no-norm-pix-loss"):
         model = mcmae.MCMAE(parse(f"{MINI} {line}")).eval()
         terms, shown = mcmae.evaluate(model, batch), mcmae.reconstruct(model, batch)
         assert_close(terms["loss"], model(batch, torch.tensor(1.0))[0].detach())
         if not line:  # unit variance, unbiased: the mean square is 1 - 1 / (3 * 8 * 8)
             assert_close(terms["loss_flat"], torch.tensor(1 - 1 / 192), atol=1e-3, rtol=0)
+        imgs, mask = model.normalize(batch["rgb"]), mcmae.make_mask(model.cfg, batch, None)
+        if line == "--no-norm-pix-loss":
+            spread = patchify(imgs, 8).var(-1, unbiased=False)[mask].mean()
+            assert_close(terms["loss_flat"], spread, rtol=1e-4, atol=0)
+        target = pixel_target(imgs, 8, model.cfg.norm_pix_loss)
+        with mock.patch.object(model, "predict", lambda *_, target=target: target):
+            drawn = mcmae.reconstruct(model, batch)["rgb"][2]
+        assert (drawn.int() - batch["rgb"].int()).abs().max() <= 1
         truth, hidden, pred = shown["rgb"]
         assert truth is batch["rgb"] and pred.shape == truth.shape and pred.dtype == torch.uint8
         assert torch.equal(hidden.flatten(1), mcmae.make_mask(model.cfg, batch, None))
@@ -434,6 +443,7 @@ def test_load_encoder__round_trip(tmp_path):
     config = dataclasses.asdict(learned.cfg)
     engine.save(path, checkpoint | {"config": config, "model": learned.state_dict()})
     other = mcmae.load_encoder(path, image_size=(32, 96))
+    assert other.grid == (4, 12) and other.trained_grid == (8, 8)
     for size in ((64, 64), (32, 96)):
         imgs = torch.randn(2, 3, *size)
         expected = learned.encoder.forward_features(imgs)[0][0]

@@ -279,8 +279,11 @@ def test_encoder__features_sizes_and_drop_path(batch):
     assert_close(encoder.forward_features(imgs)[0][0], encoder.norm(two))
     every = torch.arange(16).expand(3, -1)  # all tubes by the sparse form
     assert_close(encoder.stages(imgs, every), encoder.stages(imgs), atol=1e-5, rtol=1e-5)
-    wide = encoder.forward_features(torch.randn(1, 6, 3, 16, 48))[0][0]
+    clip = torch.randn(1, 6, 3, 16, 48)
+    wide, table = encoder.forward_features(clip)[0][0], encoder.table(16, (3, 2, 6))
     assert wide.shape == (1, 3 * 2 * 6, 16)
+    with mock.patch.object(encoder, "table", lambda *_: 0 * table):  # it has positions there, too
+        assert not torch.allclose(encoder.forward_features(clip)[0][0], wide, atol=1e-2)
     for shape in ((1, 3, 3, 32, 32), (1, 4, 3, 32, 36)):
         with pytest.raises(ValueError, match="not divisible by 2 and 8"):
             encoder.forward_features(torch.randn(shape))
@@ -363,6 +366,12 @@ def test_load_init__an_image_model_on_a_clip_that_stands_still(tmp_path):
     E = torch.randn(2, 16, 16, 8)
     found = model.stage1_output_decode(merge(E, 4))
     assert_close(found, mcmae.strided(image.stage1_output_decode, E), atol=1e-5, rtol=1e-5)
+    for flags in ("--learned-position", "--no-multi-scale"):  # either way the stages are there
+        argv = f"{line} {flags}".split()
+        other = mcmae.MCMAE(engine.parse(mcmae.Config, mcmae.PRESETS, "", argv))
+        videomcmae.load_init(model, save(other, "mcmae", tmp_path / "other.pt"))
+        own, found = other.encoder.blocks3[0].attn, model.encoder.blocks3[0].attn
+        assert torch.equal(own.qkv.weight, found.qkv.weight)
 
 
 @pytest.mark.slow

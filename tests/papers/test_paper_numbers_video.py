@@ -85,6 +85,7 @@ def test_settings__of_pre_training():
     assert (large.embed_dims, large.depths, large.num_heads) == ("384,768,1024", "2,2,23", 16)
     assert (small.decoder_embed_dim, small.decoder_num_heads) == (192, 3)
     assert (large.decoder_embed_dim, large.decoder_num_heads) == (512, 8)
+    assert (small.decoder_depth, large.decoder_depth) == (4, 12)  # --decoder_depth
     assert large.mlp_ratios == "8,8,4"
 
 
