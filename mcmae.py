@@ -400,8 +400,9 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
     cfg, state = engine.load_encoder(path, "mcmae", Config)
     size = (cfg.image_size, cfg.image_size)
     encoder = make_encoder(cfg, **{"trained_size": size, **kwargs})
-    if cfg.learned_position:
-        state["pos_embed"] = resize_position(state["pos_embed"], encoder.trained_grid, encoder.grid)
+    x, grid = state.get("pos_embed"), encoder.trained_grid  # in a state where it was learned
+    if getattr(x, "shape", None) == (1, math.prod(grid), encoder.embed_dim):
+        state["pos_embed"] = resize_position(x, grid, encoder.grid)
     engine.load_weights(encoder, state, path)
     return encoder
 

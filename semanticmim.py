@@ -15,10 +15,10 @@ Equation -> code
   Eq. 3    [IMG], [PROXY]: compression      SemanticMIM.tokens
   Eq. 4    [MASK]: reconstruction           ReconstructionBlock.forward
   Table 2  recipes of both targets          RECIPES
-  Sec. 4.1 HOG, dVAE codes                  targets.py
+  Sec. 3.1 HOG, dVAE codes                  targets.py
   Fig. 5   number of proxies                --proxies N
   Fig. 6   share of hidden patches          --mask-ratio R
-  Figs. 7-9, 13, 14  attention              Encoder.attention
+  Figs. 1, 7-9, 13-16  attention            Encoder.attention
 
 Where the paper and its public code contradict each other a `NOTE paper unclear` stands.
 
@@ -63,9 +63,9 @@ RECIPES = {
 
 @dataclass
 class Config(engine.Config):
-    """Every value the paper sets, with its source. None: what RECIPES has for the target."""
+    """Every value the paper sets, with its source. None: see RECIPES and `resolve`."""
 
-    target: str = arg("hog", "Sec. 4.1: HOG (MaskFeat) or dVAE codes (BEiT)", ["hog", "dvae"])
+    target: str = arg("hog", "Sec. 3.1: HOG (MaskFeat) or dVAE codes (BEiT)", ["hog", "dvae"])
     tokenizer: str | None = arg(None, "for dvae: dalle_encoder.pth (see above), or random: a trial")
     tokenizer_precision: str = arg("auto", "the dVAE's; auto: the step's", ["auto", "fp32", "bf16"])
     # NOTE paper unclear: ratio and proxies. The public code hides 0.8 on MaskFeat and has one proxy
@@ -83,7 +83,7 @@ class Config(engine.Config):
     beta1: float = arg(0.9, "Table 2")
     beta2: float = arg(0.999, "Table 2")
     clip_grad: float | None = arg(None, "Table 2: .02 (hog), 3 (dvae); 0: off", within="[0, inf)")
-    drop_path: float | None = arg(None, "Table 2: 0 (hog), 0.1 (dvae)", within="[0, 1)")
+    drop_path: float | None = arg(None, "public code: 0 (hog), 0.1 (dvae)", within="[0, 1)")
     color_jitter: float | None = arg(None, "Table 2: 0, .4 (dvae)", within="[0, 1)", group="data")
     image_size: int = arg(224, "Sec. 4.1")
     crop_scale_min: float | None = arg(None, "Table 2: 0.5 (hog), 0.08 (dvae)")
@@ -134,7 +134,7 @@ class Config(engine.Config):
 
 
 def make_mask(cfg: Config, batch: dict[str, Tensor], progress: Tensor) -> Tensor:
-    """Hide patches at random (Sec. 4.1): (B, N) bool, True = hidden; `progress` changes nothing."""
+    """Hide patches at random (Sec. 4.3): (B, N) bool, True = hidden; `progress` changes nothing."""
     noise = uniform(batch["seed"], cfg.num_patches, MASK)
     return random_mask(noise, cfg.num_patches - cfg.num_visible)
 
@@ -344,7 +344,7 @@ class SemanticMIM(nn.Module):
 def evaluate(model: SemanticMIM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss on held-out images, beside guesses that learn nothing of the image.
 
-    `loss_other`: the model's own, where it sees the visible patches of the next image of the batch.
+    `loss_other`: the model's own, where it sees another image's visible patches.
     HOG: `loss_visible`, the mean HOG of the image's visible patches; `loss_position`, that at the
     same position in the batch's other images (what the training set's mean would score, worse by
     one in the batch's size); the nearest visible patch. Codes: accuracy of the most frequent one
@@ -398,7 +398,9 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
     """The encoder of a checkpoint; kwargs: image_size (H, W) and drop_path."""
     cfg, state = engine.load_encoder(path, "semanticmim", Config)
     encoder, side = make_encoder(cfg, **kwargs), cfg.image_size // cfg.patch_size
-    state["pos_embed"] = resize_position(state["pos_embed"], (side, side), encoder.grid)
+    x = state.get("pos_embed")
+    if getattr(x, "shape", None) == (1, side**2, cfg.embed_dim):  # else the next line refuses it
+        state["pos_embed"] = resize_position(x, (side, side), encoder.grid)
     engine.load_weights(encoder, state, path)
     return encoder
 

@@ -89,7 +89,8 @@ class Tokenizer(nn.Module):
             widths are read off them (released: 256 channels at first, 8192 codes).
         image_size, grid: sides of image and patch grid; the encoder sees 8 * grid pixels.
         precision: auto follows the step's autocast, fp32 and bf16 do not. The resize and the logits
-            are fp32 in any case; as in OpenAI's module, which runs the rest in fp16.
+            are fp32 in any case (on CUDA convolutions multiply in TF32, torch's default); as in
+            OpenAI's module, which runs the rest in fp16.
     """
 
     def __init__(

@@ -194,15 +194,17 @@ def score(content: dict, predictions: list[dict]) -> tuple[dict, list[dict]]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        true, found = COCO(), COCO()
+        true, nothing = COCO(), COCO()
         true.dataset = content
         true.createIndex()
-        found.dataset = {**content, "annotations": []}
-        found.createIndex()
-        found = true.loadRes([dict(p) for p in predictions]) if predictions else found
+        nothing.dataset = {**content, "annotations": []}
+        nothing.createIndex()
         numbers, tables = {}, {}
         for kind, name in (("bbox", "box"), ("segm", "mask")):
-            evaluation = COCOeval(true, found, kind)
+            # beside a box pycocotools takes the box's area for the mask's; detectron2 drops it, too
+            drop = "bbox" if kind == "segm" else ""
+            found = [{k: v for k, v in p.items() if k != drop} for p in predictions]
+            evaluation = COCOeval(true, true.loadRes(found) if found else nothing, kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

@@ -100,7 +100,8 @@ def open_split(
         if not ((out / "last.pt").exists() and (place / "objects.json").exists()):
             coco.mask_tools()
             files = coco.read_json(path, folder, categories)
-            data.check(CocoImages(folder, files, jitter))
+            if "\n" in (words := data.check(CocoImages(folder, files, jitter))):  # unreadable ones
+                print(f"warning     {split}: {words}", flush=True)
             if files.left_out:
                 print(f"objects     {path}: {files.left_out} have no pixels and are left out")
             with engine.writing(place):
@@ -206,6 +207,9 @@ def evaluate_run(argv: list[str]) -> None:
     path = Path(args.run, "last.pt")
     checkpoint = engine.load(path, "detect")
     given = {k: v for k, v in vars(args).items() if v is not None and k not in ("run", "output")}
+    if args.data:  # its own files count, not those that the run was told to take
+        files = dict.fromkeys(("train_images", "train_json", "val_images", "val_json"))
+        given = files | given
     given |= {"resume": True, "output": args.run}
     cfg = engine.load_config(args.run, Config, {**checkpoint["config"], **given})
     cfg.resolve()

@@ -33,7 +33,9 @@ VITDET = dict(
     neck="simple", window=14, everywhere="quarters", shifted=False, relative_bias=False,
 )  # fmt: skip
 VITDET_L = VITDET | dict(layer_decay=0.8, drop_path=0.4)  # its ViT-L, of 24 blocks
-VITDET_H = VITDET | dict(layer_decay=0.9, drop_path=0.5, image_size=1036)  # 32; patches of 14
+VITDET_H = VITDET | dict(  # 32; patches of 14; 75 epochs, mask_rcnn_vitdet_h_75ep
+    layer_decay=0.9, drop_path=0.5, image_size=1036, iterations=138_281,
+)  # fmt: skip
 RECIPES = {
     # Table 9. NOTE paper unclear: learning rate of detection. 3e-3 is ten times CAE's public 3e-4,
     # which Table 9 otherwise repeats.

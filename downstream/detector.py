@@ -22,9 +22,12 @@ from downstream.mask_rcnn import RPN, RoI, norm, unpack
 from downstream.windows import Windows, pyramid
 
 
-def levels(dim: int) -> tuple[nn.ModuleList, list[int]]:
-    """A plain encoder's map at a quarter, a half, the same and twice its stride; their channels."""
-    half, quarter = dim // 2, dim // 4
+def levels(dim: int, narrow: bool) -> tuple[nn.ModuleList, list[int]]:
+    """A plain encoder's map at a quarter, a half, the same and twice its stride; their channels.
+
+    `narrow`: finer ones have fewer channels, as ViTDet; else all have the same, as BEiT and CAE.
+    """
+    half, quarter = (dim // 2, dim // 4) if narrow else (dim, dim)
     up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
     twice = nn.Sequential(up(dim, half), norm(half), nn.GELU(), up(half, quarter))
     scales = [twice, up(dim, half), nn.Identity(), nn.MaxPool2d(2)]
@@ -44,7 +47,7 @@ class Neck(nn.Module):
         super().__init__()
         self.kind, self.scales = kind, None
         if kind != "fpn":
-            self.scales, dims = levels(dims[-1])
+            self.scales, dims = levels(dims[-1], kind == "simple")
         if kind == "simple":
             self.output = nn.ModuleList(
                 nn.Sequential(

@@ -103,7 +103,7 @@ def build(
     train_position: bool = False,
     **options,
 ) -> nn.Module:
-    """Build an encoder with fresh weights, drawn as its method draws them.
+    """Build an encoder with fresh weights: MCMAE's as its public code has them, others' as MAE's.
 
     Args:
         description: as `describe` returns it.

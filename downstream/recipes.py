@@ -85,4 +85,5 @@ def finetuning(description: dict, printed: bool = False, maps: bool = False) -> 
 
 def probing(description: dict, kind: str) -> dict:
     """Recipe of the linear probe, `kind` is "lars" or "adamw"."""
-    return PROBES[kind] | PROBES.get(description["method"], {})
+    own = PROBES.get(description["method"], {}) if kind == "lars" else {}
+    return PROBES[kind] | own

@@ -359,6 +359,17 @@ def test_neck__simple_reads_the_last_map_alone():
     assert [m.shape[2] for m in maps] == [24, 12, 6, 3, 2]
 
 
+@pytest.mark.parametrize("kind, dims", [("levels", [8, 8, 8, 8]), ("simple", [2, 4, 8, 8])])
+def test_neck__rescales_a_plain_encoder_s_maps(kind, dims):
+    """BEiT's and CAE's keep the width; ViTDet's halve it with the stride."""
+    neck, x = Neck([8] * 4, kind, 4), torch.randn(1, 8, 6, 6)
+    assert [scale(x).shape[1] for scale in neck.scales] == dims
+    up, norm, _, again = neck.scales[0]
+    y = F.gelu(norm(F.conv_transpose2d(x, up.weight, up.bias, stride=2)))
+    y = F.conv_transpose2d(y, again.weight, again.bias, stride=2)
+    torch.testing.assert_close(neck.scales[0](x), y)
+
+
 def test_losses__do_not_depend_on_how_samples_are_batched():
     model, found = detector(window=4, everywhere=[4]), batch(6)
     whole, _ = model(found, None)

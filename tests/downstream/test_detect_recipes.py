@@ -58,6 +58,8 @@ def test_vitdet__is_detectron2_s():
     assert config(encoder="large").globals == [6, 12, 18, 24]
     assert values(config(encoder="large"), "layer_decay drop_path") == [0.8, 0.4]
     huge = config(encoder="huge")
+    assert values(huge, "layer_decay drop_path iterations") == [0.9, 0.5, 184_375 * 3 // 4]
+    huge = config(encoder="huge")
     assert values(huge, "layer_decay drop_path image_size") == [0.9, 0.5, 1036]
     assert config(method="semanticmim").iterations == VITDET["iterations"]
 

@@ -85,6 +85,25 @@ def test_score__worse_predictions_get_pycocotools_own_numbers(dataset):
     assert 0 < numbers["box"]["AP"] < 1
 
 
+def test_score__sizes_of_masks_are_not_those_of_their_boxes():
+    """A thin cross of 3,100 pixels is medium; an angle as thin is wrong there, and comes first."""
+    drawn = np.zeros((200, 200, 2), np.uint8, order="F")
+    drawn[20:180, 90:100, 0] = drawn[90:100, 20:180, 0] = 1
+    drawn[20:180, 20:30, 1] = drawn[20:30, 20:180, 1] = 1
+    cross, angle = tools.encode(drawn)
+    base = {"image_id": 1, "category_id": 1, "bbox": [20, 20, 160, 160]}
+    content = {
+        "images": [{"id": 1, "height": 200, "width": 200}], "categories": [{"id": 1, "name": "x"}],
+        "annotations": [base | {"id": 1, "segmentation": cross, "area": 3100, "iscrowd": 0}],
+    }  # fmt: skip
+    found = [
+        base | {"segmentation": angle, "score": 0.9},
+        base | {"segmentation": cross, "score": 0.5},
+    ]
+    numbers, _ = score(content, found)
+    assert numbers["mask"]["APm"] == pytest.approx(0.5) and numbers["mask"]["APl"] is None
+
+
 def test_score__no_predictions_are_worth_nothing(dataset):
     numbers, rows = score(truth(*dataset, dataset[0].categories), [])
     assert numbers["box"]["AP"] == 0 == numbers["mask"]["AR100"]
@@ -134,6 +153,7 @@ def test_truth__scenes():
 
 def test_fit__boxes_and_masks_in_the_pixels_of_the_image():
     masks = torch.ones(3, 28, 28)
+    masks[1, :, :14] = 0  # the part that lies outside the image
     boxes = torch.tensor([[8.0, 4, 16, 12], [-4, 0, 4, 8], [50, 0, 64, 32]])
     found = fit(
         {"boxes": boxes, "masks": masks, "labels": torch.tensor([1, 2, 3]),
@@ -143,7 +163,7 @@ def test_fit__boxes_and_masks_in_the_pixels_of_the_image():
     assert found["labels"].tolist() == [1, 2] and found["masks"].shape == (2, 64, 144)
     want = torch.zeros(64, 144, dtype=torch.bool)
     want[8:24, 24:48] = True
-    assert torch.equal(found["masks"][0], want)
+    assert torch.equal(found["masks"][0], want) and found["masks"][1][:16, :12].all()
     row = entries(found, 77, [[5, "a"], [9, "b"], [11, "c"]], tools)[0]
     assert row["bbox"] == [24, 8, 24, 16] and (row["image_id"], row["category_id"]) == (77, 5)
     assert (tools.decode({**row["segmentation"]}) == want.numpy()).all()

@@ -143,6 +143,22 @@ def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
             features.columns(encoder, 32, ["1"], "both")
 
 
+class Unreadable(shapes.ShapeScenes):
+    def __getitem__(self, place):
+        return super().__getitem__(place) | {"bad": torch.tensor(place[1] if place[1] == 3 else -1)}
+
+
+def test_extract__an_unreadable_image_has_no_label(tmp_path):
+    cfg, scenes = settings(micro_batch=2, workers=0), Unreadable("val", 32, 2, ("rgb",), length=5)
+    encoder = encoders.build(cfg.described, 32)
+    _, width = features.columns(encoder, 32, ["1"], None)
+    world = engine.World("cpu", "fp32")
+    features.extract(encoder, scenes, 0, ["1"], width, tmp_path / "val", cfg, world)
+    _, labels = features.read(tmp_path / "val", slice(None))
+    want = [scenes[0, i]["label"].item() for i in range(5)]
+    assert labels.tolist() == [*want[:3], -1, want[4]]
+
+
 def encoder_of(method, **kwargs):
     description = encoders.describe(method=method, model="base")
     with torch.device("meta"):

@@ -120,6 +120,11 @@ def test_linear__every_value(case, expected):
     assert found == expected
 
 
+def test_linear__adamw_is_semanticmim_s_on_any_encoder():
+    assert (cfg := resolved("mcmae base", probe, probe="adamw")).batch_size == 1024
+    assert cfg.rates.split(",")[0] == "1e-3"
+
+
 def test_label_maps__cutmix_alone():
     cfg = resolved("cfmae base", granularities="R+I+S")
     assert (cfg.mixup, cfg.cutmix) == (0, 1)

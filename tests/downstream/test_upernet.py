@@ -96,6 +96,10 @@ def test_UperNet__is_pyramid_pooling_and_a_feature_pyramid():
     (actual,) = head.eval()(maps)
     assert actual.shape == (2, 5, 24, 26)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    head.dropout = 0.0
+    _, aux = head(maps, torch.arange(2))
+    expected = head.aux_classifier(conv_bn_relu(head.aux_conv, maps[2]))  # stride 16
+    torch.testing.assert_close(aux, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_init_head__classifiers_are_small_and_convolutions_he_normal():
@@ -112,8 +116,13 @@ def test_init_head__classifiers_are_small_and_convolutions_he_normal():
 
 
 def test_Neck__gives_a_plain_vit_four_strides():
-    maps = Neck(4)([torch.randn(2, 4, 6, 8) for _ in range(4)])
+    x, neck = torch.randn(2, 4, 6, 8), Neck(4).eval()
+    maps = neck([x] * 4)
     assert [m.shape[2:] for m in maps] == [(24, 32), (12, 16), (6, 8), (3, 4)]
+    up, norm, _, again = neck.scales[0]
+    y = F.gelu(norm(F.conv_transpose2d(x, up.weight, up.bias, stride=2)))
+    expected = F.conv_transpose2d(y, again.weight, again.bias, stride=2)
+    torch.testing.assert_close(maps[0], expected)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

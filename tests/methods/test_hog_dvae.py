@@ -143,11 +143,14 @@ def test_tokenizer__bf16_changes_7_of_392_codes():
 
 def test_tokenizer__resizes_in_fp32_whatever_the_step_does(monkeypatch):
     model, rgb, seen = tokenizer(224, 14), golden("hog.pt")["rgb"], []
+    rgb[..., :101], rgb[..., 101:] = 0, 255  # Lanczos overshoots at an edge
     monkeypatch.setattr(model, "logits", lambda x: seen.append(x) or x)
     model(rgb)
     with torch.autocast("cpu", torch.bfloat16):
         model(rgb)
     assert torch.equal(*seen) and seen[0].dtype == torch.float32
+    levels = (seen[0] - 0.1) / 0.8 * 255
+    assert (levels - levels.round().clamp(0, 255)).abs().max() < 1e-3  # whole ones, 0 to 255
 
 
 def test_random_state__has_dalles_shape_and_spreads_its_codes(tmp_path):

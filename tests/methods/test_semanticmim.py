@@ -160,7 +160,7 @@ def test_flow__hidden_pixels_are_not_read():
 def test_first_rows__equal_the_whole_block(layer_scale):
     torch.manual_seed(0)
     block, x = common.Block(32, 4, init_values=layer_scale), torch.randn(3, 9, 32)
-    drop = torch.tensor([0.0, 1.0, 1.3])[:, None, None]
+    drop = torch.tensor([[0.0, 1.0, 1.3], [1.3, 0.0, 1.0]])[..., None, None]  # (2, B, 1, 1)
     grads = []
     for y in (block(x, drop)[:, :4], semanticmim.first_rows(block, x, 4, drop)):
         grads.append([y, *torch.autograd.grad(y.square().sum(), list(block.parameters()))])
@@ -265,9 +265,10 @@ def test_init__is_the_public_codes_or_maes(flags):
     assert len(token.unique(dim=0)) == len(token)  # alike at first, proxies stay alike for ever
 
 
-def test_model__passes_the_tokenizers_precision_on():
-    flags = ("--target", "dvae", "--tokenizer", "random", "--tokenizer-precision")
-    assert [make(*flags, p).tokenizer.precision for p in ("fp32", "bf16")] == ["fp32", "bf16"]
+def test_model__passes_the_tokenizers_precision_on(tokenizer):
+    for file in ("random", tokenizer):
+        flags = ("--target", "dvae", "--tokenizer", file, "--tokenizer-precision")
+        assert [make(*flags, p).tokenizer.precision for p in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_presets__first_weights_are_public_but_in_the_short_run():
@@ -324,6 +325,10 @@ def test_loss__l1_l2_and_cross_entropy_match_a_loop(tokenizer):
                 errors.append(sum(abs(d) ** (1 if flags else 2) for d in (p - t).tolist()) / 108)
         loss, _ = model.loss(pred, torch.stack(hidden).view(B, M, -1))
         assert loss.item() == pytest.approx(float(sum(errors)) / (B * M), rel=1e-4)
+    codes = torch.stack(hidden).view(B, M, 1)  # the dVAE's, all but the first two right
+    sure = torch.zeros_like(pred).scatter_(2, codes, 1.0)
+    sure[0, :2] *= -1
+    assert model.loss(sure, codes)[1]["accuracy"].item() == pytest.approx(1 - 2 / (B * M))
 
 
 @pytest.mark.parametrize("flags", [[], ["--proxies", 0], ["--target", "dvae"]])

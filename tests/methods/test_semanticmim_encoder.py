@@ -167,6 +167,24 @@ def test_evaluate__and_reconstruct_label_random_codes():
         visible[hidden].unique().tolist()
     ) <= {160, 240}  # hatched
     assert (guess[hidden] != truth[hidden]).float().mean() > 0.5
+    mask = semanticmim.make_mask(model.cfg, batch, None)
+    codes = model.predict(model.normalize(batch["rgb"]), mask).argmax(-1)
+    *_, guess = semanticmim.reconstruct(model, batch)["random codes"]
+    assert torch.equal(guess.flatten(1)[mask], codes.flatten() % 254 + 1)
+
+
+def test_evaluate__accuracies_of_codes_match_a_loop():
+    model, batch = make("--target", "dvae", "--tokenizer", "random"), make_batch()
+    mask = semanticmim.make_mask(model.cfg, batch, None)
+    codes, right = model.make_target(batch["rgb"])[..., 0], []
+    for b, n in mask.nonzero().tolist():
+        visible = [v for v in range(64) if not mask[b, v]]
+        near = min(visible, key=lambda v: (v // 8 - n // 8) ** 2 + (v % 8 - n % 8) ** 2)
+        right.append((codes[b, near] == codes[b, n]).item())
+    found, n = semanticmim.evaluate(model, batch), len(right)
+    assert found["random_codes_accuracy_nearest"].item() == pytest.approx(sum(right) / n)
+    often = codes[mask].bincount().max().item() / n
+    assert found["random_codes_accuracy_frequent"].item() == pytest.approx(often)
 
 
 def test_reconstruct__shows_the_truth_where_visible_and_the_prediction_elsewhere():
@@ -179,6 +197,10 @@ def test_reconstruct__shows_the_truth_where_visible_and_the_prediction_elsewhere
     hidden = mask.repeat_interleave(24, 2).repeat_interleave(24, 3).expand_as(truth)
     assert torch.equal(guess[~hidden], truth[~hidden])
     assert (guess[hidden] != truth[hidden]).float().mean() > 0.2
+    mask, (*_, guess) = mask.flatten(1), semanticmim.reconstruct(model, batch)["HOG"]
+    pred = model.predict(model.normalize(batch["rgb"]), mask)
+    hog = model.make_target(batch["rgb"]).masked_scatter(mask[..., None], pred)
+    assert torch.equal(guess[:, :1], (255 * targets.draw_hog(hog, (8, 8))).byte())
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -234,10 +256,11 @@ def test_load_encoder__refuses_other_files(run, tmp_path):
     engine.save(tmp_path / "other.pt", checkpoint | {"method": "cfmae"})
     with pytest.raises(UserError, match="cfmae"):
         semanticmim.load_encoder(tmp_path / "other.pt")
-    del checkpoint["model"]["encoder.reg_token"]
-    engine.save(tmp_path / "less.pt", checkpoint)
-    with pytest.raises(UserError, match="missing reg_token"):
-        semanticmim.load_encoder(tmp_path / "less.pt")
+    for name in ("reg_token", "pos_embed"):
+        model = {k: v for k, v in checkpoint["model"].items() if k != f"encoder.{name}"}
+        engine.save(tmp_path / "less.pt", checkpoint | {"model": model})
+        with pytest.raises(UserError, match=f"missing {name}"):
+            semanticmim.load_encoder(tmp_path / "less.pt")
 
 
 # ------------------------------------------------------------------------------------------ flags
