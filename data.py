@@ -13,6 +13,7 @@ on where a run was interrupted. docs/data.md has the layout of a folder.
 """
 
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -123,7 +124,7 @@ def worker_init(worker_id: int) -> None:
     """
 
     def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 

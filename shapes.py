@@ -59,7 +59,6 @@ class ShapeScenes(Dataset):
     `label` is the shape of the largest visible object; semantic ids count STUFF, then SHAPES.
     """
 
-    CLASS_NAMES = SHAPES
     SEMANTIC_NAMES = (*STUFF, *SHAPES)
     SEMANTIC_CLASSES = len(STUFF) + len(SHAPES)
 

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data import UserError
+from files import replacing
 from engine.config import Config
 from engine.reader import read
 
@@ -20,17 +20,14 @@ FORMAT = 1
 
 def save(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint so that `path` is at any moment the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
-            with open(temporary, "wb") as f:
+            with replacing(str(path)) as f:
                 torch.save(checkpoint, f)
-                f.flush()
-                os.fsync(f.fileno())
-        except (OSError, RuntimeError) as e:  # torch's zip writer hides the first behind the second
-            temporary.unlink(missing_ok=True)
-            raise e if isinstance(e, OSError) else OSError(None, "probably a full disk") from None
-        os.replace(temporary, path)
+        except RuntimeError as e:  # torch's zip writer hides an OSError behind it
+            if "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
+                raise
+            raise OSError(None, "probably a full disk") from None
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class Config:
         0, "epochs between snapshots that are kept; 0 = none", within="[0, inf)"
     )
     val_epochs: int = run_arg(
-        0, "epochs between evaluations; 0 = at the start and the end alone", within="[0, inf)"
+        0, "epochs between evaluations; 0 = at start, end and previews", within="[0, inf)"
     )
     val_samples: int = run_arg(
         512, "most samples of the val split that an evaluation reads", within="(0, inf)"

@@ -19,9 +19,9 @@ from engine.ranks import World
 def open_folder(cfg: Config, method: str) -> tuple[str, bool]:
     """Create the folder of a run, or enter one to resume; (path, whether it holds a checkpoint)."""
     out = Path(cfg.output or f"runs/{method}-{cfg.model}-{time.strftime('%Y%m%d-%H%M%S')}")
-    number = itertools.count(2)
+    name, number = out.name, itertools.count(2)
     while not cfg.output and out.exists():
-        out = out.with_name(f"{out.name.partition('_')[0]}_{next(number)}")
+        out = out.with_name(f"{name}_{next(number)}")
     if not cfg.resume and any((out / n).exists() for n in ("config.json", "log.jsonl", "last.pt")):
         raise UserError(f"{out} holds a run: continue it with --resume, or choose another --output")
     try:

@@ -27,12 +27,15 @@ class Meter:
         self, out: Path, world: World, train_set: Dataset, checkpoint: dict | None, log: str = "",
         samples: str = "images",
     ):  # fmt: skip
-        self.samples = samples
-        self.out, self.world, self.train_set, self.bad, self.count = out, world, train_set, 0, 0
+        self.samples, self.count = samples, 0
+        self.out, self.world, self.train_set = out, world, train_set
+        self.bad = self.part_bad = 0  # unreadable files of this epoch, and of an unfinished step
         lead = log == "tensorboard" and world.rank == 0
         self.board = tensorboard(out, checkpoint["step"] + 1 if checkpoint else 0) if lead else None
         self.names, self.counts = [], []  # of the window: terms, and the steps that had each
         self.sum = self.part = torch.zeros(0, device=world.device)
+        if checkpoint and world.rank == 0:  # of the epoch so far, over all ranks
+            self.bad = checkpoint["window"].get("bad", 0)
         self.finite_until = None  # on the device: the first step with a bad loss, and its terms
         if checkpoint and checkpoint["window"]["count"]:
             self.names, values, self.count = (checkpoint["window"][k] for k in FIELDS)
@@ -75,7 +78,7 @@ class Meter:
         self.finite_until = self.finite_until.where(~wrong, step)
         self.bad_terms = torch.where(wrong, values, self.widen(self.bad_terms, values))
         for index in bad[bad >= 0].tolist():
-            self.bad += 1
+            self.part_bad += 1
             with writing(path := self.out / "bad_files.txt"), open(path, "a") as f:
                 f.write(self.train_set.files.name(index) + "\n")
 
@@ -87,11 +90,14 @@ class Meter:
         """Count a step of `accum` micro-batches; those of a step that is dropped never count."""
         self.sum, self.part = self.sum + self.part / accum, torch.zeros_like(self.part)
         self.counts, self.count = [a + b for a, b in zip(self.counts, self.now)], self.count + 1
+        self.bad, self.part_bad = self.bad + self.part_bad, 0
 
     def window(self) -> dict:
-        """Sums since the last line, mean over ranks: a resumed run completes that line."""
+        """Sums since the last line, mean over ranks, and `bad`: a resumed run goes on from here."""
         values = self.world.mean(self.sum.clone()).tolist() if self.count else []
-        return dict(zip((*FIELDS, "counts"), (self.names, values, self.count, self.counts)))
+        window = dict(zip((*FIELDS, "counts"), (self.names, values, self.count, self.counts)))
+        bad = self.world.mean(torch.tensor(float(self.bad))) * self.world.size
+        return window | {"bad": round(float(bad))}
 
     def check(self, sampler: BatchSampler) -> None:
         """UserError where a loss was not finite: step, terms, samples, last checkpoint."""
@@ -125,7 +131,7 @@ class Meter:
         seconds = max(time.monotonic() - self.began, 1e-9)
         rate = (self.count - self.first) * batch_size / seconds
         peak = peak_memory(self.world.device)
-        bad = int(self.world.mean(torch.tensor(float(self.bad))) * self.world.size)
+        bad = window["bad"]
         times = {"images_per_s": rate, "data_wait": self.waited / seconds, "peak_memory_mib": peak}
         self.write(record | means | times | {"unreadable_files": bad})
         if bad > (limit := most_unreadable(sampler.length)):

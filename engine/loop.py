@@ -37,6 +37,7 @@ def steps(
     if run.checkpoint:
         checkpoint.load_weights(run.model, run.checkpoint["model"], run.last)
         checkpoint.load_optimizer(optimizer, run.checkpoint["optimizer"], run.last)
+        del run.checkpoint["model"], run.checkpoint["optimizer"]  # memory of every rank
     if run.number >= run.stop:  # what a cluster that restarts its jobs comes to in the end
         run.say(f"finished already: {run.out} is at step {run.number} of {run.total}")
         return

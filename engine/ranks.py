@@ -141,10 +141,9 @@ def command(name: str, main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         status = main() or 0
     except UserError as e:
-        if rank == 0:
-            tqdm.write(f"{name}: error: {e}", file=sys.stderr)
-        else:
-            time.sleep(5)  # torchrun ends every rank once one has left: let rank 0 speak first
+        if rank:  # rank 0 speaks first, and torchrun then ends the others: it met the same error
+            time.sleep(5)
+        tqdm.write(f"{name}: error: {e}", file=sys.stderr)
         status = 2
     except OSError as e:  # a full disk, say, which other ranks may not see
         print(f"{name}: error: {e}", file=sys.stderr)

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+from data import UserError
 from engine import checkpoint
 from engine.config import Config
 from engine.folder import open_data, open_folder, refuse_changes
@@ -117,12 +118,14 @@ class Run:
         self.signal = self.signal or number
 
     def __exit__(self, kind: type | None, error: Exception | None, trace: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if kind is Stopped:
-            self.save("last.pt")
-            self.say(f"stopped; continue with --resume --output {self.out}: {self.where()}")
-            raise SystemExit(128 + error.args[0]) from None
+        try:
+            if kind is Stopped:  # a second signal must not end the save
+                self.save("last.pt")
+                self.say(f"stopped; continue with --resume --output {self.out}: {self.where()}")
+                raise SystemExit(128 + error.args[0]) from None
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
     def say(self, words: str) -> None:
         if self.lead:
@@ -148,8 +151,15 @@ class Run:
         )
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; nothing is saved after a loss that was not finite."""
+        """Write a checkpoint; none of a loss or of weights that are not finite."""
         self.meter.check(self.sampler)
+        wrong = [k for k, p in self.model.named_parameters() if not p.isfinite().all()]
+        if wrong:  # by a gradient that was not finite, though its loss was
+            names = f"{', '.join(wrong[:3])}{' ...' if wrong[3:] else ''}"
+            raise UserError(
+                f"weights are not finite after step {self.number}: {names}; they are not saved. "
+                "Try a lower --base-lr, --clip-grad or --precision fp32"
+            )
         state = {"window": self.meter.window()}  # all ranks reduce; rank 0 writes
         if self.lead:
             state |= {"format": checkpoint.FORMAT, "method": self.method, "step": self.number}

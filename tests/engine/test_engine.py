@@ -1,7 +1,10 @@
 """The run's parts: command line, batch, schedule, folder; and what a run says that goes wrong."""
 
 import contextlib
+import functools
 import math
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -96,6 +99,15 @@ def test_command__errors_of_the_file_system_are_one_line(tmp_path, capsys):
     assert end.value.code == 2 and capsys.readouterr().err == line
 
 
+def test_command__an_error_of_one_rank_alone_is_said(monkeypatch, capsys):
+    """Rank 0 waits for it then, and says nothing."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as end:
+        engine.command("x", mock.Mock(side_effect=UserError("no such device")))
+    assert end.value.code == 2 and capsys.readouterr().err == "x: error: no such device\n"
+
+
 def test_split_batch__fewest_equal_micro_batches():
     def split(batch, micro, ranks):
         return World.split_batch(SimpleNamespace(size=ranks), batch, micro)
@@ -166,8 +178,8 @@ def test_open_folder__a_run_is_not_touched_without_resume(tmp_path):
 
 def test_open_folder__a_new_one_each_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    paths = {engine.open_folder(Config(), "cfmae")[0] for _ in range(3)}
-    assert len(paths) == 3
+    paths = {engine.open_folder(Config(), "coma_dyvit")[0] for _ in range(3)}
+    assert len(paths) == 3 and all("coma_dyvit-" in p for p in paths)
 
 
 # ------------------------------------------------------------------------------ runs that go wrong
@@ -188,6 +200,35 @@ def test_nonfinite_loss__is_named_and_not_saved(tmp_path, save_minutes):
     assert all(v.isfinite().all() for p in tmp_path.glob("*.pt") for v in
                torch.load(p, weights_only=True)["model"].values())  # fmt: skip
     assert [r["step"] for r in tiny_run.lines(tmp_path)] == [4, 8, 12]
+
+
+class Spoiled(tiny_run.Diverging):
+    """A model whose loss stays finite; at step 7 its gradient does not."""
+
+    def forward(self, batch, progress):
+        if self.training and 6.5 / tiny_run.STEPS < progress < 7.5 / tiny_run.STEPS:
+            self.encoder.weight.register_hook(lambda grad: grad * torch.nan)
+        return super().forward(batch, progress * 0)
+
+
+def test_weights_that_are_not_finite__are_named_and_not_saved(tmp_path):
+    with pytest.raises(UserError, match="not finite after step 8: encoder.weight; "):
+        tiny_run.train(tmp_path, "--save-minutes", 0, "--steps", 8, build=Spoiled)
+    kept = tiny_run.checkpoint(tmp_path)
+    assert kept["step"] == 7 and all(x.isfinite().all() for x in kept["model"].values())
+
+
+def test_save__of_a_stopped_run_outlives_a_second_signal(tmp_path, monkeypatch):
+    whole = engine.checkpoint.save
+
+    def save(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        whole(*args)
+
+    monkeypatch.setattr(engine.checkpoint, "save", save)
+    build = functools.partial(tiny_run.Interrupted, step=3, micro=0)
+    assert tiny_run.train(tmp_path, build=build) == 128 + signal.SIGTERM
+    assert tiny_run.checkpoint(tmp_path)["step"] == 4
 
 
 def make_folder(root, images, broken):
@@ -219,6 +260,10 @@ def test_unreadable_images__are_counted_named_and_limited(tmp_path, capsys):
     with pytest.raises(UserError, match=r"1\d unreadable images.*more than 10.*bad_files.txt"):
         tiny_run.train(tmp_path / "b", *flags, "--data", tmp_path / "many")
     assert len(tiny_run.lines(tmp_path / "b")) < 6  # within the first epoch
+    tiny_run.train(tmp_path / "c", *flags, "--data", tmp_path / "many", "--steps", 1)
+    with pytest.raises(UserError, match="unreadable images"):  # a resumed run goes on counting
+        tiny_run.train(tmp_path / "c", *flags, "--data", tmp_path / "many", "--resume")
+    assert tiny_run.lines(tmp_path / "c") == tiny_run.lines(tmp_path / "b")
 
 
 @pytest.mark.slow
@@ -270,7 +315,7 @@ def test_peak_memory__without_the_unix_module(monkeypatch):
 
 
 def test_validation__evenly_spaced_over_the_split_and_the_ranks():
-    seen = []
+    seen, records = [], []
 
     class Counting(torch.utils.data.Dataset):
         def __len__(self):
@@ -292,11 +337,13 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks():
         vars(run).update(
             cfg=Config(val_samples=20), world=world, val_set=Counting(), model=torch.nn.Identity(),
             micro=4, lead=False, number=0, per_epoch=1, autocast=contextlib.nullcontext,
-            meter=SimpleNamespace(write=lambda record: None),
+            meter=SimpleNamespace(write=records.append),
         )  # fmt: skip
         validate(run, mean_label)
     assert seen == [(0, i * 103 // 20) for i in range(20)]
     assert seen[-1][1] > 90  # not the first folders alone
+    means = [r["val"]["label"] for r in records]  # over 10 samples each, in batches of 4, 4, 2
+    assert means == pytest.approx([sum(i for _, i in seen[a : a + 10]) / 10 for a in (0, 10)])
 
 
 def test_train__pictures_are_of_evenly_spaced_images(tmp_path):
