@@ -8,7 +8,6 @@ import engine  # noqa: F401 - before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
-from common import Normalize
 from engine import UserError
 from tools.charts import Series, chart, matplotlib
 from tools.figures import blend, enlarge, frame, heat, open_images, sheet
@@ -79,7 +78,7 @@ def attentions(
 ) -> Iterator[tuple[str, Tensor, tuple[int, int], dict[int, Tensor]]]:
     """Yield name, rgb (3, H, W), grid and {layer: (1, heads, P + L, P + L)} of each image."""
     for name, batch in open_images(args, image_size(args, encoder), encoder.patch_size):
-        imgs = Normalize()(batch["rgb"])
+        imgs = encoder.normalize(batch["rgb"])
         maps = {i: encoder.attention(imgs, i) for i in layers}
         yield name, batch["rgb"][0], encoder.grid_of(imgs), maps
 

@@ -64,6 +64,7 @@ ROWS = {  # name: (script, its flags); DALLE is a file of random weights
     "beit": ("semanticmim", "--model base-beit --tokenizer DALLE"),
     "beit-plain": ("semanticmim", "--model base-beit --tokenizer DALLE --proxies 0"),
 }
+PLAIN = {name: row for name, row in ROWS.items() if "DALLE" not in row[1]}  # a script's own flags
 VIDEO = {  # rows of clips, which are many times as dear: by name alone
     "video": ("videomcmae", ""),
     "video-dense": ("videomcmae", "--no-sparse"),
@@ -260,9 +261,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("step", step, step_flags, stopwatch.__doc__),
         ("memory", memory, step_flags, memory.__doc__),
         ("loader", loader, loader_flags, loader.__doc__),
-        ("scaling", lambda args: scaling.scaling(args, child, ROWS), scaling.add_flags,
+        ("scaling", lambda args: scaling.scaling(args, child, PLAIN), scaling.add_flags,
          scaling.__doc__),
-        ("precision", lambda args: precision.precision(args, ROWS), precision.add_flags,
+        ("precision", lambda args: precision.precision(args, PLAIN), precision.add_flags,
          precision.__doc__),
         ("detect", benchmark_detect.run, benchmark_detect.add_flags, benchmark_detect.__doc__),
     ):  # fmt: skip

@@ -117,6 +117,8 @@ def write_csv(path: str, names: dict[Path, str]) -> None:
         for r in read_log(log):
             val = {f"val/{k}": v for k, v in r.pop("val", {}).items()}
             rows.append({"run": name, **r, **val})
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     with writing(path), open(path, "w", newline="") as f:
         table = csv.DictWriter(f, dict.fromkeys(k for row in rows for k in row))
         table.writeheader()

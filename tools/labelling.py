@@ -222,7 +222,7 @@ def leave_out(split: Split, unreadable: dict[str, Exception]) -> None:
     with contextlib.suppress(FileNotFoundError), open(path) as file:
         listed = file.read()
     lines = [f"{name}: {error}\n" for name, error in sorted(unreadable.items())]
-    if lines := [line for line in lines if line not in listed]:
+    if lines := [line for line in lines if line not in listed.splitlines(True)]:
         with open(path, "a") as file:  # one short write: ranks may do so at the same time
             file.write("".join(lines))
     for name in unreadable:

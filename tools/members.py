@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import data
-import pictures
 from data import UserError
-
-PALETTE = pictures.colorize(torch.arange(256)[None])[:, 0].T.flatten().tolist()
+from tools import map_files
 
 
 def encode_map(ids: np.ndarray, granularity: str) -> bytes:
@@ -25,17 +23,10 @@ def encode_map(ids: np.ndarray, granularity: str) -> bytes:
     if ids.dtype != np.uint8 and granularity == "instance":
         found = np.unique(ids[(ids != 0) & (ids != 65535)])
         if len(found) > 254:
-            return png(Image.fromarray(ids.astype(np.uint16)))
+            return map_files.encode(ids)
         known = (np.searchsorted(found, ids) + 1).astype(np.uint8)
         ids = np.where(ids == 65535, 255, np.where(ids == 0, 0, known))
-    image = Image.fromarray(ids.astype(np.uint8))
-    image.putpalette(PALETTE)
-    return png(image)
-
-
-def png(image: Image.Image) -> bytes:
-    image.save(file := io.BytesIO(), "PNG", compress_level=1)
-    return file.getvalue()
+    return map_files.encode(ids.astype(np.uint8))
 
 
 def shrink(rgb: Tensor, maps: dict, short_side: int) -> tuple[Tensor, dict[str, np.ndarray]]:

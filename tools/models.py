@@ -10,6 +10,7 @@ import engine  # before torch: it sets how threads wait
 import torch
 from torch import Tensor, nn
 
+from common import Normalize
 from downstream.encoders import METHODS, open_encoder
 from engine import UserError
 from tools.charts import peek
@@ -68,7 +69,10 @@ def hiding(method: str, mask: Tensor) -> contextlib.AbstractContextManager:
 
 
 def open_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The encoders that --checkpoint, --init (any number) and --method name, by their captions."""
+    """The encoders that --checkpoint, --init (any number) and --method name, by their captions.
+
+    `encoder.normalize` makes of uint8 images what each was trained with.
+    """
     sources = [{"checkpoint": path} for path in args.checkpoint or ()]
     heads = {} if args.num_heads is None else {"num_heads": args.num_heads}
     sources += [{"init": path, **heads} for path in args.init or ()]
@@ -82,6 +86,7 @@ def open_encoders(args: argparse.Namespace) -> dict[str, nn.Module]:
         step = f", step {peek(source['checkpoint'])['step']}" if "checkpoint" in source else ""
         fresh = args.random or "method" in source
         encoder = check_finite(encoder.eval(), words)
+        encoder.normalize = Normalize(description["mean"], description["std"])
         found[words + (", fresh weights" if fresh else step)] = encoder
     return found
 

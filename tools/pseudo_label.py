@@ -83,17 +83,18 @@ def clusters(labeller: Labeller, split: Split, out: str, args: argparse.Namespac
     return np.load(path)
 
 
-def open_recipe(labeller: Labeller, splits: list[Split], out: str, args: argparse.Namespace):
-    """Load what a recipe needs: an object with `prepare` and `label`, see labelling.py."""
+def open_recipe(world: engine.World, splits: list[Split], args: argparse.Namespace):
+    """Load what a recipe needs: an object with `prepare` and `label`, see labelling.py. None of
+    regions, whose clusters are found in the images.
+    """
     if args.recipe == "regions":
-        regions.require()
-        return Regions(clusters(labeller, splits[0], out, args))
-    panoptic = Panoptic(args.panoptic_model, args.things, labeller.world)
+        return regions.require()
+    panoptic = Panoptic(args.panoptic_model, args.things, world)
     if args.recipe == "panoptic":
         return panoptic
     texts = grounded.prompts(splits[0].files.classes, args.class_names)
-    recipe = grounded.Grounded(panoptic, args.boxes_model, args.masks_model, texts, labeller.world)
-    if labeller.world.rank == 0:
+    recipe = grounded.Grounded(panoptic, args.boxes_model, args.masks_model, texts, world)
+    if world.rank == 0:
         shown = f", e.g. {next(iter(texts.values()))!r}" if texts else ""
         print(f"prompts: names of {len(texts)} class folders{shown}; else {recipe.default!r}")
     return recipe
@@ -140,11 +141,12 @@ def main(argv: list[str] | None = None) -> int:
         dist.destroy_process_group()
     out, splits = os.path.abspath(args.output or args.root), open_splits(args.root, args.output)
     settings = {k: getattr(args, k) for k in ("recipe", *SETTINGS[args.recipe])}
+    recipe = open_recipe(world, splits, args)  # before OUT remembers what cannot be opened
     place(out, splits, settings, world.rank == 0)
     with Signals() as signals:
         labeller = Labeller(world, signals, args.batch_size, args.workers)
         try:
-            recipe = open_recipe(labeller, splits, out, args)
+            recipe = recipe or Regions(clusters(labeller, splits[0], out, args))
             for split in splits:
                 labeller.run(split, recipe)
         except Stopped as stop:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 import data
 import files
-from common import Normalize
 from downstream.encoders import METHODS
 from engine import UserError
 from tools.attention import attention
@@ -66,7 +65,7 @@ def features(args: argparse.Namespace) -> None:
     for letter, encoder in zip(letters(encoders), encoders.values()):
         pyramids = []
         for name, batch in open_images(args, image_size(args, encoder), encoder.patch_size):
-            pyramids.append((name, encoder.forward_pyramid(Normalize()(batch["rgb"]))))
+            pyramids.append((name, encoder.forward_pyramid(encoder.normalize(batch["rgb"]))))
             rows.setdefault(name, {})["input"] = batch["rgb"][0]
         for level, stride in enumerate(encoder.strides):
             maps = [pyramid[level][0] for _, pyramid in pyramids]  # (C, h, w) each

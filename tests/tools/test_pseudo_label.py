@@ -222,7 +222,17 @@ def test_run__a_full_disk_is_one_line_and_leaves_nothing_half_written(call, tmp_
     assert tree(tmp_path / "out") == whole
 
 
-def test_main__a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_main__a_recipe_that_cannot_be_opened_leaves_no_trace(tmp_path, monkeypatch):
+    photographs(tmp_path, ["train/rgb/0.png"])
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    out = tmp_path / "out"
+    with pytest.raises(engine.UserError, match="pip install scikit-image"):
+        pseudo_label.main([str(tmp_path), "--recipe", "regions", "--output", str(out)])
+    assert not out.exists()
+
+
+def test_main__a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(pseudo_label.regions, "require", lambda: None)
     photographs(tmp_path, ["train/rgb/0.png"])
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "out", "/proc/nothing"):

@@ -8,6 +8,7 @@ import torch
 
 import common
 import engine
+import mae
 import semanticmim
 from downstream.encoders import METHODS
 from engine import UserError
@@ -73,12 +74,23 @@ def naive_attention(vit, imgs, layer):
 
 def test_attentions__naive_softmax(checkpoints):
     encoder = semanticmim.load_encoder(checkpoints["semanticmim"]).eval()
+    encoder.normalize = common.Normalize()
     args = options(data="shapes", split="val", images="5", image_size=None)
     ((name, rgb, grid, maps),) = attention.attentions(args, encoder, [1, 3])
     imgs = common.Normalize()(rgb[None])
     assert name == "scene 5" and grid == (4, 4) and list(maps) == [1, 3]
     for layer, found in maps.items():
         torch.testing.assert_close(found[0], naive_attention(encoder, imgs, layer).detach())
+
+
+def test_open_encoders__each_gets_its_own_pixels(monkeypatch):
+    made = mae.make_encoder(engine.parse(mae.Config, mae.PRESETS, "", ["--model", "tiny"]))
+    description = {"method": "beit", "mean": [0.5] * 3, "std": [0.25] * 3}
+    monkeypatch.setattr(models, "open_encoder", lambda **_: (made, description, ""))
+    args = options(checkpoint=None, init=["x"], method=None, num_heads=None, random=False)
+    (encoder,) = models.open_encoders(args).values()
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    assert encoder.normalize(white).unique().tolist() == [2.0]
 
 
 def test_attention_distance__naive_loop():
