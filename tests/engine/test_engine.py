@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import math
 import os
 import signal
@@ -216,6 +217,29 @@ def test_weights_that_are_not_finite__are_named_and_not_saved(tmp_path):
         tiny_run.train(tmp_path, "--save-minutes", 0, "--steps", 8, build=Spoiled)
     kept = tiny_run.checkpoint(tmp_path)
     assert kept["step"] == 7 and all(x.isfinite().all() for x in kept["model"].values())
+
+
+def test_save__comes_after_save_minutes_and_a_resumed_run_is_not_evaluated_first(
+    tmp_path, monkeypatch
+):
+    clock, saved, whole = [0.0], [], engine.checkpoint.save
+
+    class Slow(tiny_run.Diverging):
+        def forward(self, batch, progress):
+            clock[0] += 25 * self.training  # seconds
+            return super().forward(batch, progress)
+
+    for module in ("run", "step", "loop"):
+        fake = SimpleNamespace(monotonic=lambda: clock[0])
+        monkeypatch.setattr(f"engine.{module}.time", fake, raising=False)
+    monkeypatch.setattr(
+        engine.checkpoint, "save", lambda p, c: saved.append(c["step"]) or whole(p, c)
+    )
+    tiny_run.train(tmp_path, "--save-minutes", 1, "--steps", 9, build=Slow)
+    assert saved == [3, 6, 9]
+    tiny_run.train(tmp_path, "--steps", 10, "--resume", build=Slow)
+    records = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "val" in r] == [0, 9, 10]
 
 
 def test_save__of_a_stopped_run_outlives_a_second_signal(tmp_path, monkeypatch):

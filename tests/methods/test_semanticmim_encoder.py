@@ -56,6 +56,8 @@ def test_make_mask__hides_the_exact_number(flags, hidden):
     share = mask.float().mean(0)  # every patch alike: 5 standard deviations of a binomial
     p = hidden / 64
     assert (share - p).abs().max() < 5 * (p * (1 - p) / 500) ** 0.5
+    whole = config("--mask-ratio", 0.9, "--image-size", 80, "--patch-size", 8)
+    assert whole.num_visible == 10  # of 100: (1 - 0.9) * 100 is a little less
 
 
 # ---------------------------------------------------------------------------------------- encoder
