@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 
 import data
 from data import FolderDataset, centre_crop, random_crop
-from files import SUFFIXES, FileList, Unreadable, UserError, decode_image, read_bytes, subfolders
+from files import SUFFIXES, FileList, Unreadable, UserError, decode_image, patiently
+from files import read_bytes, subfolders
 
 LAYOUT = """
 Expected: ROOT/{train,val}/[CLASS/]CLIP/000001.jpg, a folder of frames for each clip; of videos,
@@ -91,7 +92,7 @@ class Frames:
 
     def __init__(self, folder: str):
         try:
-            names = sorted(name for name in os.listdir(folder) if is_frame(name))
+            names = sorted(filter(is_frame, patiently(lambda: os.listdir(folder))))
         except OSError as error:
             raise Unreadable(f"{folder}: {error.strerror}") from None
         if not names:
@@ -207,14 +208,14 @@ class ClipDataset(FolderDataset):
 
     def times(self, length: int, draw) -> list[list[int]]:
         """Frames of each view in time."""
-        n = self.frames
+        n, once = self.frames, self.sampling == "dense" or not self.stride  # of one run of frames
         if self.views:
             count = self.views[0]
-            if self.sampling == "dense":
+            if once:
                 shares = [v / (count - 1) for v in range(count)] if count > 1 else [0.5]
                 return [dense(length, n, self.stride, share, True) for share in shares]
             return [segments(length, n, [v / count] * n) for v in range(count)]
-        if self.sampling == "dense":
+        if once:
             share = draw() if self.train else 0.5
             return [dense(length, n, self.stride, share, not self.train)]
         return [segments(length, n, [draw() if self.train else 0.5 for _ in range(n)])]

@@ -13,6 +13,7 @@ import json
 import os
 import struct
 import time
+import typing
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -41,11 +42,14 @@ ROOT/{train,val}/[CLASS/]NAME.jpg, or a folder of photographs.
 To start without any files: --data shapes"""
 
 
+T = typing.TypeVar("T")
+
+
 class Unreadable(Exception):
     """An image that cannot be decoded; training replaces it."""
 
 
-def patiently(read: Callable[[], np.ndarray]) -> np.ndarray:
+def patiently(read: Callable[[], T]) -> T:
     """Call `read` until it raises no OSError; network file systems get three more chances."""
     for pause in (0.05, 0.1, 0.2):
         try:

@@ -101,13 +101,15 @@ def settle(run: engine.Run, kept: dict | None, what: str = "samples") -> None:
 
 def test(
     model: Classifier, dataset: torch.utils.data.Dataset, out: Path, world: World, facts: dict,
-    numbers: Tensor | None = None, what: str = "images",
+    numbers: Tensor | None = None, what: str = "images", at_once: int | None = None,
 ) -> None:  # fmt: skip
     """Test a model on all of a split and write result.json and per_class.csv.
 
-    Args: `facts`: of result.json; `numbers`: as `count_hits`'; `what`: a sample is called.
+    Args: `facts`: of result.json; `numbers`: as `count_hits`'; `what`: a sample is called;
+        `at_once`: samples; None: `micro_batch`.
     """
-    counts, unreadable = count_hits(model.eval(), dataset, model.cfg, world, numbers)
+    model.eval()
+    counts, unreadable = count_hits(model, dataset, model.cfg, world, numbers, at_once=at_once)
     if world.rank == 0:
         write_result(out, model.classes, counts, facts | {"unreadable": unreadable})
         x = shares(counts)

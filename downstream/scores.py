@@ -63,6 +63,7 @@ def count_hits(
     world: World,
     numbers: Tensor | None = None,
     among: Tensor | None = None,
+    at_once: int | None = None,
 ) -> tuple[Tensor, int]:
     """Count top-1 and top-5 hits over all of a split, every image once, shared over the ranks.
 
@@ -70,12 +71,14 @@ def count_hits(
         cfg: micro_batch and workers.
         numbers: the model's class of each of the data set's; default: the same.
         among: the classes whose logits count; default: all.
+        at_once: samples; default: micro_batch.
     Returns: (classes, 3) counts as `tally`; number of unreadable images, left out.
     """
     total, classes = len(dataset), model.head.out_features
     share = math.ceil(total / world.size)
     mine = [world.rank * share + i for i in range(share)]  # past the end: the last one, not counted
-    batches = [mine[i : i + cfg.micro_batch] for i in range(0, share, cfg.micro_batch)]
+    n = at_once or cfg.micro_batch
+    batches = [mine[i : i + n] for i in range(0, share, n)]
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=[[(0, min(i, total - 1)) for i in b] for b in batches],

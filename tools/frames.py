@@ -39,7 +39,12 @@ def videos(root: Path) -> list[Path]:
     """Videos below a folder, relative to it, sorted; UserError where there are none."""
     if not root.is_dir():
         raise UserError(f"{root} is no folder of videos")
-    found = [p for p in root.rglob("*") if p.suffix[1:].lower() in SUFFIXES and p.is_file()]
+    found = []
+    for at, folders, names in os.walk(root, followlinks=True):  # but no link to a folder above
+        here = Path(at).resolve()
+        folders[:] = [x for x in folders if not here.is_relative_to(Path(at, x).resolve())]
+        found += [Path(at, x) for x in names]
+    found = [p for p in found if p.suffix[1:].lower() in SUFFIXES and p.is_file()]
     found = sorted(p.relative_to(root) for p in found)
     found = [p for p in found if not any(part[0] == "." for part in p.parts)]
     if not found:
@@ -86,6 +91,8 @@ def decode(path: Path) -> Iterator[tuple[float, object]]:
         stream = container.streams.video[0]
         stream.thread_type, start, end = "AUTO", None, 0.0
         length = float(stream.duration * stream.time_base) if stream.duration else 0.0
+        if not stream.duration and container.duration:  # Matroska and WebM tell the file's alone
+            length = container.duration / 1e6
         rate = float(stream.average_rate or 25)
         for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:

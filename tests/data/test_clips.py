@@ -85,6 +85,7 @@ def test_frames__by_number_or_by_name(tmp_path):
     frames = Frames(f"{tmp_path}/nine")
     assert len(frames) == 4
     assert [int(frames[i][0, 0, 0]) for i in range(4)] == [0, 10, 20, 30]
+    open(f"{tmp_path}/nine/._8.png", "w").close()  # as macOS leaves
     os.remove(f"{tmp_path}/nine/9.png")
     frames = Frames(f"{tmp_path}/nine")
     assert len(frames) == 4 and int(frames[2][0, 0, 0]) == 20  # its neighbours stay
@@ -154,6 +155,12 @@ def test_clip_dataset__times(root):
     still = dataset(root, files=files, stride=0)
     assert all(len(set(times(still[e, long]))) == 1 for e in range(5))
     assert len({times(still[e, long])[0] for e in range(20)}) > 5
+    still = dict(
+        files=files, stride=0, sampling="segments"
+    )  # one picture is one picture there, too
+    assert all(len(set(times(dataset(root, **still)[e, long]))) == 1 for e in range(5))
+    still = dataset(root, **still, train=False, views=(2, 1))[0, long]
+    assert times(still) == [[0] * 4, [16] * 4]
 
 
 # ------------------------------------------------------------------------------ sampling in space

@@ -163,6 +163,10 @@ def test_augmented__frames_alike_and_from_the_seed(source):
     with mock.patch.object(dataset, "rand_augment", lambda im: operations.append(1) or im):
         dataset.distort(plain[0, 0]["rgb"][0], 5)
     assert len(operations) == 2  # of two operations each: n4
+    assert dataset.rand_augment.std == 0.5 and dataset.rand_augment.fill == (128, 128, 128)
+    assert (dataset.erase.scale, dataset.erase.ratio) == ((0.02, 1 / 3), (0.3, 1 / 0.3))
+    with mock.patch.object(Still, "__getitem__", lambda self, key: {"error": "gone"}):
+        assert dataset[0, 0] == {"error": "gone"}
 
 
 # ------------------------------------------------------------------------------------------ runs

@@ -99,7 +99,7 @@ def test_settings__of_fine_tuning():
     for cfg in (k400, ssv2):  # VideoMAE's FINETUNE.md and defaults
         assert (cfg.frames, cfg.image_size, cfg.batch_size) == (16, 224, 64 * 8)
         assert (cfg.weight_decay, cfg.layer_decay, cfg.drop_path) == (0.05, 0.75, 0.1)
-        assert (cfg.warmup_epochs, cfg.min_lr, cfg.beta1, cfg.beta2) == (5, 1e-6, 0.9, 0.999)
+        assert (cfg.warmup_epochs, cfg.min_lr, cfg.beta1, cfg.beta2) == (5, 2e-6, 0.9, 0.999)
         assert (cfg.rand_augment, cfg.rand_augment_std, cfg.reprob) == (7, 0.5, 0.25)
         assert (cfg.mixup, cfg.cutmix, cfg.switch_prob, cfg.smoothing) == (0.8, 1.0, 0.5, 0.1)
         assert cfg.crop_scale_min == 0.08 and cfg.head_std == pytest.approx(0.02 * 0.001)

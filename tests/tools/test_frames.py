@@ -186,6 +186,7 @@ def test_main__a_full_disk_ends_it(tmp_path, capsys, monkeypatch):
     assert os.listdir(tmp_path / "out") == [SETTINGS]
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("times, corrupt, seconds, words", [
     ([0, 0.1, 0.2], None, 0.3, ""),
     ([None] * 3, None, 0.3, ""),  # a file that does not tell: by its rate
@@ -194,13 +195,14 @@ def test_main__a_full_disk_ends_it(tmp_path, capsys, monkeypatch):
     ([5, 5.1, 5.2], None, 0.3, ""),  # begins late, and is whole
     ([], None, 0.3, "no frames"),
 ])  # fmt: skip
-def test_decode__frames_and_what_is_broken(times, corrupt, seconds, words, monkeypatch):
+def test_decode__frames_and_what_is_broken(times, corrupt, seconds, words, whole, monkeypatch):
     stream = SimpleNamespace(duration=int(seconds * 10), time_base=Fraction(1, 10),
                              average_rate=Fraction(10))  # fmt: skip
     found = [SimpleNamespace(time=t, is_corrupt=n == corrupt) for n, t in enumerate(times)]
-    video = SimpleNamespace(
-        streams=SimpleNamespace(video=[stream]), decode=lambda stream: iter(found)
-    )
+    video = SimpleNamespace(streams=SimpleNamespace(video=[stream]), duration=None,
+                            decode=lambda stream: iter(found))  # fmt: skip
+    if whole:  # Matroska: the file tells, in microseconds, what the stream does not
+        stream.duration, video.duration = None, int(seconds * 1e6)
     monkeypatch.setitem(
         sys.modules, "av", SimpleNamespace(open=lambda path: contextlib.nullcontext(video))
     )
@@ -227,6 +229,7 @@ def test_picture__is_turned_as_displayed():
     found = np.asarray(frames.picture(Turned(), None))
     assert found.shape == (40, 20, 3) and found[:10].min() == 200 and found[10:].max() == 0
     assert frames.picture(Turned(), 10).size == (10, 20)
+    assert frames.picture(Turned(), 30).size == (20, 40)  # never enlarged
 
 
 # bad input
