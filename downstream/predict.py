@@ -14,6 +14,7 @@ stderr and left out. A further task is an entry of TASKS.
 """
 
 import csv
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,14 @@ def batches(photos: Photographs, size: int, workers: int) -> Iterator[list[dict]
         raise UserError(f"none of {len(photos)} images can be read")
 
 
+def centre(dataset: data.FolderDataset, rgb: Tensor) -> Tensor:
+    return dataset.crop(rgb, {}, 0)["rgb"]
+
+
+def whole(crop: tuple[int, int], slide: bool, rgb: Tensor) -> Tensor:
+    return pixels.scaled(rgb, pixels.cover(rgb.shape[1:], crop) if slide else crop)
+
+
 @torch.no_grad()
 def classify(path: Path, places: list[str], world: World, args: object) -> Iterator[tuple]:
     """Yield an image's row of the table, its name, then classes and probabilities, and in words."""
@@ -86,7 +95,7 @@ def classify(path: Path, places: list[str], world: World, args: object) -> Itera
     dataset = data.FolderDataset(
         root, "", listed, cfg.image_size, train=False, crop_pct=cfg.crop_pct
     )
-    photos = Photographs(dataset, lambda rgb: dataset.crop(rgb, {}, 0)["rgb"])
+    photos = Photographs(dataset, functools.partial(centre, dataset))
     for samples in batches(photos, args.micro_batch or 128, args.workers):
         imgs = torch.stack([s["rgb"] for s in samples]).to(world.device)
         with world.autocast():
@@ -121,10 +130,9 @@ def segment(path: Path, places: list[str], world: World, args: object) -> Iterat
     names += [f"class {i}" for i in range(len(names), cfg.classes)]
     yield ["image", *names], ""
     root, listed = photographs(places)
-    slide = cfg.evaluation == "slide"
     photos = Photographs(
         data.FolderDataset(root, "", listed, cfg.crop, train=False),
-        lambda x: pixels.scaled(x, pixels.cover(x.shape[1:], cfg.crop) if slide else cfg.crop),
+        functools.partial(whole, cfg.crop, cfg.evaluation == "slide"),
     )
     palette, made = pictures.colorize(torch.arange(256)[:, None])[..., 0].T.flatten().tolist(), {}
     for samples in batches(photos, cfg.micro_batch, args.workers):
@@ -134,12 +142,15 @@ def segment(path: Path, places: list[str], world: World, args: object) -> Iterat
             to = Path(args.output, name).with_suffix(".png")
             if made.setdefault(to, name) != name:
                 raise UserError(f"{made[to]} and {name} would both become {to}")
+            over_to = to.with_name(f"{to.stem}-overlay.jpg")
+            if there := [p for p in (to, over_to) if p.exists()]:  # a photograph, maybe
+                raise UserError(f"{there[0]} exists: choose another --output")
             to.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(ids.numpy())
             image.putpalette(palette)
             image.save(to)
             over = (rgb // 2 + pictures.colorize(ids) // 2).permute(1, 2, 0).numpy()
-            Image.fromarray(over).save(to.with_name(f"{to.stem}-overlay.jpg"), quality=90)
+            Image.fromarray(over).save(over_to, quality=90)
             shares = (ids.flatten().bincount(minlength=cfg.classes) / ids.numel()).tolist()
             most = sorted(zip(shares, names), reverse=True)[:5]
             words = ", ".join(f"{what} {x:.1%}" for x, what in most if x)

@@ -81,7 +81,10 @@ class Trial:
     def stamp(self, label: str, seed: int) -> str:
         """What an arm's row depends on: its settings, and those of `--model tiny` downstream."""
         place = self.lab.folder(*self.train_flags(label, seed))
-        return self.lab.folder("downstream.finetune", place.name).name
+        known = self.lab.folder("downstream.finetune", place.name).name
+        if "segmentation" in self.claim.measures:
+            known += self.lab.folder("downstream.segment", place.name).name
+        return known
 
     def epochs(self, label: str) -> int:
         """An arm's epochs: a share of the claim's, or what costs as much as another arm."""
@@ -174,7 +177,8 @@ class Trial:
     def current(self, label: str, seed: int) -> bool:
         """Whether a row is there of the presets as they are now."""
         row = self.runs.get((label, seed))
-        return row is not None and row["key"] == self.stamp(label, seed)
+        there = row is not None and label in self.claim.arms
+        return there and row["key"] == self.stamp(label, seed)
 
     def whole(self, label: str, seed: int) -> bool:
         """Whether that row has every measure that is wanted, by the commands of today."""
@@ -201,8 +205,12 @@ class Trial:
 
     def finish(self, page: Path) -> None:
         """Run what is left; write the JSON, and the page's tables, after each row."""
-        if not any(self.current(*pair) for pair in self.runs):
-            self.runs, self.known["epochs_of"], self.known["tries"] = {}, {}, {}
+        now = {pair: row for pair, row in self.runs.items() if self.current(*pair)}
+        gone = {a for a, _ in self.runs} - {a for a, _ in now}  # and what was found by their cost
+        gone |= {k for k, a in self.claim.arms.items() if a.as_long_as in gone}
+        self.runs = {pair: row for pair, row in now.items() if pair[0] not in gone}
+        for name in ("epochs_of", "tries"):
+            self.known[name] = {k: v for k, v in self.known[name].items() if k not in gone}
         for label, seed in self.left():
             self.runs[label, seed] = self.run_arm(label, seed)
             self.write()

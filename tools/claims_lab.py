@@ -29,7 +29,7 @@ import engine  # before torch: it sets how threads wait
 
 import torch
 
-from downstream import recipes
+from downstream import recipes, segment_recipes
 from engine import UserError
 from engine.reader import read
 from tools.claims_table import DATA
@@ -91,7 +91,9 @@ class Lab:
         if "." not in program:
             argv = shlex.split(flags) + ["--precision", "fp32"]
             recipe = dataclasses.asdict(engine.parse(module.Config, module.PRESETS, "", argv))
-        elif program != "downstream.segment":
+        elif program == "downstream.segment":
+            recipe = [getattr(segment_recipes, k) for k in ("LINEAR", "TINY", "PRESETS")]
+        else:
             recipe = recipes.TINY
         text = json.dumps([program, flags, recipe], sort_keys=True)
         key = hashlib.sha1(text.encode()).hexdigest()[:10]

@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check(out: str) -> None:
     """Compare all shards and indices with their checksums; UserError naming what differs."""
-    splits = [s for s in ("train", "val") if list(Path(out, s).glob("*.tar"))]
+    splits = [s for s in ("train", "val") if [*Path(out, s).glob("*.tar")] or packed(f"{out}/{s}")]
     if not splits:
         raise UserError(f"{out} holds no packed split, neither train/*.tar nor val/*.tar")
     problems = []

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -160,6 +161,26 @@ def test_segment__refuses_two_images_of_one_name(segmenter, album, tmp_path):
     (album / "a.png").write_bytes((album / "in/a.png").read_bytes())
     with pytest.raises(UserError, match="a.jpg and a.png would both become"):
         run(segmenter, album, "--output", tmp_path / "out")
+
+
+def test_segment__never_overwrites_a_file(segmenter, album):
+    """A photograph, say, beside which its map would lie."""
+    before = (album / "in/a.png").read_bytes()
+    with pytest.raises(UserError, match="a.png exists: choose another --output"):
+        run(segmenter, album / "in", "--output", album / "in")
+    assert (album / "in/a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["classifier", "segmenter"])
+def test_predict__photographs_go_to_processes_that_start_afresh(
+    task, album, tmp_path, monkeypatch, request
+):
+    def batches(photos, size, workers):
+        pickle.dumps(photos)
+        return iter(())
+
+    monkeypatch.setattr(predict, "batches", batches)
+    run(request.getfixturevalue(task), album, "--output", tmp_path / "out")
 
 
 def test_predict__bad_input_is_one_line(classifier, album, tmp_path):

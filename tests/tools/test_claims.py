@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import engine  # noqa: F401  first: it sets how threads wait
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import mae
-from downstream import recipes
+from downstream import recipes, segment_recipes
 from engine import UserError
 from tools import claims, claims_lab, claims_report, claims_table
 from tools.claims_table import Arm, Claim
@@ -202,6 +203,30 @@ def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     lab.commands = []
     make().finish(PAGE)
     assert not lab.commands
+
+
+def test_finish__a_row_of_an_older_preset_is_not_judged(bench, monkeypatch):
+    """One script's preset changed, the other arm's rows are current: of the first none stays."""
+    arms = {"a": Arm("mae"), "b": Arm("mcmae"), "c": Arm("mcmae", as_long_as="a")}
+    claim = Claim("x", "y", arms, [("a", "b")], ("loss",))
+    make, _ = bench
+    make(claim, seeds=4).finish(PAGE)
+    monkeypatch.setitem(mae.PRESETS, "tiny", mae.PRESETS["tiny"] | {"base_lr": 1e-3})
+    found = make(claim)
+    monkeypatch.setattr(found, "run_arm", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        found.finish(PAGE)
+    assert {a for a, _ in found.runs} == {"b"} and found.known["epochs_of"] == {}
+
+
+@pytest.mark.parametrize("name, value", [("LINEAR", {"lr": 1.0}), ("TINY", {"linear": {}})])
+def test_stamp__segmentation_has_its_own_settings(bench, monkeypatch, name, value):
+    make, _ = bench
+    seg = CLAIM._replace(measures=("segmentation",))
+    before = [make(claim).stamp("a", 0) for claim in (CLAIM, seg)]
+    monkeypatch.setattr(segment_recipes, name, getattr(segment_recipes, name) | value)
+    after = [make(claim).stamp("a", 0) for claim in (CLAIM, seg)]
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 @pytest.mark.slow

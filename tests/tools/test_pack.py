@@ -339,6 +339,13 @@ def test_check__finds_every_kind_of_damage(folder, tmp_path, capsys):
     pack.main(["--check", str(out)])
     told = capsys.readouterr().out
     assert "train: 9 samples in" in told and "val: 2 samples in 1 shards checked" in told
+    shards = sorted((out / "train").glob("*.tar"))
+    for shard in shards:
+        shard.rename(f"{shard}.away")
+    with pytest.raises((UserError, OSError), match="000000.tar"):  # a split without any is missed
+        pack.main(["--check", str(out)])
+    for shard in shards:
+        Path(f"{shard}.away").rename(shard)
 
     def flip(path, at):
         content = bytearray(path.read_bytes())
