@@ -188,6 +188,25 @@ def test_folder__an_odd_one_trains_and_is_scored(tmp_path):
     assert again["box"] == result["box"]
 
 
+def test_evaluate__another_folder_s_own_val_split(tmp_path):
+    """Not the files that the run was told to take."""
+    for name, split in (("coco", "train"), ("coco", "val"), ("other", "val")):
+        write(tmp_path / name, split=split)
+    path = tmp_path / "other/annotations/instances_val2017.json"
+    few = json.loads(path.read_text())
+    few["images"] = few["images"][:3]
+    kept = {image["id"] for image in few["images"]}
+    few["annotations"] = [a for a in few["annotations"] if a["image_id"] in kept]
+    path.write_text(json.dumps(few))
+    own = tmp_path / "coco/annotations/instances_val2017.json"
+    named = ("--val-images", tmp_path / "coco/val2017", "--val-json", own)
+    train(tmp_path / "a", "--data", tmp_path / "coco", *named, *FOLDER, "--steps", 1)
+    flags = ("--data", tmp_path / "other", "--device", "cpu", "--workers", "0")
+    detect.main(["evaluate", str(tmp_path / "a"), *map(str, flags)])
+    found = json.loads((tmp_path / "a/evaluation/result.json").read_text())
+    assert found["images"] == 3 and found["val_json"] is None
+
+
 def test_open_split__every_setting_reaches_the_crops(tmp_path):
     write(tmp_path / "coco")
     write(tmp_path / "coco", split="val")

@@ -216,3 +216,10 @@ def test_attend__bf16_on_a_cpu_is_what_fp32_gives(M):
     (wanted * weight).sum().backward()
     for a, b in zip((q, k, v), exact):
         assert (a.grad.float() - b.grad).norm() < 0.02 * b.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_sincos__of_files_in_half_precision_too(dtype):
+    table = common.sincos_2d(32, 6, 6)[None].to(dtype)
+    assert common.is_sincos(table) and common.is_sincos(torch.cat([table[:, :1] * 0, table], 1))
+    assert not common.is_sincos(table + 0.03 * torch.randn(table.shape).to(dtype))

@@ -232,6 +232,15 @@ def test_picture__is_turned_as_displayed():
     assert frames.picture(Turned(), 30).size == (20, 40)  # never enlarged
 
 
+def test_videos__follows_links_but_not_to_a_folder_above(tmp_path):
+    for name in ("v/real/a.mp4", "other/b.webm"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "v/linked").symlink_to(tmp_path / "other")
+    (tmp_path / "v/real/loop").symlink_to(tmp_path / "v")
+    assert [*map(str, frames.videos(tmp_path / "v"))] == ["linked/b.webm", "real/a.mp4"]
+
+
 # bad input
 
 
