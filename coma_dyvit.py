@@ -20,8 +20,8 @@ Equation -> code
   Eq. 8          windows of a stage        DyViT.__init__
 
 Eqs. 2, 3 are sums over patches, each of one branch, and the evaluation branch is frozen. So CoMA as
-printed is MAE at 60 % with plain pixels, weight for weight; its gradient is MAE's times 30/49, the
-share of hidden patches. What CoMA adds is a choice of reading, `--evaluation`:
+printed is MAE at 60 % with plain pixels: as means, its gradient is MAE's times 30/49, the share of
+hidden patches, to which AdamW is all but blind. What CoMA adds is a reading, `--evaluation`:
   frozen   the paper's text. The second branch teaches nothing and runs in logged steps alone:
            `loss` is what is minimised, `loss_assembled` Eq. 3, `loss_evaluation` that branch
   none     without it: the same weights
