@@ -1,7 +1,7 @@
 """Vision-transformer parts that the method scripts share and that no paper here contributes.
 
     masks      random_mask, split, fill      mask (B, L) bool, True = masked; its index tensors
-    patches    patchify, unpatchify, Normalize, pixel_target, sincos_2d
+    patches    patchify, unpatchify, merge, Normalize, pixel_target, sincos_2d
     blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
 
 vit.py puts them together to the encoder that survives pre-training.
@@ -99,6 +99,13 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return x.reshape(B, -1, h * p, w * p)
 
 
+def merge(x: Tensor, k: int) -> Tensor:
+    """Join k x k neighbours of tokens in raster order: (..., n, C) to (..., n/k², k*k*C)."""
+    side = math.isqrt(x.shape[-2]) // k
+    x = x.unflatten(-2, (side, k, side, k)).transpose(-4, -3)
+    return x.flatten(-3).flatten(-3, -2)
+
+
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch, (B, L, 1) each, as MAE's `norm_pix_loss`."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -152,7 +159,7 @@ def sincos_2d(dim: int, h: int, w: int, trained: Sequence[int] | None = None) ->
 def is_sincos(x: Tensor) -> bool:
     """Whether x (1, L, D), or (1, 1 + L, D) with a class token, is that embedding of a square."""
     side = math.isqrt(x.shape[1]) if x.ndim == 3 else 0
-    if x.ndim != 3 or x.shape[0] != 1 or x.shape[1] - side**2 not in (0, 1) or x.shape[2] % 4:
+    if not side or x.shape[0] != 1 or x.shape[1] - side**2 not in (0, 1) or x.shape[2] % 4:
         return False
     fixed = sincos_2d(x.shape[2], side, side)
     near = 1e-2 if x.dtype == torch.bfloat16 else 1e-3

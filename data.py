@@ -68,16 +68,9 @@ class BatchSampler(Sampler):
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        accum: int = 1,
-        start_step: int = 0,
-        stop_step: int | None = None,
-    ):
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+        accum: int = 1, start_step: int = 0, stop_step: int | None = None,
+    ):  # fmt: skip
         if length < batch_size:
             raise UserError(f"the data has {length} samples, fewer than one batch of {batch_size}")
         if batch_size % (world * accum):
@@ -317,9 +310,12 @@ def scalars(label: int, seed: int, bad: int) -> dict[str, Tensor]:
     return {"label": torch.tensor(label), "seed": torch.tensor(seed), "bad": torch.tensor(bad)}
 
 
-def check(dataset: Dataset, limit: int | None = 1000) -> str:
+def check(
+    dataset: Dataset, limit: int | None = 1000, load: Callable[[int], object] | None = None
+) -> str:
     """Load `limit` evenly spaced samples, None for all, and return a line of findings.
 
+    Args: `load`: what loads a sample, None: `dataset.load`.
     Raises UserError with the count and the first few if maps do not fit. Unreadable images are only
     counted, as training replaces them, unless there is no other.
     """
@@ -327,16 +323,16 @@ def check(dataset: Dataset, limit: int | None = 1000) -> str:
     picks = np.linspace(0, total - 1, min(total, limit or total)).astype(int).tolist()
     found = {Unreadable: [], UserError: []}
 
-    def load(index: int) -> None:
+    def look(index: int) -> None:
         try:
-            dataset.load(index)
+            (load or dataset.load)(index)
         except (Unreadable, UserError) as error:
             found[type(error)].append(str(error))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         starts = range(0, len(picks), 1024)  # a bounded queue
         for start in tqdm(starts, "checking", disable=len(starts) < 2, unit=" x 1024 samples"):
-            list(pool.map(load, picks[start : start + 1024]))
+            list(pool.map(look, picks[start : start + 1024]))
     unreadable, misfits = sorted(found[Unreadable]), sorted(found[UserError])
     if misfits:
         lines = [f"{len(misfits)} of {len(picks)} checked samples do not fit:", *misfits[:5]]

@@ -75,11 +75,7 @@ class MovingScenes(ShapeScenes):
         view = random.Random(seed if self.train else fixed).random  # how it is seen
         zoom, flip = (1 + 0.3 * view(), view() < 0.5) if self.train else (1, False)
         start, end = ([self.margin * view() for _ in self.shown] for _ in range(2))
-        y, x = (
-            (np.arange(n) + 0.5) / (min(self.size) * zoom) + e * (1 - 1 / zoom) * view()
-            for n, e in zip(self.size, self.extent)
-        )
-        y, x = y.astype(np.float32), x.astype(np.float32)
+        y, x = self._axes(view, zoom)
         light, count = 2 * draw() - 1, 2 + int(draw() * 2)
         objects = [self._object(draw, number == count) for number in range(1, count + 1)]
         lit = 1.05 - 0.2 * (light * (x - 0.5) + (y[:, None] - 0.5))

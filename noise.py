@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 # A stream is a purpose. Draws of two purposes must not share numbers, and without streams a short
-# draw would be a prefix of a longer one.
-STREAMS = (
-    "MASK", "DIRICHLET", "INSTANCES", "MIX", "DROP_PATH", "AUGMENT", "PREVIEW", "DROPOUT",
-    "DROP_PATH_2",
-)  # fmt: skip
-MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT = range(8)
-DROP_PATH_2 = 8  # of a second stack of blocks
+# draw would be a prefix of a longer one. DROP_PATH_2 is for a second stack of blocks.
+STREAMS = range(9)
+MASK, DIRICHLET, INSTANCES, MIX, DROP_PATH, AUGMENT, PREVIEW, DROPOUT, DROP_PATH_2 = STREAMS
 
 
 def _mix(h: Tensor) -> Tensor:

@@ -63,15 +63,10 @@ class ShapeScenes(Dataset):
     SEMANTIC_CLASSES = len(STUFF) + len(SHAPES)
 
     def __init__(
-        self,
-        split: str = "train",
-        image_size=64,
-        label_stride: int = 2,
-        granularities: Sequence[str] = GRANULARITIES,
-        train: bool = True,
-        seed: int = 0,
+        self, split: str = "train", image_size=64, label_stride: int = 2,
+        granularities: Sequence[str] = GRANULARITIES, train: bool = True, seed: int = 0,
         length: int | None = None,
-    ):
+    ):  # fmt: skip
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.label_size = tuple(n // label_stride for n in self.size)
         self.granularities, self.train, self.seed = tuple(granularities), train, seed
@@ -111,19 +106,16 @@ class ShapeScenes(Dataset):
         row, column = y * 9, x * 4.5 + np.floor(y * 9) * 0.5
         joint = (np.abs(row % 1 - 0.5) > 0.42) | (np.abs(column % 1 - 0.5) > 0.46)
         waves = np.sin(2 * np.pi * (9 * y + 1.1 * noise(9, 2.5)))
-        return np.stack(
-            [
-                np.clip(0.6 * noise(4, 2) + 0.6 * noise(9, 5) - 0.1, 0, 1) ** 2,  # clouds
-                0.75 * noise(9, 48) + 0.25 * noise(3, 3),  # blades
-                0.5 + 0.5 * waves * noise(6, 3),  # ripples
-                0.7 * noise(60, 60) + 0.3 * noise(3, 3),  # grains
-                np.where(joint, 1, 0.15 + 0.35 * noise(9, 4.5)),  # bricks
-                1
-                - 0.8 * noise(7, 2) * noise(3, 2)
-                - (noise(24, 24) > 0.85) * 0.3,  # drifts, tracks
-                rng.random((H, W), np.float32),
-            ]
-        ).astype(np.float32)
+        sheets = [
+            np.clip(0.6 * noise(4, 2) + 0.6 * noise(9, 5) - 0.1, 0, 1) ** 2,  # clouds
+            0.75 * noise(9, 48) + 0.25 * noise(3, 3),  # blades
+            0.5 + 0.5 * waves * noise(6, 3),  # ripples
+            0.7 * noise(60, 60) + 0.3 * noise(3, 3),  # grains
+            np.where(joint, 1, 0.15 + 0.35 * noise(9, 4.5)),  # bricks
+            1 - 0.8 * noise(7, 2) * noise(3, 2) - 0.3 * (noise(24, 24) > 0.85),  # drifts, tracks
+            rng.random((H, W), np.float32),
+        ]
+        return np.stack(sheets).astype(np.float32)
 
     def _cut(self, draw, sheet: int) -> np.ndarray:
         top, left = int(draw() * self.size[0]), int(draw() * self.size[1])
@@ -191,17 +183,21 @@ class ShapeScenes(Dataset):
         window += cover * ((first + (second - first) * mark) * shade - window)
         return shape, (rows, cols), cover > 0.5
 
+    def _axes(self, view, zoom: float) -> list[np.ndarray]:
+        """Where the rows (H,) and columns (W,) of a zoomed view lie; `view()` draws its place."""
+        axes = (
+            (np.arange(n) + 0.5) / (min(self.size) * zoom) + e * (1 - 1 / zoom) * view()
+            for n, e in zip(self.size, self.extent)
+        )
+        return [x.astype(np.float32) for x in axes]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = key
         seed = sample_seed(self.seed, epoch, index)
         draw = random.Random(sample_seed(self.split, 0, index)).random  # the scene
         view = random.Random(seed).random  # how it is seen
         zoom, flip = (1 + 0.3 * view(), view() < 0.5) if self.train else (1, False)
-        y, x = (
-            (np.arange(n) + 0.5) / (min(self.size) * zoom) + e * (1 - 1 / zoom) * view()
-            for n, e in zip(self.size, self.extent)
-        )
-        y, x = y.astype(np.float32), x.astype(np.float32)
+        y, x = self._axes(view, zoom)
         canvas, semantic = self._ground(draw, y, x)
         instance, shapes = np.zeros(self.size, np.uint8), []
         light, count = 2 * draw() - 1, 2 + int(draw() * 5)
@@ -216,7 +212,7 @@ class ShapeScenes(Dataset):
         label = shapes[int(np.bincount(instance.ravel(), minlength=count + 1)[1:].argmax())]
         rgb = np.clip(canvas[:, :, ::-1] if flip else canvas, 0, 255).astype(np.uint8)
         sample = {"rgb": rgb}
-        if len(self.granularities) > 1 or self.granularities != ("rgb",):
+        if self.granularities != ("rgb",):
             rows, cols = (nearest(0, n, out) for n, out in zip(self.size, self.label_size))
             at = rows[:, None], self.size[1] - 1 - cols if flip else cols
             sample |= {"instance": relabel(instance[at]), "semantic": semantic[at]}

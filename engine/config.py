@@ -6,18 +6,8 @@ import typing
 from dataclasses import dataclass
 
 from data import UserError
-from engine.field import (
-    arg,
-    data_arg,
-    divides,
-    flag,
-    inherited,
-    inside,
-    optim_arg,
-    refusal,
-    require,
-    run_arg,
-)
+from engine.field import arg, data_arg, divides, flag, inherited, inside, optim_arg, refusal
+from engine.field import require, run_arg
 
 
 @dataclass
@@ -96,12 +86,10 @@ class Config:
         """Fill in defaults that depend on other fields; UserError on values that cannot work."""
         divides(self, "image_size", "patch_size")
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+            value, within = getattr(self, f.name), inherited(type(self), f.name, "within")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag(f.name)} {value} is not a finite number")
-            if value is not None and not inside(
-                value, within := inherited(type(self), f.name, "within")
-            ):
+            if value is not None and not inside(value, within):
                 raise UserError(f"{flag(f.name)} {value} {refusal(within)}")
         require((not self.resume or self.output, "resume", "needs --output, the run to continue"))
         warm = 0 if "warmup_epochs" in self.SET else self.warmup_epochs or 0

@@ -10,11 +10,7 @@ GROUPS = ("data", "model", "masking", "optimisation", "run")  # of --help, in th
 
 
 def arg(
-    default: object,
-    source: str,
-    choices: list | None = None,
-    within: str = "",
-    group: str = "",
+    default: object, source: str, choices: list | None = None, within: str = "", group: str = ""
 ) -> typing.Any:
     """A configuration field.
 

@@ -43,7 +43,7 @@ def parse(
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in (f for f in dataclasses.fields(cls) if f.name not in cls.SET):
-        kind = next(t for t in (typing.get_args(hints[f.name]) or (hints[f.name],)))
+        kind, *_ = typing.get_args(hints[f.name]) or (hints[f.name],)  # int of `int | None`
         choices = list(presets) if f.name == "model" else f.metadata["choices"]
         shown = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         if kind is bool:

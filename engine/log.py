@@ -38,9 +38,8 @@ class Meter:
             self.bad = checkpoint["window"].get("bad", 0)
         self.finite_until = None  # on the device: the first step with a bad loss, and its terms
         if checkpoint and checkpoint["window"]["count"]:
-            self.names, values, self.count = (checkpoint["window"][k] for k in FIELDS)
+            self.names, values, self.count, self.counts = map(checkpoint["window"].get, FIELDS)
             self.sum = torch.tensor(values, device=world.device)
-            self.counts = checkpoint["window"].get("counts", [self.count] * len(self.names))
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -95,7 +94,7 @@ class Meter:
     def window(self) -> dict:
         """Sums since the last line, mean over ranks, and `bad`: a resumed run goes on from here."""
         values = self.world.mean(self.sum.clone()).tolist() if self.count else []
-        window = dict(zip((*FIELDS, "counts"), (self.names, values, self.count, self.counts)))
+        window = dict(zip(FIELDS, (self.names, values, self.count, self.counts)))
         bad = self.world.mean(torch.tensor(float(self.bad))) * self.world.size
         return window | {"bad": round(float(bad))}
 
@@ -166,4 +165,4 @@ def tensorboard(out: Path, step: int) -> object:
     return SummaryWriter(out, purge_step=step)
 
 
-FIELDS = ("names", "sum", "count")  # of a window, as checkpoints have them
+FIELDS = ("names", "sum", "count", "counts")  # of a window, as checkpoints have them

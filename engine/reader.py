@@ -16,17 +16,10 @@ from data import UserError
 WRAPPERS = ("model", "state_dict", "module", "teacher")  # what public code wraps weights in
 OURS = "masked_image_modelling"  # our entry of a .safetensors file's metadata
 DTYPES = {  # widest first, as its package sorts
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def read(path: str | Path, option: str = "", mapped: bool = False) -> object:

@@ -53,7 +53,6 @@ def layer_decay_groups(
     for name, p, scale in scaled:
         plain = no_decay(name, p.ndim)
         if p.requires_grad:
-            group = {"params": [], "weight_decay": 0.0 if plain else weight_decay}
-            group = groups.setdefault((scale, plain), {**group, "lr_scale": scale})
-            group["params"].append(p)
+            group = dict(params=[], weight_decay=0.0 if plain else weight_decay, lr_scale=scale)
+            groups.setdefault((scale, plain), group)["params"].append(p)
     return list(groups.values())

@@ -11,17 +11,18 @@ from engine import checkpoint
 
 @torch.no_grad()
 def validate(run: object, evaluate: Callable | None, preview: Callable | None = None) -> None:
-    """Means over `val_samples` of the val split, evenly spaced and shared out over the ranks;
-    and a picture of four of its images, without val of images that it was trained on.
-    """
-    if run.val_set is None:
-        if preview and run.lead:
-            run.model.eval()
-            run.picture(preview)
-            run.model.train()
-        run.world.maximum(0)
-        return
+    """Log the val split's means, and draw a picture; without val of what it was trained on."""
     run.model.eval()
+    if run.val_set is not None:
+        means(run, evaluate)
+    if preview and run.lead:
+        run.picture(preview)
+    run.model.train()
+    run.world.maximum(0)
+
+
+def means(run: object, evaluate: Callable | None) -> None:
+    """Over `val_samples` of the val split, evenly spaced and shared out over the ranks."""
     length, size, cfg = len(run.val_set), run.world.size, run.cfg
     share = max(1, min(cfg.val_samples, length) // size)
     pairs = [(0, i) for i in evenly(length, share * size)[run.world.rank * share :][:share]]
@@ -46,13 +47,10 @@ def validate(run: object, evaluate: Callable | None, preview: Callable | None = 
     run.meter.write({"step": run.number, "epoch": run.number / run.per_epoch, "val": terms})
     shown = "  ".join(f"{k} {v:.4g}" for k, v in terms.items())
     run.say(f"val, step {run.number}: {shown}")
-    if preview and run.lead:
-        run.picture(preview)
-    run.model.train()
-    run.world.maximum(0)
 
 
 def picture(run: object, preview: Callable) -> None:
+    """Draw four of the val split's images, evenly spaced."""
     shown, split = run.val_set, "val"
     if shown is None:
         shown, split = run.train_set, "train: images that it was trained on"
