@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import smooth, write
+from test_data import batches, smooth, write
 
 import clips
-import data
 from clips import ClipDataset, Frames, dense, multi_scale_crop, segments, side_crops
 from data import FileList, UserError
 from files import Unreadable
@@ -155,9 +154,7 @@ def test_clip_dataset__times(root):
     still = dataset(root, files=files, stride=0)
     assert all(len(set(times(still[e, long]))) == 1 for e in range(5))
     assert len({times(still[e, long])[0] for e in range(20)}) > 5
-    still = dict(
-        files=files, stride=0, sampling="segments"
-    )  # one picture is one picture there, too
+    still = dict(files=files, stride=0, sampling="segments")  # one picture is one there, too
     assert all(len(set(times(dataset(root, **still)[e, long]))) == 1 for e in range(5))
     still = dataset(root, **still, train=False, views=(2, 1))[0, long]
     assert times(still) == [[0] * 4, [16] * 4]
@@ -279,15 +276,6 @@ def test_check__counts_and_refuses_nothing_but_bad_clips(root):
 
 
 def test_clip_dataset__workers_and_order_do_not_matter(root):
-    def batches(workers):
-        sampler = data.BatchSampler(4, 2, 0, stop_step=4)
-        return list(
-            torch.utils.data.DataLoader(
-                dataset(root), batch_sampler=sampler, collate_fn=data.collate,
-                num_workers=workers, worker_init_fn=data.worker_init,
-            )
-        )  # fmt: skip
-
-    for a, b in zip(batches(0), batches(2), strict=True):
-        assert a["rgb"].shape == (2, 4, 3, 16, 16) and a["rgb"].dtype == torch.uint8
+    for a, b in zip(batches(dataset(root), 0), batches(dataset(root), 2), strict=True):
+        assert a["rgb"].shape == (4, 4, 3, 16, 16) and a["rgb"].dtype == torch.uint8
         assert all(torch.equal(a[k], b[k]) for k in a)

@@ -25,25 +25,11 @@ def pillow(encoded):
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    "kind, mode",
-    [
-        ("JPEG", "RGB"),
-        ("JPEG", "L"),
-        ("JPEG", "CMYK"),
-        ("TIFF", "CMYK"),
-        ("JPEG2000", "RGB"),
-        ("PNG", "RGB"),
-        ("PNG", "RGBA"),
-        ("PNG", "LA"),
-        ("PNG", "P"),
-        ("PNG", "1"),
-        ("WEBP", "RGB"),
-        ("WEBP", "RGBA"),
-        ("BMP", "RGB"),
-        ("GIF", "P"),
-    ],
-)
+@pytest.mark.parametrize("kind, mode", [
+    ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("TIFF", "CMYK"), ("JPEG2000", "RGB"),
+    ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGB"),
+    ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"),
+])  # fmt: skip
 def test_decode_image__equals_pillow(kind, mode):
     image = Image.fromarray(smooth(37, 53)).convert(mode)
     if "A" in mode:
@@ -113,12 +99,8 @@ def test_decode_map__refuses_what_decoders_would_stretch():
 
 
 def chunk(name, content):
-    return (
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content))
-    )
+    checksum = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + checksum
 
 
 def palette_png(ids, filters, kind=(8, 3, 0, 0, 0), cut=0, more=b"", end=True):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from test_data import batches
 from torch.nn.functional import interpolate
 
-import data
 from shapes import SHAPES, STUFF, ShapeScenes
 
 
@@ -131,17 +131,6 @@ def test_scenes__draw_the_same_scene_at_any_size():
 
 
 def test_scenes__workers_do_not_matter():
-    def batches(workers):
-        sampler = data.BatchSampler(40, 8, 0, stop_step=6)
-        return list(
-            torch.utils.data.DataLoader(
-                ShapeScenes(length=40),
-                batch_sampler=sampler,
-                collate_fn=data.collate,
-                num_workers=workers,
-                worker_init_fn=data.worker_init,
-            )
-        )
-
-    for a, b in zip(batches(0), batches(2), strict=True):
+    scenes = ShapeScenes(length=20)
+    for a, b in zip(batches(scenes, 0), batches(scenes, 2), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a) and len(a) == 6

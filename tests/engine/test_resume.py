@@ -8,7 +8,6 @@ import signal
 
 import pytest
 import tiny_run
-import torch
 from cfmae import CFMAE
 from tiny_run import STEPS, Diverging, Interrupted, checkpoint, lines, same_result
 
@@ -139,26 +138,3 @@ def test_torchrun__sigterm_then_resume(runs, tmp_path):
     assert 4 <= checkpoint(tmp_path)["step"] < STEPS
     tiny_run.train(tmp_path, "--resume")  # one rank goes on; ranks themselves are tested above
     assert_same_curve(runs / "two", tmp_path)
-
-
-# ------------------------------------------------------------------------------------------ device
-
-
-class Watched(CFMAE):
-    """The model, which makes the driver raise where steps 3 to 9 wait for the device."""
-
-    steps = 0
-
-    def forward(self, batch, progress):
-        self.steps += self.training
-        torch.cuda.set_sync_debug_mode("error" if 3 <= self.steps < 10 else "default")
-        return super().forward(batch, progress)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_train__a_step_does_not_wait_for_the_device(tmp_path):
-    flags = "--device cuda --steps 12 --log-every 100 --clip-grad 1.0 --micro-batch 4".split()
-    try:
-        assert tiny_run.train(tmp_path, *flags, build=Watched) == 0
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from test_mcmae import MINI, parse
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -21,18 +21,10 @@ from data import collate
 from downstream import convmae
 from shapes import ShapeScenes
 
-MINI = (
-    "--model tiny --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 --decoder-embed-dim 16 "
-    "--decoder-num-heads 2 --decoder-depth 1"
-)
 PUBLIC = (
     "--embed-dims 16,24,32 --depths 2,1,2 --num-heads 4 --decoder-embed-dim 24 --decoder-depth 2 "
     "--decoder-num-heads 4"
 )
-
-
-def parse(line: str) -> mcmae.Config:
-    return engine.parse(mcmae.Config, mcmae.PRESETS, "", line.split())
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -61,11 +53,8 @@ def test_docs__every_command_of_the_ablations_parses():
     for line in flags:
         parse(line)
     for table, epochs in (("4", "200 400 800 1600"), ("5", "800"), ("6", "200 1600")):
-        found = re.findall(
-            r"--epochs (\d+)",
-            "".join(line for line in section.splitlines() if line.startswith(f"| Table {table}")),
-        )
-        assert set(found) == set(epochs.split())
+        rows = "".join(x for x in section.splitlines() if x.startswith(f"| Table {table}"))
+        assert set(re.findall(r"--epochs (\d+)", rows)) == set(epochs.split())
 
 
 @pytest.mark.parametrize("line, words", [
@@ -353,20 +342,6 @@ def test_init_key__chooses_among_several_models(public, tmp_path):
         mcmae.load_init(model, tmp_path / "x.pth", "teacher")
 
 
-def test_load_init__reads_safetensors(public, tmp_path):
-    header, body = {}, b""
-    for k, v in public.items():
-        raw = v.float().numpy().tobytes()
-        offsets = [len(body), len(body) + len(raw)]
-        header[k] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": offsets}
-        body += raw
-    head, path = json.dumps(header).encode(), tmp_path / "x.safetensors"
-    path.write_bytes(len(head).to_bytes(8, "little") + head + body)
-    model = mcmae.MCMAE(parse(PUBLIC))
-    mcmae.load_init(model, path)
-    assert torch.equal(model.decoder_pred.weight, public["decoder_pred.weight"])
-
-
 @pytest.mark.slow
 def test_main__reads_init_at_the_start_of_a_run_alone(public, tmp_path, capsys):
     """A run goes on when the file is gone, and when the command no longer names it."""
@@ -452,9 +427,6 @@ def test_load_encoder__round_trip(tmp_path):
     model_again = mcmae.MCMAE(learned.cfg)
     mcmae.load_init(model_again, path)
     assert torch.equal(model_again.encoder.pos_embed, learned.encoder.pos_embed)
-    engine.save(path, checkpoint | {"method": "cfmae"})
-    with pytest.raises(engine.UserError, match="cfmae"):
-        mcmae.load_encoder(path)
     state = {k: v for k, v in model.state_dict().items() if k != "encoder.norm.bias"}
     engine.save(path, checkpoint | {"model": state})
     with pytest.raises(engine.UserError, match="missing norm.bias"):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_clips import write_clip
-from test_compile import BACKEND
 from tiny_run import checkpoint, launch, lines, same_result
 from torch import nn
 from torch.testing import assert_close
@@ -414,45 +413,6 @@ def test_config__refuses_what_cannot_work(line, words):
 
 
 # --------------------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("line", ["", "--no-sparse", "--no-multi-scale", "--no-norm-pix-loss"])
-def test_forward__gradients_reach_every_parameter(batch, line):
-    model = build(line)
-    model(batch, torch.tensor(0.5))[0].backward()
-    idle = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert idle == []
-
-
-def test_forward__loss_is_the_mean_over_micro_batches(batch):
-    model = build()
-    whole = model(batch, torch.tensor(0.5))[0]
-    single = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-    parts = [model(one, torch.tensor(0.5))[0] for one in single]
-    assert_close(whole, torch.stack(parts).mean(), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("form", ["--sparse", "--no-sparse"])
-def test_forward__bf16_is_finite_and_near_fp32(batch, form):
-    model = build(form)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(batch, torch.tensor(0.5))[0]
-    low.backward()
-    assert low.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert_close(low, model(batch, torch.tensor(0.5))[0], rtol=0.02, atol=0.0)
-
-
-@pytest.mark.slow
-def test_compiled_step__equals_the_step_as_written(batch):
-    torch._dynamo.reset()
-    results = []
-    for wrap in (lambda m: m, lambda m: torch.compile(m, backend=BACKEND)):
-        model = build("--depths 1,1,1")
-        loss, _ = wrap(model)(batch, torch.tensor(0.5))
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert_close(results[1], results[0], rtol=1e-3, atol=1e-6)
 
 
 FLAGS = (

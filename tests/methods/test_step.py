@@ -1,0 +1,153 @@
+"""A step of every method: gradients for all; the same loss sample by sample, in bf16, compiled.
+
+Compiled, the switches are those that leave a single term in the loss. A compiler that leaves out
+`1 * x` may then find that the loss and its detached log are one tensor, and the loss has no
+gradient left. The backend below takes that liberty, as inductor does, and needs no C++ compiler.
+"""
+
+import importlib
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.testing import assert_close
+
+import engine
+from data import collate
+from motion import MovingScenes
+from shapes import ShapeScenes
+
+SMALL = {  # of each script: its model, and flags that make it small
+    "mae": "MAE --image-size 16 --embed-dim 16 --depth 1 --num-heads 2 --decoder-depth 1",
+    "cfmae": "CFMAE --image-size 16 --patch-size 4 --embed-dim 16 --depth 1 --num-heads 2 "
+             "--decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1",
+    "semanticmim": "SemanticMIM --embed-dim 32 --depth 1 --num-heads 2",
+    "mcmae": "MCMAE --embed-dims 8,12,16 --depths 1,1,1 --num-heads 2 --decoder-embed-dim 16 "
+             "--decoder-num-heads 2 --decoder-depth 1",
+    "coma_dyvit": "CoMA --dims 8-16-32-64 --heads 1-1-2-4 --blocks 1-1-1-1 "
+                  "--decoder-embed-dim 32 --decoder-depth 1",
+    "videomcmae": "VideoMCMAE --image-size 32 --frames 4 --embed-dims 8,12,16 --depths 1,1,1 "
+                  "--num-heads 2 --decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1",
+}  # fmt: skip
+FLAGS = {  # with which gradients must reach every parameter
+    "mae": ("",),
+    "cfmae": (
+        "", "--decoder parallel", "--decoder no-cross-attention", "--order R-I-S", "--mix sample",
+        "--masking RD", "--masking IG", "--masking SG", "--no-norm-pix-loss", "--granularities R",
+        "--granularities R+S", "--granularities R+I", "--image-size 32 --patch-size 8",
+        "--decoder-depth 2 --semantic-classes 133",
+    ),
+    "mcmae": (
+        "", "--no-sparse", "--kernel-size 7", "--kernel-size 9 --no-multi-scale",
+        "--no-masked-conv", "--masking token", "--no-norm-pix-loss",
+        "--masking token --no-masked-conv --no-multi-scale",
+    ),
+    "coma_dyvit": (
+        "", "--decoder convnext", "--windows 4,1", "--evaluation none", "--evaluation shared",
+        "--evaluation common", "--no-norm-pix-loss --stem-mask after",
+    ),
+    "videomcmae": ("", "--no-sparse", "--no-multi-scale", "--norm-pix-loss"),
+}  # fmt: skip
+HALF = torch.tensor(0.5)  # of training
+
+
+def build(line: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model whose biases and norms are not at their neutral start, and a batch of four."""
+    script, _, flags = line.partition(" ")
+    module, (name, *small) = importlib.import_module(script), SMALL[script].split()
+    argv = ["--model", "tiny", *small, *flags.split()]
+    cfg = engine.parse(module.Config, module.PRESETS, "", argv)
+    torch.manual_seed(0)
+    model = getattr(module, name)(cfg)
+    for p in model.parameters():
+        if p.ndim == 1 and p.requires_grad:
+            nn.init.normal_(p, p.mean().item(), 0.2)
+    if script == "videomcmae":
+        scenes = MovingScenes("train", cfg.image_size, cfg.frames)
+    else:
+        scenes = ShapeScenes("train", cfg.image_size, max(cfg.patch_size // 4, 1))
+    return model, collate([scenes[0, i] for i in range(4)])
+
+
+@pytest.mark.parametrize("line", [f"{k} {x}".strip() for k, v in FLAGS.items() for x in v])
+def test_forward__gradients_reach_every_parameter(line):
+    model, batch = build(line)
+    loss, logs = model(batch, HALF)
+    loss.backward()
+    assert loss.ndim == 0 and all(v.ndim == 0 and not v.requires_grad for v in logs.values())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_forward__loss_and_logs_are_means_over_samples(script):
+    model, batch = build(script)
+    whole, logs = model(batch, HALF)
+    parts = [model({k: v[i : i + 1] for k, v in batch.items()}, HALF) for i in range(4)]
+    assert_close(torch.stack([loss for loss, _ in parts]).mean(), whole, atol=1e-6, rtol=1e-5)
+    for name, value in logs.items():
+        mean = torch.stack([terms[name] for _, terms in parts]).mean()
+        assert_close(mean, value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("line", [*SMALL, "mcmae --no-sparse", "videomcmae --no-sparse"])
+def test_forward__bf16_is_finite_and_near_fp32(line):
+    model, batch = build(line)
+    exact, _ = model(batch, HALF)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(batch, HALF)
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 0.02
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# --------------------------------------------------------------------------------------- compiled
+
+
+def layout(node: torch.fx.Node) -> tuple:
+    x = node.meta["val"]
+    return x.dtype, x.shape, x.stride()
+
+
+def simplified(graph: torch.fx.GraphModule, _) -> object:
+    """Leave out what gives its own input back: copies, x * 1, x / 1, x + 0, one of one."""
+    aten = torch.ops.aten
+    neutral = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
+    for node in list(graph.graph.nodes):
+        same = node.target in (aten.detach.default, aten.alias.default, aten.clone.default)
+        same |= node.target in neutral and node.args[1] == neutral[node.target]
+        if same and layout(node) == layout(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+    graph.recompile()
+    return make_boxed_func(graph.forward)
+
+
+BACKEND = aot_autograd(
+    fw_compiler=simplified,
+    bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+    partition_fn=min_cut_rematerialization_partition,  # it also finds what is computed twice
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [
+    "mae", "cfmae --granularities R", "semanticmim", "mcmae", "coma_dyvit",
+    "coma_dyvit --evaluation none", "videomcmae",
+])  # fmt: skip
+def test_compiled_step__equals_the_step_as_written(line):
+    torch._dynamo.reset()
+    (plain, batch), (model, _) = build(line), build(line)
+    losses = []
+    for step in (plain, torch.compile(model, backend=BACKEND)):
+        loss, logs = step(batch, HALF)
+        assert loss.requires_grad and not any(v.requires_grad for v in logs.values())
+        loss.backward()
+        losses.append({"loss": loss.detach(), **logs})
+    assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+    for (key, p), q in zip(plain.named_parameters(), model.parameters()):
+        assert (p.grad is None) == (q.grad is None), key
+        if p.grad is not None:
+            assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
