@@ -1,7 +1,13 @@
-"""Every number of the CFMAE paper that needs no training, and its statements that do not hold.
+"""Numbers of the CFMAE paper that need no training, and its statements that do not hold.
 
-Tables 8 to 10 belong to the downstream files. What needs 400 epochs is taken as printed; here only
-sums, differences, counts and costs are done again.
+Tables 8 to 10 belong to the downstream files. What no code decides, the sums and differences of
+printed results, was done by hand. Not as its tables have it:
+- "Improvements across all four OOD datasets": in Table 4 IN-A, 35.2, is below MAE's 35.9, and IN-C,
+  48.8 (lower is better), above MFM's 47.5; against MultiMAE it holds.
+- "Most significant gains ... on ImageNet-R and ImageNet-Sketch": against MAE they are -0.7, 2.3,
+  2.9, 2.9 on IN-A, R, Sketch, C; against MultiMAE 2.0, 0.7, 0.2, 0.8, so there these gain least.
+- Table 6: "progressive masking ... superior" in two of three orders is only equal to
+  instance-guided masks alone, 83.5.
 """
 
 from types import SimpleNamespace
@@ -15,38 +21,6 @@ import cfmae
 import engine
 from common import Block, gather, random_mask, split
 from vit import ViT
-
-ROWS_OF_TABLE_1 = {  # top-1, first 400, then 1600 epochs of pre-training; others: their own lengths
-    "MAE": (82.9, 83.6), "MultiMAE": (82.7, 83.3), "CFMAE": (83.7, 84.2)
-}  # fmt: skip
-OTHERS_OF_TABLE_1 = (82.8, 83.2, 84.0, 83.6, 84.0, 83.3, 83.7, 84.1, 84.0, 83.1)
-COST = {"MAE": (1.0, 4.0), "MultiMAE": (1.3, 5.2), "CFMAE": (1.3, 5.2)}
-TABLE_2 = {  # box AP, mask AP
-    "BEiT": (35.6, 32.6), "MAE": (48.3, 42.5), "CAE": (49.8, 43.9), "iBOT": (48.3, 42.7),
-    "ConMIM": (47.8, 42.5), "MIRL": (49.3, 43.7), "MultiMAE": (48.1, 42.2), "CFMAE": (50.1, 44.1),
-}  # fmt: skip
-TABLE_3 = {
-    "BEiT": 47.1, "MAE": 48.1, "MaskFeat": 48.8, "SemMAE": 46.3, "ConMIM": 46.0, "ROPIM": 48.5,
-    "MultiMAE": 47.8, "CFMAE": 49.1,
-}  # fmt: skip
-TABLE_4 = {  # IN-A, IN-R, IN-S, IN-C (mCE, lower is better), score
-    "MAE": (35.9, 48.3, 34.5, 51.7, 41.8), "MFM": (32.7, 48.6, 34.8, 47.5, 42.2),
-    "MultiMAE": (33.2, 49.9, 37.2, 49.6, 42.7), "CFMAE": (35.2, 50.6, 37.4, 48.8, 43.6),
-}  # fmt: skip
-TABLE_5 = ((82.7, None), (83.0, 0.3), (83.3, 0.3), (83.7, 0.4))
-TABLE_6 = {
-    "a": {98: 83.7, 147: 83.7, 196: 83.5},
-    "b": {"RD": 83.3, "IG": 83.5, "SG": 83.4},
-    "c": {"IG-SG-RD": 83.5, "RD-IG-SG": 83.5, "SG-IG-RD": 83.7},
-    "d": {"parallel": 83.3, "no-cross-attention": 83.2, "R-I-S": 83.5, "S-I-R": 83.7},
-    "e": {"R": 82.9, "R+S": 83.2, "R+I": 83.1, "R+I+S": 83.3},
-    "f": {(1, 1, 1): 83.7, (1, 1, 2): 83.7, (1, 2, 1): 83.4, (2, 1, 1): 83.5},
-}
-
-
-def close(x: float) -> object:
-    return pytest.approx(x, abs=1e-6)
-
 
 # ------------------------------------------------------------------------------------ the method
 
@@ -63,9 +37,7 @@ def test_tokens__98_147_196_of_588():
             assert base("--mask-ratio", str(given)).num_visible == visible
     # Does not hold: "mask ratio 1/6" (App. E.1, Table 7) is the share that stays visible.
     assert round((1 - 1 / 6) * 588) == 490 != 98 == round(588 / 6)
-    # MAE's 75 % of 196 and the RGB row of Table 6e, whose accuracy is that of MAE in Table 1.
-    assert base("--granularities", "R").num_visible == 49
-    assert TABLE_6["e"]["R"] == ROWS_OF_TABLE_1["MAE"][0]
+    assert base("--granularities", "R").num_visible == 49  # MAE's 75 % of 196; Table 6e
 
 
 def test_table_7_and_appendices__defaults():
@@ -156,60 +128,3 @@ def test_cost__against_mae_and_a_parallel_decoder(capsys):
         tokens = [torch.zeros(1, n, 768, requires_grad=True) for n in (99, 50)]
     encoder = [flops(lambda x=x: mae.encoder.run(x)[-1].sum().backward()) for x in tokens]
     assert 1.9 < encoder[0] / encoder[1] < 2.1 and encoder[0] - encoder[1] > ours - theirs
-
-
-# --------------------------------------------------------------------------- arithmetic of the text
-
-
-def test_table_1__differences_and_costs():
-    ours = ROWS_OF_TABLE_1["CFMAE"]
-    for other, deltas in {"MAE": (0.8, 0.6), "MultiMAE": (1.0, 0.9)}.items():  # Sec. 4.1
-        assert [a - b for a, b in zip(ours, ROWS_OF_TABLE_1[other])] == [close(d) for d in deltas]
-    for short, long in COST.values():
-        assert long == close(1600 / 400 * short)  # 5.2 = 4 x 1.3
-    assert all(a < b for a, b in zip(ROWS_OF_TABLE_1["MultiMAE"], ROWS_OF_TABLE_1["MAE"]))
-    assert ours[0] > ROWS_OF_TABLE_1["MAE"][1]  # 400 epochs against MAE's 1600
-    assert ours[1] > max(OTHERS_OF_TABLE_1) and ours[1] < 84.4  # the dagger row
-
-
-def test_tables_2_and_3__differences():
-    for other, deltas in {"MAE": (1.8, 1.6), "MultiMAE": (2.0, 1.9)}.items():
-        got = [a - b for a, b in zip(TABLE_2["CFMAE"], TABLE_2[other])]
-        assert got == [close(d) for d in deltas]
-    for column in range(2):
-        assert max(TABLE_2, key=lambda k: TABLE_2[k][column]) == "CFMAE"
-    assert max(TABLE_3, key=TABLE_3.get) == "CFMAE"
-
-
-def test_table_4__scores():
-    for *top1, mce, score in TABLE_4.values():
-        assert abs((sum(top1) + 100 - mce) / 4 - score) <= 0.05 + 1e-9  # printed to one digit
-    for other, delta in {"MAE": 1.8, "MultiMAE": 0.9}.items():
-        assert TABLE_4["CFMAE"][4] - TABLE_4[other][4] == close(delta)
-
-
-def test_table_4__two_statements_do_not_hold():
-    gain = {k: [a - b for a, b in zip(TABLE_4["CFMAE"], row)][:3] + [row[3] - TABLE_4["CFMAE"][3]]
-            for k, row in TABLE_4.items() if k != "CFMAE"}  # fmt: skip
-    # "improvements across all four OOD datasets": IN-A 35.2 < MAE's 35.9, IN-C 48.8 > MFM's 47.5
-    assert gain["MAE"][0] == close(-0.7) and gain["MFM"][3] == close(-1.3)
-    assert min(gain["MultiMAE"]) > 0  # it holds against MultiMAE
-    # "most significant gains ... on ImageNet-R and ImageNet-Sketch": against MAE IN-C gains as much
-    # as IN-S and more than IN-R; against MultiMAE both gain least.
-    assert gain["MAE"] == [close(x) for x in (-0.7, 2.3, 2.9, 2.9)]
-    assert gain["MultiMAE"] == [close(x) for x in (2.0, 0.7, 0.2, 0.8)]
-
-
-def test_tables_5_and_6__differences_and_shared_rows():
-    for (before, _), (after, delta) in zip(TABLE_5, TABLE_5[1:]):
-        assert after - before == close(delta)
-    assert TABLE_5[0][0] == ROWS_OF_TABLE_1["MultiMAE"][0]
-    # The same run stands in several tables: the whole method, and it with random masks.
-    whole = TABLE_6["a"][98], TABLE_6["c"]["SG-IG-RD"], TABLE_6["d"]["S-I-R"], TABLE_6["f"][1, 1, 1]
-    assert {*whole, TABLE_5[3][0], ROWS_OF_TABLE_1["CFMAE"][0]} == {83.7}
-    assert TABLE_5[2][0] == TABLE_6["b"]["RD"] == TABLE_6["e"]["R+I+S"] == 83.3
-    assert min(TABLE_6["b"]["IG"], TABLE_6["b"]["SG"], *TABLE_6["c"].values()) > TABLE_6["b"]["RD"]
-    # Does not quite hold: "progressive masking ... superior" in two of three orders is only equal
-    # to instance-guided masks alone.
-    assert TABLE_6["c"]["IG-SG-RD"] == TABLE_6["c"]["RD-IG-SG"] == TABLE_6["b"]["IG"] == 83.5
-    assert TABLE_6["f"][1, 1, 2] == 83.7 > max(TABLE_6["f"][1, 2, 1], TABLE_6["f"][2, 1, 1])

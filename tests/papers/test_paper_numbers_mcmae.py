@@ -1,7 +1,10 @@
-"""Every number of the MCMAE paper that needs no training, and its statements that do not hold.
+"""Numbers of the MCMAE paper that need no training, and its statements that do not hold.
 
-What needs 200 epochs or more is taken as printed; here only sums, differences, counts and costs are
-done again. Detection's and segmentation's parameters and FLOPs (Tables 2, 3) include their heads.
+Detection's and segmentation's parameters and FLOPs (Tables 2, 3) include their heads. What no code
+decides, the sums and differences of printed results, was done by hand. Not as its tables have it:
+- Linear probing gains "1.6 %" by the multi-scale decoder: Table 6 has 70.9 - 69.4.
+- "6.6 x faster" than MAE: its 100 epochs over 16 are 6.25.
+- Figure 4c has 52.4 and 50.4 where Tables 4 and 2 have 52.5 and 50.3.
 """
 
 import functools
@@ -15,21 +18,6 @@ import engine
 import mcmae
 from downstream import convmae
 from downstream.upernet import Segmenter
-
-TABLE_1 = {  # fine-tuning, linear probing
-    "BEiT": (83.0, 37.6), "MAE": (83.6, 67.8), "SimMIM": (84.0, None), "MCMAE": (85.0, 70.9)
-}  # fmt: skip
-TABLE_2 = {  # box AP, mask AP
-    "Benchmarking": (50.3, 44.9), "ViTDet": (51.2, 45.5), "MIMDet": (51.5, 46.0),
-    "Swin": (49.2, 43.5), "MViTv2": (51.0, 45.7), "MCMAE": (53.2, 47.1),
-}  # fmt: skip
-TABLE_3 = {"MAE": 48.1, "MCMAE": 51.7}
-TABLE_4 = {200: (84.1, 62.5, 50.2, 44.8, 48.1), 1600: (84.6, 69.4, 52.5, 46.5, 50.7)}
-TABLE_6 = {  # without and with the multi-scale decoder: fine-tuning, linear, box, mask, mIoU
-    200: ((84.1, None, 50.2, 44.8, 48.1), (84.4, None, 50.8, 45.4, 48.5)),
-    1600: ((84.6, 69.4, 52.5, 46.5, 50.7), (85.0, 70.9, 53.2, 47.1, 51.7)),
-}
-FIGURE_4 = {"linear": (69.4, 67.8), "box": (52.4, 50.4)}  # MCMAE, MAE
 
 
 def parse(*argv: str) -> mcmae.Config:
@@ -49,10 +37,6 @@ def flops(*argv: str) -> float:
         batch = {"rgb": torch.zeros(1, 3, 224, 224, dtype=torch.uint8)}
         model(batch | {"seed": torch.zeros(1, dtype=torch.int64)}, torch.zeros(()))
     return counter.get_total_flops() / 1e9
-
-
-def minus(a: tuple, b: tuple) -> list:
-    return [None if y is None else pytest.approx(round(x - y, 6), abs=1e-6) for x, y in zip(a, b)]
 
 
 # -------------------------------------------------------------------------------------- the method
@@ -154,36 +138,3 @@ def test_flops__sparse_does_at_most_067_of_dense():
     dense, sparse = flops("--no-sparse"), flops()
     assert dense == pytest.approx(34.436, abs=1e-3) and sparse == pytest.approx(22.491, abs=1e-3)
     assert sparse <= 0.67 * dense
-
-
-# -------------------------------------------------------------------------------- sums in the text
-
-
-def test_text__differences_between_tables():
-    ours, theirs = TABLE_1["MCMAE"], TABLE_1
-    assert minus(ours, theirs["MAE"])[0] == 1.4  # Sec. 3.1
-    assert minus(ours, theirs["BEiT"]) == [2.0, 33.3]  # Sec. 3.1
-    assert minus(ours, theirs["SimMIM"])[0] == 1.0  # Sec. 3.1
-    ours = TABLE_2["MCMAE"]
-    assert minus(ours, TABLE_2["Benchmarking"]) == [2.9, 2.2]  # abstract, Sec. 3.2
-    assert minus(ours, TABLE_2["ViTDet"])[0] == 2.0 and minus(ours, TABLE_2["MIMDet"])[0] == 1.7
-    assert minus(ours, TABLE_2["Swin"]) == [4.0, 3.6]
-    assert minus(ours, TABLE_2["MViTv2"]) == [2.2, 1.4]
-    assert TABLE_3["MCMAE"] - TABLE_3["MAE"] == pytest.approx(3.6)  # abstract, Sec. 3.3
-
-
-def test_text__multi_scale_decoder():
-    for epochs in (200, 1600):
-        without = TABLE_6[epochs][0]
-        assert all(a in (None, b) for a, b in zip(without, TABLE_4[epochs]))  # one model
-    assert minus(*TABLE_6[200][::-1]) == [0.3, None, 0.6, 0.6, 0.4]
-    # Does not hold: linear probing, "1.6 %", is 70.9 - 69.4.
-    assert minus(*TABLE_6[1600][::-1]) == [0.4, 1.5, 0.7, 0.6, 1.0]
-
-
-def test_text__convergence():
-    # Does not hold: MAE's 100 epochs over 16 are not "6.6 x faster".
-    assert 100 / 16 == 6.25
-    assert FIGURE_4["linear"] == (TABLE_4[1600][1], TABLE_1["MAE"][1])
-    # Do not hold: Figure 4c has 52.4 and 50.4 where Tables 4 and 2 have 52.5 and 50.3.
-    assert FIGURE_4["box"] != (TABLE_4[1600][2], TABLE_2["Benchmarking"][0]) == (52.5, 50.3)

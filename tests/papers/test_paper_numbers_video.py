@@ -1,6 +1,7 @@
 """VideoMCMAE: the numbers of Secs. 2.4, 3.4, of its authors' README, and of VideoMAE's commands.
 
-Results are taken as printed; here only counts, costs, sums and settings are done again.
+Results are taken as printed; here only counts, costs and settings are done again. Sec. 3.4's
+"more than 2.9 %" are 82.7 - 79.8 = 2.9; its other comparisons are as its authors' README has them.
 """
 
 import pytest
@@ -11,17 +12,6 @@ import engine
 import videomcmae
 from downstream import finetune_clips
 from tools.videomae import VideoMAE
-
-K400 = {  # pre-training epochs: top-1 in the README of its authors; "MSD": the multi-scale decoder
-    "VideoMAE": {200: 77.8, 800: 79.4, 1600: 79.8},
-    "VideoConvMAE": {200: 80.1, 800: 81.7},
-    "MSD": {800: 82.7},
-}
-SSV2 = {
-    "VideoMAE": {200: 66.1, 800: 69.3, 2400: 70.3},
-    "VideoConvMAE": {200: 67.7, 800: 69.9},
-    "MSD": {800: 70.7},
-}
 
 
 def parse(*argv: str) -> videomcmae.Config:
@@ -125,16 +115,3 @@ def test_flops__sparse_dense_and_videomae():
     sparse, dense = flops(on_meta()), flops(on_meta("--no-sparse"))
     assert sparse == pytest.approx(79.265, abs=1e-3) and dense == pytest.approx(197.480, abs=1e-3)
     assert flops(on_meta(make=VideoMAE)) == pytest.approx(67.746, abs=1e-3)
-
-
-# -------------------------------------------------------------------------------- sums in the text
-
-
-def test_text__section_3_4():
-    for table in (K400, SSV2):
-        for epochs in (200, 800):  # "outperforms VideoMAE by a clear margin"
-            assert table["VideoConvMAE"][epochs] > table["VideoMAE"][epochs]
-    # "200 epochs slightly outperforms VideoMAE at 1600", "by more than 2.9%": by 2.9, not more
-    assert 0 < K400["VideoConvMAE"][200] - K400["VideoMAE"][1600] < 0.5
-    assert K400["MSD"][800] - K400["VideoMAE"][1600] == pytest.approx(2.9)
-    assert 0 < SSV2["MSD"][800] - SSV2["VideoMAE"][2400] < 0.5 and 2400 / 800 == 3  # "3x"
