@@ -33,19 +33,18 @@ class MovingScenes(ShapeScenes):
     every single frame place, angle and size are distributed alike in all classes. (split, index)
     fixes objects and paths; with `train` a sample's seed zooms, mirrors and moves the view.
 
-    Args: as ShapeScenes'; `frames` of a clip; `stride`: 0 shows one frame all the time; `length`
-    None is 10,000 for "train" and 1,000 otherwise.
+    Args: as ShapeScenes'; `frames` of a clip; `stride`: 0 shows one frame all the time. There are
+    10,000 clips for "train", 1,000 otherwise.
     A sample: `rgb` (T, 3, H, W) uint8, and `label`, `seed`, `bad`, as in data.py.
     """
 
     def __init__(
         self, split: str = "train", image_size=64, frames: int = 8, stride: int = 1,
-        train: bool = True, seed: int = 0, length: int | None = None,
+        train: bool = True, seed: int = 0,
     ):  # fmt: skip
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.margin = min(size) // 16  # the view moves so far
-        length = length or (10_000 if split == "train" else 1_000)
-        larger = tuple(n + self.margin for n in size)
+        larger, length = tuple(n + self.margin for n in size), 10_000 if split == "train" else 1_000
         super().__init__(split, larger, 1, ("rgb",), train, seed, length)
         nowhere = (np.zeros(n, np.float32) for n in larger)
         self.ground, _ = self._ground(random.Random(0).random, *nowhere)  # snow

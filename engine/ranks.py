@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import UserError
+from engine.field import nearest
 
 
 class World:
@@ -93,10 +94,9 @@ class World:
     def split_batch(self, batch_size: int, micro_batch: int) -> tuple[int, int]:
         """Micro-batches a step, and samples in each: the fewest that divide a rank's share."""
         if batch_size % self.size:
-            near = batch_size // self.size * self.size
             raise UserError(
                 f"--batch-size {batch_size} is not divisible by the {self.size} ranks; nearest "
-                f"that work: {f'{near} or ' if near else ''}{near + self.size}"
+                f"that work: {nearest(batch_size, self.size)}"
             )
         share = batch_size // self.size
         fits = (a for a in range(1, share + 1) if share % a == 0 and share // a <= micro_batch)

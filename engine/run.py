@@ -66,9 +66,7 @@ class Run:
 
     def __init__(
         self, method: str, cfg: Config, iterations: int | None = None,
-        wrap: Callable | None = None,
-        facts: dict | None = None,
-        then: Sequence[str] = NEXT,
+        wrap: Callable | None = None, facts: dict | None = None, then: Sequence[str] = NEXT,
         train: dict | None = None, val: dict | None = None, **options,
     ):  # fmt: skip
         self.method, self.cfg, self.world = method, cfg, World(cfg.device, cfg.precision)

@@ -159,10 +159,9 @@ def test_verify__names_the_shard(out):
 def test_load__stops_at_a_shard_cut_short_while_it_is_read(out):
     dataset = FolderDataset(out, "train", None, 32, 4, ALL)
     os.truncate(f"{out}/train/000000.tar", 1000)
-    for index, words in ((0, r"000000.tar: 000000000 \(a/0.x.jpg\): the shard is cut short"),):
-        assert list(dataset[0, index]) == ["error"]
-        with pytest.raises(UserError, match=words):
-            dataset.load(index)
+    assert list(dataset[0, 0]) == ["error"]
+    with pytest.raises(UserError, match=r"000000.tar: 000000000 \(a/0.x.jpg\): the shard is cut"):
+        dataset.load(0)
     row = dataset.files.members[3]  # an image that is whole with a map that is not
     os.truncate(f"{out}/train/{row['shard'][0]:06d}.tar", int(row["at"][1]))
     with pytest.raises(UserError, match=r"000000003.instance .*: the shard is cut short"):

@@ -85,6 +85,7 @@ def test_parse__help_has_defaults_and_sources(capsys):
         ("--micro-bach=3 --see 1", "mean --micro-batch, --seed\\?"),
         ("--qqqq 3", r"unrecognized arguments: --qqqq 3 \(--help"),
         ("--device tpu", r"choice: 'tpu' \(choose from .*\) \(--help"),
+        ("--device mps", "'mps'.*: a Mac trains on its CPU here"),
         ("--image-size 224x320", "invalid int value: '224x320': images are square here"),
     ],
 )

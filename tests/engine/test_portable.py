@@ -85,11 +85,6 @@ def test_claims__without_fcntl_is_one_line(monkeypatch):
         claims_lab.Lab(None)
 
 
-def test_device__mps_is_refused_in_words(capsys):
-    with pytest.raises(engine.UserError, match="Mac trains on its CPU"):
-        engine.parse(engine.Config, {"base": {}}, "", ["--device", "mps"])
-
-
 def test_device__a_mac_is_told_that_its_cpu_is_used(tmp_path, monkeypatch, capsys):
     there = functools.cache(lambda: True)  # as torch's own
     monkeypatch.setattr("torch.backends.mps.is_available", there)

@@ -1,4 +1,4 @@
-"""A step of every method: gradients for all; the same loss sample by sample, in bf16, compiled.
+"""Every method's step: gradients for all; the same loss sample by sample, in bf16, compiled; AdamW.
 
 Compiled, the switches are those that leave a single term in the loss. A compiler that leaves out
 `1 * x` may then find that the loss and its detached log are one tensor, and the loss has no
@@ -102,6 +102,23 @@ def test_forward__bf16_is_finite_and_near_fp32(line):
     loss.backward()
     assert loss.dtype == torch.float32 and abs(loss / exact - 1) < 0.02
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+class Made(Exception):
+    """In the place of a run: what AdamW was given."""
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_main__optimizer_has_the_settings(script, tmp_path, monkeypatch):
+    def made(groups, **kwargs):
+        raise Made([g["weight_decay"] for g in groups], kwargs["betas"])
+
+    monkeypatch.setattr(torch.optim, "AdamW", made)
+    line = f"--data shapes --model tiny --device cpu --workers 0 --output {tmp_path / 'run'}"
+    line += " --weight-decay 0.07 --beta1 0.8 --beta2 0.7"
+    with pytest.raises(Made) as e:
+        importlib.import_module(script).main(line.split())
+    assert e.value.args == ([0.07, 0.0], (0.8, 0.7))
 
 
 # --------------------------------------------------------------------------------------- compiled

@@ -1,7 +1,12 @@
-"""--help of every program: at most 40 flags, in groups, and none that only the program sets."""
+"""--help of every program: at most 40 flags, in groups, and none that only the program sets; and
+what starting a script costs: no import that only a folder of photographs needs.
+"""
 
 import importlib
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +27,10 @@ def test_help__at_most_forty_flags(name, capsys):
     assert re.search(r"^  tiny: --", text, re.M) and not re.search(r"^  \w+: *$", text, re.M)
     assert not {"--description"} & set(flags)
     assert all(f"\n{group}:\n" in text for group in ("data", "optimisation", "run"))
+
+
+@pytest.mark.slow
+def test_scripts__import_without_torchvision():
+    code = f"import sys, {', '.join(PROGRAMS)}; print('torchvision' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root) == b"False\n"
