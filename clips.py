@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 import data
 from data import FolderDataset, centre_crop, random_crop
-from files import SUFFIXES, FileList, Unreadable, UserError, decode_image, patiently
+from files import SUFFIXES, FileList, Unreadable, UserError, decode_image, is_image, patiently
 from files import read_bytes, subfolders
 
 LAYOUT = """
@@ -37,17 +37,12 @@ python -m tools.frames makes them. To start without any files: --data shapes"""
 # --------------------------------------------------------------------------------- lists of clips
 
 
-def is_frame(name: str) -> bool:
-    stem, _, suffix = name.rpartition(".")
-    return bool(stem) and name[0] != "." and suffix.lower() in SUFFIXES
-
-
 def _walk(folder: str, prefix: str = "", above: tuple = ()) -> Iterator[str]:
     """Yield the names of the clips below a folder, sorted; follow links. Frames end the search."""
     place = os.path.realpath(folder)
     if place in above:  # a link to a folder above
         return
-    if prefix and any(is_frame(e.name) for e in os.scandir(folder)):
+    if prefix and any(is_image(e.name) for e in os.scandir(folder)):
         yield prefix[:-1]
         return
     for name in subfolders(folder):
@@ -70,7 +65,7 @@ def scan(root: str, split: str, granularities: Sequence[str] = ("rgb",)) -> File
     if not os.path.isdir(base):
         raise UserError(f"there is no folder {base}{LAYOUT}")
     try:
-        if any(is_frame(name) for name in os.listdir(base)):
+        if any(map(is_image, os.listdir(base))):
             raise UserError(f"frames lie in {base} itself, in no folder of a clip{LAYOUT}")
         names = list(_walk(base))
         classes = class_names(root)
@@ -92,7 +87,7 @@ class Frames:
 
     def __init__(self, folder: str):
         try:
-            names = sorted(filter(is_frame, patiently(lambda: os.listdir(folder))))
+            names = sorted(filter(is_image, patiently(lambda: os.listdir(folder))))
         except OSError as error:
             raise Unreadable(f"{folder}: {error.strerror}") from None
         if not names:

@@ -263,12 +263,14 @@ def layout(root: str, split: str) -> dict[str, str]:
     found = {g: f"{split}/{name}" for g, name in names if name in inside}
     if not found and split == "train" and not {"train", "val"} & set(subfolders(root)):
         names = os.listdir(root) if os.path.isdir(root) else ()
-        return {"rgb": "."} if any(n[0] != "." and is_image(n) for n in names) else {}
+        return {"rgb": "."} if any(map(is_image, names)) else {}
     return found or ({"rgb": split} if os.path.isdir(f"{root}/{split}") else {})
 
 
 def is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in SUFFIXES
+    """Whether a file of this name is listed."""
+    stem, _, suffix = name.rpartition(".")
+    return bool(stem) and name[0] != "." and suffix.lower() in SUFFIXES
 
 
 def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> Iterator[tuple]:
@@ -282,14 +284,14 @@ def _walk(folder: str, maps: list[str], prefix: str = "", above: tuple = ()) -> 
     above = *above, (stat.st_dev, stat.st_ino)
     known = [set(os.listdir(m)) if os.path.isdir(m) else () for m in maps]
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        stem, _, suffix = entry.name.rpartition(".")
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             inner = [f"{m}/{entry.name}" for m in maps]
             yield from _walk(entry.path, inner, f"{prefix}{entry.name}/", above)
-        elif stem and suffix.lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
-            lacking = [m for m, names in zip(maps, known) if f"{stem}.png" not in names]
+        elif is_image(entry.name) and (entry.is_file() or entry.is_symlink()):
+            name = f"{entry.name.rpartition('.')[0]}.png"  # of its maps
+            lacking = [m for m, names in zip(maps, known) if name not in names]
             yield prefix + entry.name, lacking
 
 

@@ -33,7 +33,7 @@ def test_scan__orders_labels_links_and_skips(tmp_path):
     for name in ("b/2.JPEG", "b/10.jpg", "a/deep/x.PNG", "a/y.webp", "top.jpeg"):
         write(f"{tmp_path}/train/{name}", smooth(8, 8), format="PNG")
     write(f"{tmp_path}/val/c/z.jpg", smooth(8, 8))
-    for name in (".hidden.jpg", "b/notes.txt", "b/.DS_Store", ".cache/1.jpg", "b/jpg"):
+    for name in (".hidden.jpg", "b/notes.txt", "b/.DS_Store", ".cache/1.jpg", "d/jpg"):
         os.makedirs(os.path.dirname(f"{tmp_path}/train/{name}"), exist_ok=True)
         open(f"{tmp_path}/train/{name}", "w").close()
     os.mkfifo(f"{tmp_path}/train/b/pipe.jpg")
