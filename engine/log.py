@@ -38,7 +38,7 @@ class Meter:
             self.bad = checkpoint["window"].get("bad", 0)
         self.finite_until = None  # on the device: the first step with a bad loss, and its terms
         if checkpoint and checkpoint["window"]["count"]:
-            self.names, values, self.count, self.counts = map(checkpoint["window"].get, FIELDS)
+            self.names, values, self.count, self.counts = (checkpoint["window"][k] for k in FIELDS)
             self.sum = torch.tensor(values, device=world.device)
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1

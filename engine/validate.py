@@ -50,7 +50,7 @@ def means(run: object, evaluate: Callable | None) -> None:
 
 
 def picture(run: object, preview: Callable) -> None:
-    """Draw four of the val split's images, evenly spaced."""
+    """Draw four evenly spaced images of the val split, or of train where there is none."""
     shown, split = run.val_set, "val"
     if shown is None:
         shown, split = run.train_set, "train: images that it was trained on"
