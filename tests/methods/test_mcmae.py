@@ -40,8 +40,8 @@ def masked(model: mcmae.MCMAE, batch: dict) -> tuple[torch.Tensor, torch.Tensor]
     return model.normalize(batch["rgb"]), mcmae.make_mask(model.cfg, batch, None)
 
 
-def encode(model: mcmae.MCMAE, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What the decoder is given, (B, V, C3)."""
+def encode(model: nn.Module, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the decoder is given, (B, V, C3); of clips (B, V*t, C3)."""
     latent = []
     hook = model.encoder.norm.register_forward_hook(lambda m, x, y: latent.append(y))
     model.predict(imgs, mask)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_clips import write_clip
+from test_mcmae import encode
 from tiny_run import checkpoint, launch, lines, same_result
 from torch import nn
 from torch.testing import assert_close
@@ -44,15 +45,6 @@ def build(line: str = "") -> videomcmae.VideoMCMAE:
 
 def masked(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
     return model.normalize(batch["rgb"]), videomcmae.make_mask(model.cfg, batch, None)
-
-
-def encode(model, imgs, mask) -> torch.Tensor:
-    """What the decoder is given, (B, V*t, C3)."""
-    latent = []
-    hook = model.encoder.norm.register_forward_hook(lambda m, x, y: latent.append(y))
-    model.predict(imgs, mask)
-    hook.remove()
-    return latent[0]
 
 
 @pytest.fixture(scope="module")
