@@ -1,7 +1,7 @@
 """Vision-transformer parts that the method scripts share and that no paper here contributes.
 
     masks      random_mask, split, fill      mask (B, L) bool, True = masked; its index tensors
-    patches    patchify, unpatchify, merge, Normalize, pixel_target, sincos_2d
+    patches    patchify, unpatchify, Normalize, pixel_target, sincos_2d
     blocks     Mlp, Attention, CrossAttention, Block, PatchEmbed     parameter names as in timm
 
 vit.py puts them together to the encoder that survives pre-training.
@@ -97,13 +97,6 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     (B, _, n), (h, w), p = patches.shape, grid, patch_size
     x = patches.reshape(B, h, w, p, p, n // p**2).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
     return x.reshape(B, -1, h * p, w * p)
-
-
-def merge(x: Tensor, k: int) -> Tensor:
-    """Join k x k neighbours of tokens in raster order: (..., n, C) to (..., n/k², k*k*C)."""
-    side = math.isqrt(x.shape[-2]) // k
-    x = x.unflatten(-2, (side, k, side, k)).transpose(-4, -3)
-    return x.flatten(-3).flatten(-3, -2)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

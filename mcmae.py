@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Block, Normalize, fill, gather, init_weights, is_sincos, merge, patchify
+from common import Block, Normalize, fill, gather, init_weights, is_sincos, patchify
 from common import pixel_picture, pixel_target, random_mask, resize_position, sincos_2d, split
 from common import unpatchify
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
@@ -125,6 +125,13 @@ def make_mask(cfg: Config, batch: dict[str, Tensor], progress: Tensor) -> Tensor
 # ------------------------------------------------------------------------------------------ model
 # Tokens lie patch by patch, (B, V, k*k, C): V patches of stage 3's grid (h, w), in each k x k
 # positions in raster order, k = 4, 2, 1 in stages 1, 2, 3. Only convolutions look beyond one.
+
+
+def merge(x: Tensor, k: int) -> Tensor:
+    """Join k x k neighbours inside each patch: (B, V, n, C) to (B, V, n/k², k*k*C)."""
+    B, V, n, C = x.shape
+    side = math.isqrt(n) // k
+    return x.view(B, V, side, k, side, k, C).transpose(3, 4).reshape(B, V, side**2, k * k * C)
 
 
 def strided(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     cut, paste          clips (B, T, 3, H, W) to tubes of cubes of pixels, and back
     cube_statistics     what a cube's pixels are normalised by
-    pick                some of the tubes
+    merge, pick         neighbours inside each patch; some of the tubes
     all_tubes           the convolution as it is defined
     visible_tubes       the same where all other tubes are zero, without computing these
 
@@ -10,6 +10,7 @@ Tokens lie tube by tube, (B, V, t, k*k, C): V tubes of the grid (h, w), t steps 
 k x k positions in raster order. A tube is a patch over all frames; a cube is a step of it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,6 +42,13 @@ def cube_statistics(cubes: Tensor) -> tuple[Tensor, Tensor]:
     x = cubes.unflatten(-1, (-1, 3)).flatten(3, 4)  # (B, L, t, p*p*c, 3)
     mean, std = x.mean(3, keepdim=True), x.var(3, keepdim=True).sqrt() + 1e-6
     return tuple(s.repeat(1, 1, 1, 1, cubes.shape[-1] // 3) for s in (mean, std))
+
+
+def merge(x: Tensor, k: int) -> Tensor:
+    """Join k x k neighbours inside each patch: (..., n, C) to (..., n/k², k*k*C)."""
+    side = math.isqrt(x.shape[-2]) // k
+    x = x.unflatten(-2, (side, k, side, k)).transpose(-4, -3)
+    return x.flatten(-3).flatten(-3, -2)
 
 
 def pick(x: Tensor, ids: Tensor) -> Tensor:

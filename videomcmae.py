@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clips
-from common import Block, Mlp, Normalize, fill, init_weights, merge, random_mask, split
+from common import Block, Mlp, Normalize, fill, init_weights, random_mask, split
 from engine import UserError, arg, cosine, decay_groups, divides, nearest, parse, require
 from noise import MASK, uniform
-from tubes import all_tubes, cube_statistics, cut, paste, pick, visible_tubes
+from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
 from vit import ViT
 
 

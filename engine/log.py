@@ -38,8 +38,9 @@ class Meter:
             self.bad = checkpoint["window"].get("bad", 0)
         self.finite_until = None  # on the device: the first step with a bad loss, and its terms
         if checkpoint and checkpoint["window"]["count"]:
-            self.names, values, self.count, self.counts = (checkpoint["window"][k] for k in FIELDS)
+            self.names, values, self.count = (checkpoint["window"][k] for k in FIELDS[:3])
             self.sum = torch.tensor(values, device=world.device)
+            self.counts = checkpoint["window"].get("counts", [self.count] * len(self.names))
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -165,4 +166,4 @@ def tensorboard(out: Path, step: int) -> object:
     return SummaryWriter(out, purge_step=step)
 
 
-FIELDS = ("names", "sum", "count", "counts")  # of a window, as checkpoints have them
+FIELDS = ("names", "sum", "count", "counts")  # of a window; older checkpoints lack the last

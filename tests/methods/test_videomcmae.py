@@ -18,10 +18,10 @@ import clips
 import engine
 import mcmae
 import videomcmae
-from common import Normalize, merge, split
+from common import Normalize, split
 from data import collate
 from motion import MovingScenes
-from tubes import all_tubes, cube_statistics, cut, paste, pick, visible_tubes
+from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
 
 MINI = (
     "--model tiny --image-size 32 --frames 4 --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 "
