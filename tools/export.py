@@ -18,7 +18,6 @@ import argparse
 import collections
 import math
 import re
-import sys
 from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
@@ -41,7 +40,7 @@ TIMM = {
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
 HEADS = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
-MAPS = (["instance_embed"], ["semantic_embed"])  # CFMAE's, beside the RGB branch
+MAPS = ("instance_embed.", "semantic_embed.")  # CFMAE's, beside the RGB branch
 
 
 def timm_state(
@@ -55,7 +54,7 @@ def timm_state(
         head: `fc_norm.*` and `head.*` of a fine-tuned classifier; None: the encoder alone.
         pool: timm's `global_pool`: "avg", "token" or, without head, "".
     """
-    state = {k: v for k, v in encoder.state_dict().items() if k.split(".")[:1] not in MAPS}
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(MAPS)}
     if getattr(encoder, "relative", False):  # BEiT: a key's bias changes nothing, timm has none
         for k in [k for k in state if k.endswith("qkv.bias")]:
             q, _, v = state.pop(k).chunk(3)
@@ -208,7 +207,8 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
         written, notes = with_facts(state, description), notes + found
         kept = {**state, **dict.fromkeys(HEADS if "classifier" in what else ())}
         left = [k for k in left if k not in kept]
-        left += [k.removeprefix("encoder.") for k in source if k.split(".")[1:2] in MAPS]
+        inner = (k.removeprefix("encoder.") for k in source)
+        left += [k for k in inner if k.startswith(MAPS)]
         left += [k for k in ("norm.weight", "norm.bias") if "classifier" in what]
     else:
         written = as_checkpoint(encoder, description, step)
@@ -232,22 +232,16 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
 
 
 def main() -> None:
-    def run() -> int:
-        parser = engine.Parser(
-            prog="python -m tools.export",
-            description=__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("checkpoint", help="of any method, or of a transfer")
-        parser.add_argument("out", help="file to write; must not exist")
-        parser.add_argument("--format", default="encoder", choices=["encoder", "timm", "full"])
-        args = parser.parse_args(sys.argv[1:])
-        print(export(args.checkpoint, args.out, args.format))
-        return 0
-
-    engine.command("export", run)
+    parser = engine.Parser(
+        prog="python -m tools.export", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="of any method, or of a transfer")
+    parser.add_argument("out", help="file to write; must not exist")
+    parser.add_argument("--format", default="encoder", choices=["encoder", "timm", "full"])
+    args = parser.parse_args()
+    print(export(args.checkpoint, args.out, args.format))
 
 
 if __name__ == "__main__":
-    main()
+    engine.command("export", main)

@@ -44,13 +44,6 @@ def encode(ids: np.ndarray) -> bytes:
         return file.getvalue()
 
 
-def array(x: np.ndarray) -> bytes:
-    """An array as an .npy file."""
-    with io.BytesIO() as file:
-        np.save(file, x)
-        return file.getvalue()
-
-
 def write(path: str | Path, data: bytes) -> None:
     """Write a file so that `path` is at any moment absent, the old file or the new one, whole."""
     folder, name = os.path.split(path)

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 import data
+import mae
 import targets
 from engine.ranks import World, peak_memory
 from tools import peers
@@ -226,22 +227,8 @@ NOTHING = contextlib.nullcontext()
 
 def train_peer(name: str, clones: str, flags: list[str]) -> None:
     """The loop of mae.py around another library's model."""
-    cfg = engine.parse(engine.Config, {"base": {}}, "", flags)
-    with engine.Run(name, cfg) as run:
-        peer = peers.build(name, clones)
-        model = run.place(peer)
-        optimizer = torch.optim.AdamW(
-            engine.decay_groups(peer, cfg.weight_decay),
-            lr=0.0,
-            betas=(cfg.beta1, cfg.beta2),
-            fused=True,
-        )
-        for step in run.steps(model, optimizer):
-            for batch in step.micro_batches():
-                with run.autocast():
-                    loss, logs = model(batch, step.progress)
-                step.backward(loss, logs)
-            step.update(engine.cosine(cfg, step))
+    with mock.patch.object(mae, "MAE", lambda cfg: peers.build(name, clones)):
+        mae.main(flags)
 
 
 def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:

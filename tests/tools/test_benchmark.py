@@ -21,9 +21,9 @@ from tools import benchmark, memory, peers, precision, scaling, stopwatch
 pytestmark = pytest.mark.slow
 
 MATRIX_PEAK = stopwatch.matrix_peak
-STEP = dict(method=None, model="base", flags="--model tiny --image-size 32", precision="fp32",
-            device="cpu", compile=False, batch_size=2, steps=1, warmup=0, details=True,
-            json=None, rounds=1, peers=None)  # fmt: skip
+STEP = dict(command="step", method=None, model="base", flags="--model tiny --image-size 32",
+            precision="fp32", device="cpu", compile=False, batch_size=2, steps=1, warmup=0,
+            details=True, json=None, rounds=1, peers=None)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
