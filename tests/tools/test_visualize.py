@@ -1,6 +1,5 @@
 """Figures: attention and distance against naive loops; masks that the flags ask for."""
 
-import dataclasses
 import math
 
 import pytest
@@ -16,34 +15,8 @@ from pictures import hide
 from tools import attention, figures, models, reconstruct, visualize
 import vit
 
-TINY = {
-    "mae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
-    "cfmae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
-    "semanticmim": "--image-size 32 --patch-size 8 --embed-dim 48 --depth 3 --num-heads 3 "
-    "--proxies 2",
-    "mcmae": "--image-size 32 --embed-dims 16,16,32 --num-heads 2 --decoder-depth 1",
-    "coma_dyvit": "--image-size 32 --decoder-depth 1",
-}
 
-
-def fresh(folder):
-    """Write a checkpoint of fresh weights, step 7, of each method: {method: path}."""
-    paths = {}
-    for name, script in METHODS.items():
-        flags = ["--model", "tiny", *TINY[name].split()]
-        cfg = engine.parse(script.Config, script.PRESETS, "", flags)
-        torch.manual_seed(0)
-        state = {"format": engine.FORMAT, "method": name, "step": 7, "optimizer": {}, "window": {}}
-        model = models.model_class(name)(cfg)
-        state |= {"config": dataclasses.asdict(cfg), "model": model.state_dict()}
-        paths[name] = str(folder / f"{name}.pt")
-        engine.save(folder / f"{name}.pt", state)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return fresh(tmp_path_factory.mktemp("checkpoints"))
+pytest_plugins = ["fresh_weights"]
 
 
 def options(**changes):
@@ -174,11 +147,6 @@ def test_choose_mask__chosen_patches(checkpoints):
             choose(patches=f"0,{N}")
 
 
-def photo(path):
-    method, model, batch = opened(path)
-    return method, model.cfg, batch
-
-
 def test_choose_mask__whole_granularities(checkpoints):
     method, model, batch = opened(checkpoints["cfmae"])
     choose = lambda **flags: reconstruct.choose_mask(options(**flags), method, model.cfg, batch)[0]  # noqa: E731
@@ -188,8 +156,9 @@ def test_choose_mask__whole_granularities(checkpoints):
     assert mask.sum(1).tolist() == [4, 4, 16] and not torch.equal(mask[0], mask[1])
     with pytest.raises(UserError, match="hides everything"):
         choose(only=("rgb",), hide=("rgb",))
+    method, model, batch = opened(checkpoints["mae"])
     with pytest.raises(UserError, match="nothing of rgb is hidden: add --mask-ratio 0.75"):
-        reconstruct.choose_mask(options(only=("rgb",)), *photo(checkpoints["mae"]))
+        reconstruct.choose_mask(options(only=("rgb",)), method, model.cfg, batch)
 
 
 @pytest.mark.slow
