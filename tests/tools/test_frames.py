@@ -23,12 +23,12 @@ from tools.frames import SETTINGS, at_rate, main
 ROOT = Path(__file__).parents[2]
 
 
-def write_video(path, count=12, rate=10, size=(64, 48), codec="mpeg4"):
+def write_video(path, count=12, rate=10, size=(64, 48)):
     """Frame n is plain, of brightness 20 n."""
     av = pytest.importorskip("av")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream = container.add_stream("mpeg4", rate=Fraction(rate))
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for n in range(count):
             array = np.full((size[1], size[0], 3), 20 * min(n, 12), np.uint8)
@@ -161,7 +161,7 @@ def test_write__an_interruption_leaves_no_half_clip(tmp_path, monkeypatch):
 
 def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
     for name in ("good", "cut", "empty", "text"):
-        write_video(tmp_path / f"videos/{name}.avi", 60, codec="mpeg4")
+        write_video(tmp_path / f"videos/{name}.avi", 60)
     size = os.path.getsize(tmp_path / "videos/cut.avi")
     os.truncate(tmp_path / "videos/cut.avi", size // 3)
     os.truncate(tmp_path / "videos/empty.avi", 0)
