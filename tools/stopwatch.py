@@ -225,12 +225,6 @@ class Stopwatch(engine.Run):
 NOTHING = contextlib.nullcontext()
 
 
-def train_peer(name: str, clones: str, flags: list[str]) -> None:
-    """The loop of mae.py around another library's model."""
-    with mock.patch.object(mae, "MAE", lambda cfg: peers.build(name, clones)):
-        mae.main(flags)
-
-
 def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
     """Time one of `rows`, {name: (method, its flags)}, a peer, or --method, in this process."""
     runs = []
@@ -244,7 +238,8 @@ def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
         how += ["--compile"] * args.compile + ["--log-every", str(10**9)]
         with mock.patch.object(engine, "Run", run):
             if args.rows in peers.PEERS:
-                train_peer(args.rows, args.peers, how)
+                with mock.patch.object(mae, "MAE", lambda _: peers.build(args.rows, args.peers)):
+                    mae.main(how)
             else:
                 method, flags = rows.get(args.rows) or (args.method, f"--model {args.model}")
                 if "DALLE" in flags:
