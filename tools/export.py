@@ -39,7 +39,6 @@ TIMM = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
-HEADS = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 MAPS = ("instance_embed.", "semantic_embed.")  # CFMAE's, beside the RGB branch
 
 
@@ -162,8 +161,8 @@ def write(out: Path, content: dict) -> None:
 
 def as_timm(
     encoder: nn.Module, description: dict, content: dict, out: Path
-) -> tuple[dict[str, Tensor], str, str, list[str]]:
-    """What `export` writes for timm: state dict, what it is, how it loads, notes."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str, list[str]]:
+    """What `export` writes for timm: state dict, the head in it, how it loads, notes."""
     head, pool, why_not = timm_head(encoder, content)
     classes = len(head["head.bias"]) if head else 0
     load = loading(out, f"model = {timm_constructor(encoder, classes, pool)}; ")
@@ -172,8 +171,7 @@ def as_timm(
         notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
     mean, std = (tuple(description[k]) for k in ("mean", "std"))
     notes.append(f"images in [0, 1], less {mean}, divided by {std}")
-    what = "classifier under timm's names" if head else "encoder under timm's names"
-    return timm_state(encoder, head, pool), what, load, notes
+    return timm_state(encoder, head, pool), head, load, notes
 
 
 def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> str:
@@ -203,13 +201,12 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
                 f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
                 "has no names in timm; --format encoder keeps ours"
             )
-        state, what, load, found = as_timm(encoder, description, content, out)
-        written, notes = with_facts(state, description), notes + found
-        kept = {**state, **dict.fromkeys(HEADS if "classifier" in what else ())}
-        left = [k for k in left if k not in kept]
+        state, head, load, notes = as_timm(encoder, description, content, out)
+        what = f"{'classifier' if head else 'encoder'} under timm's names"
+        written, left = with_facts(state, description), [k for k in left if k not in (head or ())]
         inner = (k.removeprefix("encoder.") for k in source)
         left += [k for k in inner if k.startswith(MAPS)]
-        left += [k for k in ("norm.weight", "norm.bias") if "classifier" in what]
+        left += ["norm.weight", "norm.bias"] if head else []
     else:
         written = as_checkpoint(encoder, description, step)
         state = written["model"]

@@ -101,10 +101,9 @@ def open_recipe(world: engine.World, splits: list[Split], args: argparse.Namespa
 
 
 def parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     top = engine.Parser(
         prog="python -m tools.pseudo_label", description=__doc__, allow_abbrev=False,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = top.add_argument
     add("root", help="the folder that holds train/ and val/")
