@@ -192,8 +192,9 @@ class Stopwatch(engine.Run):
         """Yield warm-up and timed steps, and with --details two more, for FLOPs and for parts."""
         args, times, cpu, updates = self.args, [], [], []
         self.step_model, self.optimizer, self.saved = model, optimizer, time.monotonic()
-        self.meter, self.watch = engine.Meter(self.out, self.world, None, None), NOTHING
+        self.meter = engine.Meter(self.out, self.world, None, None)
         self.meter.restart()
+        self.watch = contextlib.nullcontext()
         self.batches = itertools.repeat(self.scenes(args.batch_size))
         for _ in range(args.warmup + args.steps):
             began, used = self.clock(), time.process_time()
@@ -220,9 +221,6 @@ class Stopwatch(engine.Run):
         found["parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         dtype = torch.bfloat16 if self.world.bf16 else torch.float32
         found["matrix_peak"] = matrix_peak(self.device, dtype)
-
-
-NOTHING = contextlib.nullcontext()
 
 
 def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:

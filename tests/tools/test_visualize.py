@@ -27,25 +27,7 @@ def options(**changes):
 # ------------------------------------------------------------------------------- attention
 
 
-def naive_attention(vit, imgs, layer):
-    """Softmax of scaled products, query by query, from the weights alone; heads of one image."""
-    x = vit.add_prefix(vit.embed(imgs))
-    for block in vit.blocks[: layer - 1]:
-        x = block(x)
-    attn = vit.blocks[layer - 1].attn
-    y, D, d = vit.blocks[layer - 1].norm1(x)[0], x.shape[2], x.shape[2] // attn.num_heads
-    out = torch.zeros(attn.num_heads, len(y), len(y))
-    for head in range(attn.num_heads):
-        rows = slice(head * d, (head + 1) * d)
-        q = y @ attn.qkv.weight[:D][rows].T + attn.qkv.bias[:D][rows]
-        k = y @ attn.qkv.weight[D : 2 * D][rows].T + attn.qkv.bias[D : 2 * D][rows]
-        for i in range(len(y)):
-            score = torch.stack([(q[i] * k[j]).sum() / math.sqrt(d) for j in range(len(y))])
-            out[head, i] = score.exp() / score.exp().sum()
-    return out
-
-
-def test_attentions__naive_softmax(checkpoints):
+def test_attentions__are_the_encoder_s_of_normalised_pixels(checkpoints):
     encoder = semanticmim.load_encoder(checkpoints["semanticmim"]).eval()
     encoder.normalize = common.Normalize()
     args = options(data="shapes", split="val", images="5", image_size=None)
@@ -53,7 +35,7 @@ def test_attentions__naive_softmax(checkpoints):
     imgs = common.Normalize()(rgb[None])
     assert name == "scene 5" and grid == (4, 4) and list(maps) == [1, 3]
     for layer, found in maps.items():
-        torch.testing.assert_close(found[0], naive_attention(encoder, imgs, layer).detach())
+        torch.testing.assert_close(found, encoder.attention(imgs, layer))
 
 
 def test_open_encoders__each_gets_its_own_pixels(monkeypatch):

@@ -307,19 +307,13 @@ def test_columns__what_is_hidden_is_hatched():
         *(f"{name}{kind}" for name in ("rgb", "semantic") for kind in kinds),
         "whole", "whole: prediction", "alone", "alone: visible",
     ]  # fmt: skip
-    for name, truth, pred in (
-        ("rgb", rgb, 255 - rgb),
-        ("semantic", colorize(ids), colorize(ids + 1)),
-    ):
-        for b in range(2):
-            for y in range(truth.shape[2]):
-                for x in range(truth.shape[3]):
-                    at, k = (b, slice(None), y, x), 16 // 4 if name == "rgb" else 2
-                    gone = hidden[b, y // k, x // k]
-                    assert torch.equal(found[name][at], truth[at])
-                    wanted = pred[at] if gone else truth[at]
-                    assert torch.equal(found[f"{name}: prediction"][at], wanted)
-                    seen = found[f"{name}: visible"][at]
-                    grey = seen[0] in (160, 240) and (seen == seen[0]).all()
-                    assert grey if gone else torch.equal(seen, truth[at])
+    pairs = {"rgb": (rgb, 255 - rgb), "semantic": (colorize(ids), colorize(ids + 1))}
+    for name, (truth, pred) in pairs.items():
+        gone = figures.enlarge(hidden, truth.shape[2:])[:, None]  # (B, 1, H, W)
+        assert torch.equal(found[name], truth)
+        assert torch.equal(found[f"{name}: prediction"], pred.where(gone, truth))
+        seen = found[f"{name}: visible"]
+        assert torch.equal(seen.where(~gone, 0), truth.where(~gone, 0))
+        grey = (seen == seen[:, :1]) & ((seen == 160) | (seen == 240))
+        assert (grey | ~gone).all()
     assert torch.equal(found["whole: prediction"], 255 - rgb)
