@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -157,6 +158,11 @@ def test_write__an_interruption_leaves_no_half_clip(tmp_path, monkeypatch):
             frames.write(job, None, None, 90)
     assert not (tmp_path / "x").exists()
     assert frames.write(job, None, None, 90) == "" and shades(tmp_path / "x") == list(range(12))
+
+
+def test_write__an_error_without_words_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(frames, "decode", mock.Mock(side_effect=EOFError))
+    assert frames.write((Path("x.mp4"), tmp_path / "x"), None, None, 90) == "x.mp4: EOFError"
 
 
 def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
