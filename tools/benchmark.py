@@ -102,7 +102,7 @@ RATIOS = (  # what is compared: its time over the other's, and what we want that
 
 
 def child(args: argparse.Namespace, **changes: object) -> dict | None:
-    """Run `one` in a process of its own; None where memory did not suffice."""
+    """Time one row in a process of its own; None where memory did not suffice."""
     given = {k: v for k, v in vars(args).items() if k != "run"} | changes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "result.json")
@@ -265,7 +265,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
          scaling.__doc__),
         ("precision", lambda args: precision.precision(args, PLAIN), precision.add_flags,
          precision.__doc__),
-        ("detect", benchmark_detect.run, benchmark_detect.add_flags, benchmark_detect.__doc__),
+        ("detect", lambda args: benchmark_detect.run(args, child), benchmark_detect.add_flags,
+         benchmark_detect.__doc__),
     ):  # fmt: skip
         p = commands.add_parser(name, description=words, formatter_class=raw)
         p.set_defaults(run=run)
@@ -285,7 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["one"]:
         args = argparse.Namespace(**json.loads(argv[1]))
-        Path(args.json).write_text(json.dumps(stopwatch.one(args, ROWS | VIDEO)))
+        detect = args.command == "detect"
+        found = benchmark_detect.one(args) if detect else stopwatch.one(args, ROWS | VIDEO)
+        Path(args.json).write_text(json.dumps(found))
         return 0
     args = parse(argv)
     if args.json:

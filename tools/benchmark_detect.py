@@ -4,17 +4,13 @@ detect`.
 Ours is `downstream.detect`'s own model, loss and optimizer of each row; torchvision's is
 `maskrcnn_resnet50_fpn_v2` with fresh weights, its own losses, in AdamW, with no layer frozen. Both
 get the same scenes at the same size, so the same objects; torchvision's own resize is turned off.
-Each row runs in a process of its own, and the rows take turns, as in `benchmark step`.
+Rows take turns, as in `benchmark step`.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import engine  # before torch: it sets how threads wait
 
@@ -33,9 +29,9 @@ PEER = "torchvision"
 ROWS = ("mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit", PEER)
 
 
-def ours(method: str, size: int, args: argparse.Namespace, world: World) -> tuple:
+def ours(args: argparse.Namespace, world: World) -> tuple:
     """Model, optimizer and loss of a batch, as `downstream.detect` has them."""
-    given = ["--method", method, "--encoder", args.model, "--image-size", str(size)]
+    given = ["--method", args.rows, "--encoder", args.model, "--image-size", str(args.size)]
     cfg = engine.parse(Config, PRESETS, "", [*given, *args.flags.split()])
     model = detect.build(cfg, args.classes).to(world.device)
     return model, detect.make_optimizer(cfg, model), lambda batch: model(batch, None)[0]
@@ -62,14 +58,13 @@ def theirs(args: argparse.Namespace, world: World) -> tuple:
 
 
 def one(args: argparse.Namespace) -> dict:
-    """Time one row in this process: seconds of each step, peak memory, parameters."""
+    """Time the one of --rows in this process: seconds of each step, peak memory, parameters."""
     torch.manual_seed(0)
     world = World(args.device, args.precision)
     cuda = world.device.type == "cuda"
     if not cuda:
         engine.keep_freed_memory()
-    made = theirs(args, world) if args.row == PEER else ours(args.row, args.size, args, world)
-    model, optimizer, loss_of = made
+    model, optimizer, loss_of = (theirs if args.rows == PEER else ours)(args, world)
     scenes, times, used = Scenes("train", args.size, True), [], []
     batch = world.to_device(collate([scenes[0, i] for i in range(args.batch_size)]))
     for i in range(args.warmup + args.steps):
@@ -87,26 +82,11 @@ def one(args: argparse.Namespace) -> dict:
     peak = peak_memory(world.device)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     timed = {"times": times[args.warmup :], "cpu": used[args.warmup :]}
-    return {"row": args.row, **timed, "peak": peak, "parameters": count}
+    return {"row": args.rows, **timed, "peak": peak, "parameters": count}
 
 
-def child(args: argparse.Namespace, row: str) -> dict:
-    """Run `one` in a process of its own."""
-    given = {k: v for k, v in vars(args).items() if k != "run"} | {"row": row}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "result.json")
-        job = subprocess.run(
-            [sys.executable, "-m", "tools.benchmark_detect", json.dumps(given), str(path)],
-            capture_output=True, text=True, cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
-        if path.exists():
-            return json.loads(path.read_text())
-    said = (job.stderr.strip() or f"status {job.returncode}, memory?").splitlines()[-1]
-    raise UserError(f"{row}: {said}")
-
-
-def run(args: argparse.Namespace) -> list[dict]:
-    """Time the chosen rows in turns; print a table."""
+def run(args: argparse.Namespace, child: Callable) -> list[dict]:
+    """Time the chosen rows in turns, each by `child` in a process of its own; print a table."""
     rows, found = args.rows.split(",") if args.rows else list(ROWS), {}
     if unknown := [r for r in rows if r not in ROWS]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(ROWS)}")
@@ -114,7 +94,9 @@ def run(args: argparse.Namespace) -> list[dict]:
         raise UserError(f"--classes {args.classes}: scenes have {len(SHAPES)}")
     for turn in range(args.rounds):
         for row in rows:
-            result = child(args, row)
+            result = child(args, rows=row)
+            if result is None:
+                raise UserError(f"{row}: not enough memory for batch {args.batch_size}")
             kept = found.setdefault(row, {**result, "times": [], "cpu": []})
             for name in ("times", "cpu"):
                 kept[name] += result[name]
@@ -146,12 +128,3 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--steps", type=int, default=3, help="timed steps a round")
     p.add_argument("--warmup", type=int, default=1, help="steps before them")
     p.add_argument("--rounds", type=int, default=1)
-
-
-def main() -> None:
-    args = argparse.Namespace(**json.loads(sys.argv[1]))
-    Path(sys.argv[2]).write_text(json.dumps(one(args)))
-
-
-if __name__ == "__main__":
-    engine.command("benchmark", main)

@@ -18,7 +18,6 @@ import argparse
 import collections
 import math
 import re
-import sys
 from pathlib import Path
 
 import engine  # before torch: it sets how threads wait
@@ -40,8 +39,7 @@ TIMM = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
-HEADS = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
-MAPS = (["instance_embed"], ["semantic_embed"])  # CFMAE's, beside the RGB branch
+MAPS = ("instance_embed.", "semantic_embed.")  # CFMAE's, beside the RGB branch
 
 
 def timm_state(
@@ -55,7 +53,7 @@ def timm_state(
         head: `fc_norm.*` and `head.*` of a fine-tuned classifier; None: the encoder alone.
         pool: timm's `global_pool`: "avg", "token" or, without head, "".
     """
-    state = {k: v for k, v in encoder.state_dict().items() if k.split(".")[:1] not in MAPS}
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(MAPS)}
     if getattr(encoder, "relative", False):  # BEiT: a key's bias changes nothing, timm has none
         for k in [k for k in state if k.endswith("qkv.bias")]:
             q, _, v = state.pop(k).chunk(3)
@@ -163,8 +161,8 @@ def write(out: Path, content: dict) -> None:
 
 def as_timm(
     encoder: nn.Module, description: dict, content: dict, out: Path
-) -> tuple[dict[str, Tensor], str, str, list[str]]:
-    """What `export` writes for timm: state dict, what it is, how it loads, notes."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, str, list[str]]:
+    """What `export` writes for timm: state dict, the head in it, how it loads, notes."""
     head, pool, why_not = timm_head(encoder, content)
     classes = len(head["head.bias"]) if head else 0
     load = loading(out, f"model = {timm_constructor(encoder, classes, pool)}; ")
@@ -173,8 +171,7 @@ def as_timm(
         notes.append(f"norms add {encoder.norm.eps} to the variance, timm's 1e-06")
     mean, std = (tuple(description[k]) for k in ("mean", "std"))
     notes.append(f"images in [0, 1], less {mean}, divided by {std}")
-    what = "classifier under timm's names" if head else "encoder under timm's names"
-    return timm_state(encoder, head, pool), what, load, notes
+    return timm_state(encoder, head, pool), head, load, notes
 
 
 def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> str:
@@ -204,12 +201,12 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
                 f"{checkpoint} holds an encoder of {method} that is no plain ViT: it "
                 "has no names in timm; --format encoder keeps ours"
             )
-        state, what, load, found = as_timm(encoder, description, content, out)
-        written, notes = with_facts(state, description), notes + found
-        kept = {**state, **dict.fromkeys(HEADS if "classifier" in what else ())}
-        left = [k for k in left if k not in kept]
-        left += [k.removeprefix("encoder.") for k in source if k.split(".")[1:2] in MAPS]
-        left += [k for k in ("norm.weight", "norm.bias") if "classifier" in what]
+        state, head, load, notes = as_timm(encoder, description, content, out)
+        what = f"{'classifier' if head else 'encoder'} under timm's names"
+        written, left = with_facts(state, description), [k for k in left if k not in (head or ())]
+        inner = (k.removeprefix("encoder.") for k in source)
+        left += [k for k in inner if k.startswith(MAPS)]
+        left += ["norm.weight", "norm.bias"] if head else []
     else:
         written = as_checkpoint(encoder, description, step)
         state = written["model"]
@@ -232,22 +229,16 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "encoder") -> st
 
 
 def main() -> None:
-    def run() -> int:
-        parser = engine.Parser(
-            prog="python -m tools.export",
-            description=__doc__,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("checkpoint", help="of any method, or of a transfer")
-        parser.add_argument("out", help="file to write; must not exist")
-        parser.add_argument("--format", default="encoder", choices=["encoder", "timm", "full"])
-        args = parser.parse_args(sys.argv[1:])
-        print(export(args.checkpoint, args.out, args.format))
-        return 0
-
-    engine.command("export", run)
+    parser = engine.Parser(
+        prog="python -m tools.export", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="of any method, or of a transfer")
+    parser.add_argument("out", help="file to write; must not exist")
+    parser.add_argument("--format", default="encoder", choices=["encoder", "timm", "full"])
+    args = parser.parse_args()
+    print(export(args.checkpoint, args.out, args.format))
 
 
 if __name__ == "__main__":
-    main()
+    engine.command("export", main)

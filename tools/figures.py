@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -117,20 +116,19 @@ def class_names(folder: str) -> Sequence[str]:
     return ()
 
 
-def legend(args: argparse.Namespace, pictures: Sequence[Tensor]) -> dict[str, tuple | None]:
-    """{class: its colour} of the semantic maps (3, h, w) in a figure, by number, for `sheet`.
+def legend(args: argparse.Namespace, maps: Sequence[Tensor]) -> dict[str, tuple | None]:
+    """{class: its colour} of the semantic maps (1, h, w) in a figure, by number, for `sheet`.
 
     Of more than 30 classes the 30 that cover most.
     """
-    names = class_names(args.data) if pictures else ()
+    if not maps:
+        return {}
+    names = class_names(args.data)
     table = [tuple(c) for c in colorize(torch.arange(256)[:, None])[..., 0].T.tolist()]
-    shown: Counter[tuple] = Counter()
-    for x in pictures:
-        colours, counts = x.flatten(1).unique(dim=1, return_counts=True)
-        shown.update(dict(zip(map(tuple, colours.T.tolist()), counts.tolist())))
-    area = {i: shown[c] for i, c in enumerate(table) if c in shown}
+    ids, counts = torch.cat([x.flatten() for x in maps]).unique(return_counts=True)
+    area = dict(zip(ids.tolist(), counts.tolist()))
     few = sorted(sorted(area, key=area.get, reverse=True)[:30])
-    found = {"semantic maps:": None} if few else {}
+    found = {"semantic maps:": None}
     found |= {names[i] if i < len(names) else f"class {i}": table[i] for i in few if i < 255}
     found |= {"unlabelled": table[255]} if 255 in few else {}
     return found | ({f"and {len(area) - 30} more": None} if len(area) > 30 else {})

@@ -134,7 +134,7 @@ def write(job: tuple[Path, Path], fps: float | None, short_side: int | None, qua
         return f"{path}: {error}"
     except Exception as error:  # FFmpeg's are of many kinds
         shutil.rmtree(part, ignore_errors=True)
-        return f"{path}: {error or type(error).__name__}"
+        return f"{path}: {str(error) or type(error).__name__}"
     part.rename(out)
     return ""
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +19,7 @@ import files
 import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from engine import UserError
-from tools import pack
-from tools.members import encode_map
+from tools import map_files, pack
 
 SIZE = 224
 
@@ -72,15 +72,10 @@ def link(dataset: data.FolderDataset, chosen: list[int], place: Path) -> None:
 
 def with_palette(root: Path, place: Path) -> None:
     """The same folder, its maps as palette PNG."""
-    for folder in (root / "train").iterdir():
-        (place / "train" / folder.name).mkdir(parents=True)
-        for path in folder.iterdir():
-            target = place / "train" / folder.name / path.name
-            if folder.name == "rgb":
-                os.symlink(path.resolve(), target)
-            else:
-                ids = files.decode_map(files.read_bytes(str(path)))
-                target.write_bytes(encode_map(ids, folder.name))
+    shutil.copytree(root, place)
+    for g in map_files.MAPS:
+        for path in map_files.pngs(f"{place}/train/{g}"):
+            map_files.rewrite(path)
 
 
 def variants(args: argparse.Namespace, place: Path) -> list[tuple[str, Path, tuple[str, ...]]]:

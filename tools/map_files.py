@@ -44,13 +44,6 @@ def encode(ids: np.ndarray) -> bytes:
         return file.getvalue()
 
 
-def array(x: np.ndarray) -> bytes:
-    """An array as an .npy file."""
-    with io.BytesIO() as file:
-        np.save(file, x)
-        return file.getvalue()
-
-
 def write(path: str | Path, data: bytes) -> None:
     """Write a file so that `path` is at any moment absent, the old file or the new one, whole."""
     folder, name = os.path.split(path)
@@ -79,13 +72,18 @@ def pngs(folder: str) -> Iterator[str]:
         yield from (f"{place}/{n}" for n in sorted(names) if n.endswith(".png") and n[0] != ".")
 
 
+def read(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes (n,) uint8 of a map file, and its ids (H, W); UserError where it is broken."""
+    try:
+        data = files.read_bytes(path)
+        return data, files.decode_map(data)
+    except Exception as error:  # Pillow raises anything on broken files
+        raise UserError(f"{path}: {str(error) or type(error).__name__}") from None
+
+
 def rewrite(path: str) -> tuple[int, int, str]:
     """Rewrite a map with a palette, the same ids to the loader: (old size, new size, outcome)."""
-    data = files.read_bytes(path)
-    try:
-        ids = files.decode_map(data)
-    except Exception as error:  # Pillow raises anything on broken files
-        raise UserError(f"{path}: {error or type(error).__name__}") from None
+    data, ids = read(path)
     if data[25] == 3:  # the colour type in the header: a palette already
         return len(data), len(data), "had one"
     if ids.dtype != np.uint8:

@@ -13,27 +13,16 @@ overlap, a found segment with IoU > 0.5 is the only one, and no score is needed 
 import os
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import files
 from data import UNLABELLED, UserError
-from tools.map_files import MAPS, pngs
+from tools.map_files import MAPS, pngs, read
 
 CLASSES = 256  # ids of a semantic map, UNLABELLED among them
 THRESHOLDS = np.arange(50, 100, 5) / 100  # COCO's, of IoU
-
-
-class Segments(NamedTuple):
-    """A picture cut into segments: which one each pixel belongs to, and the class of each.
-
-    `index` (H, W) int64; `classes` (n,) int64, UNLABELLED for the void, which is segment 0.
-    """
-
-    index: np.ndarray
-    classes: np.ndarray
 
 
 def objects(instance: np.ndarray) -> np.ndarray:
@@ -47,11 +36,13 @@ def distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(there).astype(ids.dtype), (np.cumsum(there) - 1)[ids]
 
 
-def segments(instance: np.ndarray, semantic: np.ndarray) -> Segments:
+def segments(instance: np.ndarray, semantic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut a picture: each instance is a segment, and so is each class outside of instances.
 
     An instance has the class that most of its pixels have; pixels without a label in either map
     are void.
+
+    Returns: (H, W) int64, the segment of each pixel, 0 the void; (n,) int64, segments' classes.
     """
     inside = objects(instance)
     key = np.where(inside, CLASSES + instance.astype(np.int64), semantic)
@@ -63,7 +54,7 @@ def segments(instance: np.ndarray, semantic: np.ndarray) -> Segments:
     classes = np.where(votes.any(1), votes.argmax(1), UNLABELLED)
     table = np.where(classes == UNLABELLED, 0, np.cumsum(classes != UNLABELLED))
     kept = np.r_[UNLABELLED, classes[classes != UNLABELLED]]
-    return Segments(table[index], kept)
+    return table[index], kept
 
 
 def overlaps(a: np.ndarray, b: np.ndarray, n: int, m: int) -> np.ndarray:
@@ -78,19 +69,15 @@ class Scores:
         self.names = np.arange(CLASSES) if names is None else names
         self.confusion = np.zeros((CLASSES, CLASSES), np.int64)  # (true, found)
         self.iou, self.tp, self.fp, self.fn = np.zeros((4, CLASSES))
-        self.images, self.best = (
-            0,
-            [],
-        )  # IoU of each true instance with the found segment that covers it best
+        self.images = 0
+        self.best = []  # IoU of each true instance with the found segment that covers it best
 
     def add(self, truth: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray]):
         """Count an image; both are (instance, semantic), ids (H, W)."""
         semantic, self.images = self.names[found[1]], self.images + 1
         self.confusion += overlaps(truth[1].astype(np.int64), semantic, CLASSES, CLASSES)
-        a, b = segments(*truth), segments(found[0], semantic)
-        n, m = len(a.classes), len(b.classes)
-        both = overlaps(a.index, b.index, n, m)
-        self.panoptic(a.classes, b.classes, both)
+        (a, true), (b, classes) = segments(*truth), segments(found[0], semantic)
+        self.panoptic(true, classes, overlaps(a, b, len(true), len(classes)))
         self.instances(truth[0], found[0])
 
     def panoptic(self, true: np.ndarray, found: np.ndarray, both: np.ndarray) -> None:
@@ -152,20 +139,13 @@ def pairs(root: str, truth: str, split: str) -> Iterator[tuple[tuple, tuple]]:
         name = os.path.relpath(path, places[0][0])
         if not os.path.exists(f"{places[1][0]}/{name}"):
             continue
-        both = [tuple(read(f"{place}/{name}") for place in side) for side in places]
+        both = [tuple(read(f"{place}/{name}")[1] for place in side) for side in places]
         shapes = {ids.shape for side in both for ids in side}
         if {ids.shape for ids in both[1]} == {(1, 1)} != shapes:  # of an unreadable image
             continue
         if len(shapes) > 1:
             raise UserError(f"{split}/{name}: maps of sizes {sorted(shapes)}")
         yield both
-
-
-def read(path: str) -> np.ndarray:
-    try:
-        return files.decode_map(files.read_bytes(path))
-    except Exception as error:  # Pillow raises anything on broken files
-        raise UserError(f"{path}: {error or type(error).__name__}") from None
 
 
 def compare(root: str, truth: str) -> int:

@@ -77,7 +77,7 @@ def cfmae_bands(args: argparse.Namespace, method: str, table: Table) -> None:
     sizes = (cfg.image_size, cfg.patch_size)
     for name, batch in open_images(args, *sizes, have, cfg.semantic_classes):
         cells = {m: look(batch, m) for m in have}
-        table.maps += [cells["semantic"]] if "semantic" in have else []
+        table.maps += [batch["semantic"]] if "semantic" in have else []
         for kind in kinds:
             mask = own_mask(method, dataclasses.replace(cfg, masking=kind), batch)[0]
             shown = {m: x for m, x in zip(cfg.names, mask) if m in have}
@@ -119,7 +119,7 @@ def over_training(args: argparse.Namespace) -> None:
     if cfg.mix == "score":
         caption += "; as Eq. 11 is printed, two weighted masks give the heavier one, whole"
     columns = [f"{name} {m}" for name, _ in images for m in names]
-    key = legend(args, [look(batch, "semantic") for _, batch in images])
+    key = legend(args, [batch["semantic"] for _, batch in images])
     sheet(args.output, caption, columns, rows, labels, args.side, args.palette, key)
 
 

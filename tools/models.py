@@ -96,7 +96,7 @@ def image_size(args: argparse.Namespace, encoder: nn.Module) -> tuple[int, int]:
     p, n = encoder.patch_size, args.image_size
     step = max(encoder.strides)
     if n is not None and (n < 1 or n % step):
-        near = f"{max(n // step, 1) * step} or {(n // step + 1) * step}"
+        near = engine.nearest(n, step)
         raise UserError(f"--image-size {n} is not divisible by {step}; nearest: {near}")
     return (n, n) if n else tuple(p * k for k in encoder.grid)
 

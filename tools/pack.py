@@ -78,20 +78,20 @@ def write_shard(
     file: io.BufferedWriter, samples: "Samples", number: int, limit: int, columns: int
 ) -> tuple[list, str]:
     """Write samples while they fit, one at least; their rows (at, size, shard), and SHA-256."""
-    rows, at, digest = [], 0, hashlib.sha256()
+    rows, digest = [], hashlib.sha256()
 
     def write(content: bytes) -> None:
         digest.update(content)
         file.write(content)
 
-    while samples.next and (not rows or at + room(samples.next) <= limit):
+    while samples.next and (not rows or file.tell() + room(samples.next) <= limit):
         row = []
         for suffix, content in samples.next:
             info = tarfile.TarInfo(f"{sample_key(samples.number)}.{suffix}")
             info.size = len(content)
-            write(info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK))
-            row.append((at + BLOCK, len(content), number))
-            at += room([(suffix, content)])
+            write(info.tobuf(tarfile.USTAR_FORMAT))
+            row.append((file.tell(), len(content), number))
+            write(content + bytes(-len(content) % BLOCK))
         rows.append(row[:columns])  # without its class
         samples.advance()
     write(bytes(2 * BLOCK))  # the end of a tar file

@@ -179,33 +179,26 @@ def imports_of(clone: Path) -> Iterator[None]:
 
 
 class MAE(Peer):
+    """A model by the name of its module and function in a clone."""
+
+    module, function, options = "models_mae", "mae_vit_base_patch16", {"norm_pix_loss": True}
+    ratio = 0.75
+
     def make(self) -> None:
         with imports_of(self.clone):
-            from models_mae import mae_vit_base_patch16 as build
-
-            self.model = build(norm_pix_loss=True)
+            build = getattr(importlib.import_module(self.module), self.function)
+            self.model = build(**self.options)
 
     def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
-        return self.model(imgs, 0.75)[0]
+        return self.model(imgs, mask_ratio=self.ratio)[0]
 
 
 class ConvMAE(MAE):
-    def make(self) -> None:
-        with imports_of(self.clone):
-            from models_convmae import convmae_convvit_base_patch16 as build
-
-            self.model = build(norm_pix_loss=True)
+    module, function = "models_convmae", "convmae_convvit_base_patch16"
 
 
-class Hiera(Peer):
-    def make(self) -> None:
-        with imports_of(self.clone):
-            from hiera.hiera_mae import mae_hiera_base_224 as build
-
-            self.model = build()
-
-    def loss(self, imgs: Tensor, rgb: Tensor) -> Tensor:
-        return self.model(imgs, mask_ratio=0.6)[0]
+class Hiera(MAE):
+    module, function, options, ratio = "hiera.hiera_mae", "mae_hiera_base_224", {}, 0.6
 
 
 def semanticmim(clone: Path, config: str) -> nn.Module:

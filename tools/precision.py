@@ -30,6 +30,8 @@ def precision(args: argparse.Namespace, rows: dict) -> list[dict]:
     names, results, every = args.rows.split(","), [], max(1, args.steps // 50)
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(rows)}")
+    if not 1 <= args.window <= (lines := args.steps // every):
+        raise UserError(f"--window {args.window}: {args.steps} steps have {lines} lines of a log")
     for row in names:
         script, own = rows[row]
         flags = [*own.split(), *args.flags.split(), "--data", "shapes", "--device", args.device]

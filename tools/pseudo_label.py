@@ -22,7 +22,7 @@ place of such images. docs/data.md has the whole way, with rates and scores.
 """
 
 import argparse
-import functools
+import io
 import os
 import time
 
@@ -49,14 +49,13 @@ class Regions:
     """Regions and clusters; all the work is done in the loader processes."""
 
     def __init__(self, book: np.ndarray):
-        self.prepare = functools.partial(region_maps, book)
+        self.book = book
+
+    def prepare(self, rgb: torch.Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return regions.maps(self.book, rgb)
 
     def label(self, prepared: list) -> list:
         return prepared
-
-
-def region_maps(book: np.ndarray, rgb: torch.Tensor, name: str) -> tuple[np.ndarray, np.ndarray]:
-    return regions.maps(book, rgb)
 
 
 def region_features(rgb: torch.Tensor, name: str) -> np.ndarray:
@@ -77,7 +76,8 @@ def clusters(labeller: Labeller, split: Split, out: str, args: argparse.Namespac
         ]
         if not found:
             raise UserError(f"none of {count} images in {split.images} can be read")
-        map_files.write(path, map_files.array(regions.learn(np.concatenate(found), args.clusters)))
+        np.save(file := io.BytesIO(), regions.learn(np.concatenate(found), args.clusters))
+        map_files.write(path, file.getvalue())
     while not os.path.exists(path):  # rank 0 is at it; should it fail, torchrun ends all ranks
         time.sleep(0.2)
     return np.load(path)
@@ -101,10 +101,9 @@ def open_recipe(world: engine.World, splits: list[Split], args: argparse.Namespa
 
 
 def parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     top = engine.Parser(
         prog="python -m tools.pseudo_label", description=__doc__, allow_abbrev=False,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = top.add_argument
     add("root", help="the folder that holds train/ and val/")

@@ -106,7 +106,7 @@ def reconstruct(args: argparse.Namespace) -> None:
             row = [None if x is None else x[0] for x in parts(*entry)]
             rows.append(row)
             labels.append(f"{name} {what}")
-            maps += [row[0], row[2]] if what == "semantic" else []
+            maps += [entry[0], entry[2]] if what == "semantic" else []
             if row[0].shape[1] > cfg.image_size:  # a drawing, which needs its size
                 side = max(side, row[0].shape[1])
     how = f"{mask.float().mean():.1%} hidden" + ("" if args.patches else f", --seed {args.seed}")

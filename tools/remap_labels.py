@@ -19,8 +19,8 @@ import engine  # before torch: it sets how threads wait
 import numpy as np
 from PIL import Image
 
-import files
 from engine import UserError
+from tools import map_files
 
 LIMIT = 65536  # ids of a 16-bit map
 
@@ -47,10 +47,7 @@ def read_changes(words: Sequence[str]) -> np.ndarray:
 
 def remap(source: Path, target: Path, table: np.ndarray) -> np.ndarray:
     """Write one map with new ids; the pixels of each old id (65536,)."""
-    try:
-        ids = files.decode_map(np.fromfile(source, np.uint8))
-    except Exception as error:  # Pillow raises anything on broken files
-        raise UserError(f"{source}: {error or type(error).__name__}") from None
+    _, ids = map_files.read(source)
     new = table[ids]
     target.parent.mkdir(parents=True, exist_ok=True)
     narrow = ids.dtype == np.uint8 and new.max() < 256

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 import data
+import mae
 import targets
 from engine.ranks import World, peak_memory
 from tools import peers
@@ -191,8 +192,9 @@ class Stopwatch(engine.Run):
         """Yield warm-up and timed steps, and with --details two more, for FLOPs and for parts."""
         args, times, cpu, updates = self.args, [], [], []
         self.step_model, self.optimizer, self.saved = model, optimizer, time.monotonic()
-        self.meter, self.watch = engine.Meter(self.out, self.world, None, None), NOTHING
+        self.meter = engine.Meter(self.out, self.world, None, None)
         self.meter.restart()
+        self.watch = contextlib.nullcontext()
         self.batches = itertools.repeat(self.scenes(args.batch_size))
         for _ in range(args.warmup + args.steps):
             began, used = self.clock(), time.process_time()
@@ -221,29 +223,6 @@ class Stopwatch(engine.Run):
         found["matrix_peak"] = matrix_peak(self.device, dtype)
 
 
-NOTHING = contextlib.nullcontext()
-
-
-def train_peer(name: str, clones: str, flags: list[str]) -> None:
-    """The loop of mae.py around another library's model."""
-    cfg = engine.parse(engine.Config, {"base": {}}, "", flags)
-    with engine.Run(name, cfg) as run:
-        peer = peers.build(name, clones)
-        model = run.place(peer)
-        optimizer = torch.optim.AdamW(
-            engine.decay_groups(peer, cfg.weight_decay),
-            lr=0.0,
-            betas=(cfg.beta1, cfg.beta2),
-            fused=True,
-        )
-        for step in run.steps(model, optimizer):
-            for batch in step.micro_batches():
-                with run.autocast():
-                    loss, logs = model(batch, step.progress)
-                step.backward(loss, logs)
-            step.update(engine.cosine(cfg, step))
-
-
 def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
     """Time one of `rows`, {name: (method, its flags)}, a peer, or --method, in this process."""
     runs = []
@@ -257,7 +236,8 @@ def one(args: argparse.Namespace, rows: dict[str, tuple[str, str]]) -> dict:
         how += ["--compile"] * args.compile + ["--log-every", str(10**9)]
         with mock.patch.object(engine, "Run", run):
             if args.rows in peers.PEERS:
-                train_peer(args.rows, args.peers, how)
+                with mock.patch.object(mae, "MAE", lambda _: peers.build(args.rows, args.peers)):
+                    mae.main(how)
             else:
                 method, flags = rows.get(args.rows) or (args.method, f"--model {args.model}")
                 if "DALLE" in flags:

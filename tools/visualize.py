@@ -90,7 +90,7 @@ def dataset(args: argparse.Namespace) -> None:
     for name, batch in open_images(args, size, 4, have):  # 4: maps at the image's own resolution
         cells = [look(batch, m) for m in have]
         rows.append(cells + [blend(cells[0], x, 0.5) for x in cells[1:]])
-        maps += [cells[have.index("semantic")]] if "semantic" in have else []
+        maps += [batch["semantic"]] if "semantic" in have else []
         labels.append(name)
     columns = [*have, *(f"{m} laid over" for m in have[1:])]
     caption = f"{args.data}, split {where(args)[1]}, centre crops; one id has one colour always; "
@@ -201,7 +201,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Write the picture that the command line asks for."""
     args, args.rest = (top := parser()).parse_known_args(argv)
-    if args.rest and args.command not in ("masks", "schedule"):
+    takes_more = args.command in ("masks", "schedule") and not getattr(args, "checkpoint", None)
+    if args.rest and not takes_more:
         top.error(f"unrecognized arguments: {' '.join(args.rest)}")
     if getattr(args, "side", 1) < 1 or getattr(args, "seed", 0) < 0:
         top.error("--side must be above 0, --seed 0 or above")

@@ -49,10 +49,8 @@ class FakeLab(claims_lab.Lab):
             rate = float(value("--base-lr") or 8e-3)
             top = 50 + seed - 1000 * abs(rate - 4e-3) - 10 * ("--random" in command)
             (out / "result.json").write_text(json.dumps({"top1": top}))
-            line = {
-                "step": int(value("--steps") or 100),
-                "epoch": int(value("--steps") or 100) / 20,
-            }
+            steps = int(value("--steps") or 100)
+            line = {"step": steps, "epoch": steps / 20}
             (out / "log.jsonl").write_text(json.dumps(line) + "\n")
         else:
             steps = int(value("--steps") or epochs * 10)
@@ -126,7 +124,7 @@ def test_claims__compare_arms_that_are_there_by_measures_that_are_known():
 
 
 @pytest.mark.parametrize("name", claims_table.CLAIMS)
-def test_claims__every_arm_is_a_command_its_script_takes(name, bench, tmp_path, monkeypatch):
+def test_claims__every_arm_is_a_command_its_script_takes(name, bench):
     make, lab = bench
     trial = make(claims_table.CLAIMS[name], epochs=8)
     for label, arm in trial.claim.arms.items():
@@ -258,7 +256,7 @@ def test_verdicts__losses_on_other_patches_or_leaking_ones_are_not_judged():
 
 
 @pytest.mark.slow
-def test_finish__another_budget_is_refused(bench, tmp_path):
+def test_finish__another_budget_is_refused(bench):
     make, _ = bench
     make().finish(PAGE)
     with pytest.raises(UserError, match="has epochs 2"):

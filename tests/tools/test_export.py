@@ -70,10 +70,8 @@ def test_timm__the_line_it_prints_gives_the_same_features(method, changes, tmp_p
     timm = pytest.importorskip("timm", reason="timm is optional; its names are checked without it")
     our_checkpoint(tmp_path / "last.pt", method, **changes)
     said = export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
-    names = {"timm": timm, "torch": torch}
-    exec(re.search(r"loads by +(.*)", said)[1], names)  # strict
     with torch.no_grad():
-        theirs = names["model"].eval().forward_features(IMGS)
+        theirs = loads_by(said, timm).forward_features(IMGS)
     ours = features(open_encoder(checkpoint=tmp_path / "last.pt")[0])
     assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ from tools.frames import SETTINGS, at_rate, main
 ROOT = Path(__file__).parents[2]
 
 
-def write_video(path, count=12, rate=10, size=(64, 48), codec="mpeg4"):
+def write_video(path, count=12, rate=10, size=(64, 48)):
     """Frame n is plain, of brightness 20 n."""
     av = pytest.importorskip("av")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate))
+        stream = container.add_stream("mpeg4", rate=Fraction(rate))
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for n in range(count):
             array = np.full((size[1], size[0], 3), 20 * min(n, 12), np.uint8)
@@ -159,9 +160,14 @@ def test_write__an_interruption_leaves_no_half_clip(tmp_path, monkeypatch):
     assert frames.write(job, None, None, 90) == "" and shades(tmp_path / "x") == list(range(12))
 
 
+def test_write__an_error_without_words_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(frames, "decode", mock.Mock(side_effect=EOFError))
+    assert frames.write((Path("x.mp4"), tmp_path / "x"), None, None, 90) == "x.mp4: EOFError"
+
+
 def test_main__names_broken_videos_and_leaves_them_out(tmp_path, capsys):
     for name in ("good", "cut", "empty", "text"):
-        write_video(tmp_path / f"videos/{name}.avi", 60, codec="mpeg4")
+        write_video(tmp_path / f"videos/{name}.avi", 60)
     size = os.path.getsize(tmp_path / "videos/cut.avi")
     os.truncate(tmp_path / "videos/cut.avi", size // 3)
     os.truncate(tmp_path / "videos/empty.avi", 0)

@@ -1,5 +1,7 @@
 """Map files, their scores, and the recipe regions."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,13 @@ def test_convert__rewrites_maps_to_the_same_ids(tmp_path, capsys):
         map_files.convert(str(tmp_path))
     with pytest.raises(engine.UserError, match="no maps in"):
         map_files.convert(str(tmp_path / "train"))
+
+
+def test_read__an_error_without_words_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "decode_map", mock.Mock(side_effect=MemoryError))
+    map_files.write(tmp_path / "x.png", b"")
+    with pytest.raises(engine.UserError, match="x.png: MemoryError$"):
+        map_files.read(tmp_path / "x.png")
 
 
 # ------------------------------------------------------------------------------------------ scores
@@ -199,9 +208,7 @@ def test_scores_majority__a_class_is_renamed_and_unlabelled_stays():
 
 def save(root, maps, split="train"):
     for (g, name), ids in maps.items():
-        path = root / split / g / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(map_files.encode(ids))
+        map_files.write(root / split / g / name, map_files.encode(ids))
 
 
 def test_compare__renames_clusters_and_leaves_out_what_is_not_there(tmp_path, capsys):

@@ -260,7 +260,7 @@ def test_grounded__equals_the_models_used_one_image_and_box_at_a_time(masks, mod
     assert len(set(counts)) > 1, counts
 
 
-def test_grounded__an_image_in_which_nothing_is_found_is_all_background(models, monkeypatch):
+def test_grounded__an_image_in_which_nothing_is_found_is_all_background(models):
     base = panoptic.Panoptic(str(models["panoptic"]), 80, CPU)
     paths = str(models["boxes"]), str(models["sam"])
     recipe = grounded.Grounded(base, *paths, {}, CPU)

@@ -2,19 +2,11 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from test_data import write
 
 import files
 from engine import UserError
-from tools import remap_labels
-
-
-def write(path, ids, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.array(ids))
-    if mode == "P":
-        image.putpalette([9] * 768)
-    image.save(path)
+from tools import map_files, remap_labels
 
 
 def ids_of(path):
@@ -22,7 +14,8 @@ def ids_of(path):
 
 
 def test_main__void_becomes_unlabelled(tmp_path, capsys):
-    write(tmp_path / "in/a/x.png", np.array([[0, 11, 3], [11, 11, 2]], np.uint8), "P")
+    palette = map_files.encode(np.array([[0, 11, 3], [11, 11, 2]], np.uint8))
+    map_files.write(tmp_path / "in/a/x.png", palette)
     write(tmp_path / "in/y.png", np.array([[5]], np.uint8))
     remap_labels.main([str(tmp_path / "in"), str(tmp_path / "out"), "11=255", "7=8"])
     found = ids_of(tmp_path / "out/a/x.png")

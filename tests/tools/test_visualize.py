@@ -1,6 +1,5 @@
 """Figures: attention and distance against naive loops; masks that the flags ask for."""
 
-import dataclasses
 import math
 
 import pytest
@@ -16,34 +15,8 @@ from pictures import hide
 from tools import attention, figures, models, reconstruct, visualize
 import vit
 
-TINY = {
-    "mae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
-    "cfmae": "--image-size 32 --embed-dim 32 --depth 2 --num-heads 2 --decoder-embed-dim 32",
-    "semanticmim": "--image-size 32 --patch-size 8 --embed-dim 48 --depth 3 --num-heads 3 "
-    "--proxies 2",
-    "mcmae": "--image-size 32 --embed-dims 16,16,32 --num-heads 2 --decoder-depth 1",
-    "coma_dyvit": "--image-size 32 --decoder-depth 1",
-}
 
-
-def fresh(folder):
-    """Write a checkpoint of fresh weights, step 7, of each method: {method: path}."""
-    paths = {}
-    for name, script in METHODS.items():
-        flags = ["--model", "tiny", *TINY[name].split()]
-        cfg = engine.parse(script.Config, script.PRESETS, "", flags)
-        torch.manual_seed(0)
-        state = {"format": engine.FORMAT, "method": name, "step": 7, "optimizer": {}, "window": {}}
-        model = models.model_class(name)(cfg)
-        state |= {"config": dataclasses.asdict(cfg), "model": model.state_dict()}
-        paths[name] = str(folder / f"{name}.pt")
-        engine.save(folder / f"{name}.pt", state)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return fresh(tmp_path_factory.mktemp("checkpoints"))
+pytest_plugins = ["fresh_weights"]
 
 
 def options(**changes):
@@ -54,25 +27,7 @@ def options(**changes):
 # ------------------------------------------------------------------------------- attention
 
 
-def naive_attention(vit, imgs, layer):
-    """Softmax of scaled products, query by query, from the weights alone; heads of one image."""
-    x = vit.add_prefix(vit.embed(imgs))
-    for block in vit.blocks[: layer - 1]:
-        x = block(x)
-    attn = vit.blocks[layer - 1].attn
-    y, D, d = vit.blocks[layer - 1].norm1(x)[0], x.shape[2], x.shape[2] // attn.num_heads
-    out = torch.zeros(attn.num_heads, len(y), len(y))
-    for head in range(attn.num_heads):
-        rows = slice(head * d, (head + 1) * d)
-        q = y @ attn.qkv.weight[:D][rows].T + attn.qkv.bias[:D][rows]
-        k = y @ attn.qkv.weight[D : 2 * D][rows].T + attn.qkv.bias[D : 2 * D][rows]
-        for i in range(len(y)):
-            score = torch.stack([(q[i] * k[j]).sum() / math.sqrt(d) for j in range(len(y))])
-            out[head, i] = score.exp() / score.exp().sum()
-    return out
-
-
-def test_attentions__naive_softmax(checkpoints):
+def test_attentions__are_the_encoder_s_of_normalised_pixels(checkpoints):
     encoder = semanticmim.load_encoder(checkpoints["semanticmim"]).eval()
     encoder.normalize = common.Normalize()
     args = options(data="shapes", split="val", images="5", image_size=None)
@@ -80,7 +35,7 @@ def test_attentions__naive_softmax(checkpoints):
     imgs = common.Normalize()(rgb[None])
     assert name == "scene 5" and grid == (4, 4) and list(maps) == [1, 3]
     for layer, found in maps.items():
-        torch.testing.assert_close(found[0], naive_attention(encoder, imgs, layer).detach())
+        torch.testing.assert_close(found, encoder.attention(imgs, layer))
 
 
 def test_open_encoders__each_gets_its_own_pixels(monkeypatch):
@@ -174,11 +129,6 @@ def test_choose_mask__chosen_patches(checkpoints):
             choose(patches=f"0,{N}")
 
 
-def photo(path):
-    method, model, batch = opened(path)
-    return method, model.cfg, batch
-
-
 def test_choose_mask__whole_granularities(checkpoints):
     method, model, batch = opened(checkpoints["cfmae"])
     choose = lambda **flags: reconstruct.choose_mask(options(**flags), method, model.cfg, batch)[0]  # noqa: E731
@@ -188,8 +138,9 @@ def test_choose_mask__whole_granularities(checkpoints):
     assert mask.sum(1).tolist() == [4, 4, 16] and not torch.equal(mask[0], mask[1])
     with pytest.raises(UserError, match="hides everything"):
         choose(only=("rgb",), hide=("rgb",))
+    method, model, batch = opened(checkpoints["mae"])
     with pytest.raises(UserError, match="nothing of rgb is hidden: add --mask-ratio 0.75"):
-        reconstruct.choose_mask(options(only=("rgb",)), *photo(checkpoints["mae"]))
+        reconstruct.choose_mask(options(only=("rgb",)), method, model.cfg, batch)
 
 
 @pytest.mark.slow

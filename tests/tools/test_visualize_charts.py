@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from test_visualize import fresh
+from test_visualize_commands import run
 
 import engine
 from engine import UserError
@@ -16,9 +16,7 @@ from tools import charts, masks, visualize
 from tools.charts import Series
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return fresh(tmp_path_factory.mktemp("checkpoints"))
+pytest_plugins = ["fresh_weights"]
 
 
 @pytest.fixture
@@ -33,16 +31,6 @@ def drawn(monkeypatch):
     for module in (charts, masks):
         monkeypatch.setattr(module, "chart", keep)
     return shown
-
-
-def run(tmp_path, *words):
-    """Run a command and return its picture's size."""
-    visualize.main([*map(str, words), "--output", str(tmp_path / "sub" / "x.png")])
-    with Image.open(tmp_path / "sub" / "x.png") as image:
-        assert image.format == "PNG"
-        low, high = image.convert("L").getextrema()
-        assert low < high
-        return image.size
 
 
 @pytest.fixture
