@@ -131,9 +131,9 @@ class Config(engine.Config):
 def visible_counts(seed: Tensor, num_visible: int, M: int) -> Tensor:
     """Visible patches of each granularity, (B, M) int64 with row sums `num_visible`."""
     # NOTE paper unclear: share of each granularity. Dirichlet(1, ..., 1), rounded end to end.
-    ends = (-uniform(seed, M, DIRICHLET).log()).cumsum(1)  # (B, M)
-    ends = (num_visible * (ends / ends[:, -1:])).round().long()
-    return ends.diff(dim=1, prepend=ends.new_zeros(len(seed), 1))
+    draws = -uniform(seed, M, DIRICHLET).log().double()  # on CUDA torch 2.6 has no deterministic
+    ends = torch.stack([draws[:, : m + 1].sum(1) for m in range(M)], dim=1).float()  # cumsum
+    return F.pad((num_visible * (ends / ends[:, -1:])).round().long(), (1, 0)).diff(dim=1)
 
 
 def patch_labels(label_map: Tensor) -> Tensor:

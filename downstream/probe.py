@@ -38,7 +38,7 @@ from downstream.heads import LARS, Heads, knn, score_heads
 from downstream.scores import shares, tally, write_result
 from downstream.source import open_source
 from engine import UserError, arg
-from engine.ranks import World
+from engine.ranks import World, part
 from engine.schedule import warmup_cosine
 
 
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
     folder = cached(encoder, layers, width, out, cfg, world, norm)
-    world.maximum(0)
+    part()
     if world.rank:
         return
     table = []

@@ -55,20 +55,22 @@ def join(x: Tensor, grid: Sequence[int], window: int, shift: int = 0) -> Tensor:
     return x[:, top : top + h, left : left + w].flatten(1, 2)
 
 
-def places(grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
+def places(
+    grid: Sequence[int], rows: slice = slice(None), device: torch.device | None = None
+) -> Tensor:
     """Which offset each of L tokens of a grid (h, w) has from each other, (L, L): its place among
     (2h - 1)(2w - 1), in the order of BEiT, Swin and the public detection code of MCMAE.
 
     Args: `rows`: queries, of the L.
     """
-    (h, w), at = grid, torch.arange(grid[0] * grid[1])
+    (h, w), at = grid, torch.arange(grid[0] * grid[1], device=device)
     dy, dx = (a[rows, None] - a for a in (at // w, at % w))
     return (dy + h - 1) * (2 * w - 1) + dx + w - 1
 
 
 def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
     """Bias (heads, L, L) of a grid from a table (offsets, heads) in the order of `places`."""
-    return F.embedding(places(grid, rows).to(table.device), table).permute(2, 0, 1)
+    return F.embedding(places(grid, rows, table.device), table).permute(2, 0, 1)
 
 
 class Biased(torch.autograd.Function):

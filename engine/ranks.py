@@ -133,6 +133,13 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX
 
 
+def part() -> None:
+    """End the ranks' group, all together: who goes on alone may take longer than others wait."""
+    if dist.is_initialized():
+        dist.barrier()  # torch 2.6 can hang in the next line while an all-reduce is being freed
+        dist.destroy_process_group()
+
+
 def command(name: str, main: Callable[[], int | None]) -> typing.NoReturn:
     """Run and exit with the status returned; an error of the user's or of the file system is one
     message and exit status 2.
@@ -150,7 +157,6 @@ def command(name: str, main: Callable[[], int | None]) -> typing.NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    if dist.is_initialized() and status == 0:
-        dist.barrier()  # torch 2.6 can hang in the next line while an all-reduce is being freed
-        dist.destroy_process_group()
+    if status == 0:
+        part()
     sys.exit(status)

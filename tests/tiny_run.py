@@ -112,8 +112,7 @@ def _rank(rank, ranks, store, function, args):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     function(*args)
-    dist.barrier()  # see engine.command
-    dist.destroy_process_group()
+    engine.ranks.part()
 
 
 def launch(ranks, store, function, *args):
@@ -188,7 +187,7 @@ def lines(out, times=False):
 
 
 def checkpoint(out):
-    return torch.load(Path(out) / "last.pt", weights_only=True)
+    return torch.load(Path(out) / "last.pt", "cpu", weights_only=True)
 
 
 def same_bits(a, b):

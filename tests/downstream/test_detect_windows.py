@@ -5,6 +5,7 @@ import engine  # noqa: F401 - first: it sets how threads wait
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import Block
 from vit import ViT
@@ -22,6 +23,18 @@ def blocks(depth=1, dim=16, heads=2):
         for p in block.parameters():
             torch.nn.init.normal_(p, std=0.3)
     return found
+
+
+class NoCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        return func(*args, **(kwargs or {}))
+
+
+def test_offsets__are_worked_out_on_the_tables_device():
+    with NoCopies():  # 64 x 64 patches: 128 MiB, which a step would wait for
+        found = offsets(torch.empty(127**2, 12, device="meta"), (64, 64))
+    assert found.shape == (12, 64**2, 64**2)
 
 
 def bias_by_hand(table, window, a, b):

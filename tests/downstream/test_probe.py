@@ -4,10 +4,13 @@ import fcntl
 import json
 import os
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from test_finetune import FLAGS, build, parse, write_checkpoint
 from test_finetune import run as finetune
@@ -292,6 +295,24 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
         run(*linear, "--random", "--output", tmp_path / "d")
     with pytest.raises(engine.UserError, match="holds a run"):
         run(*linear, "--output", tmp_path / "a")
+
+
+def probe_alone(out):
+    score = probe.score
+
+    def alone(*args):
+        assert not dist.is_initialized()
+        return score(*args)
+
+    with mock.patch.object(probe, "score", alone):
+        run("--method", "mae", "--encoder", "tiny", "--protocol", "knn", "--output", out)
+
+
+@pytest.mark.slow
+def test_run__other_ranks_do_not_wait_for_the_first_ones_heads(tmp_path):
+    # torch lets them wait for half an hour; then they fail, and all are ended
+    tiny_run.launch(2, tmp_path / "store", probe_alone, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["images"] == 40
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A step never waits for the device: CUDA's driver is told to raise where one would.
 
 Steps that write a line of the log do read the device, so here no line falls among those watched.
+And with --deterministic every step runs, and twice to the same bits.
 """
 
 import importlib
@@ -8,6 +9,7 @@ import importlib
 import engine  # first: it sets how threads wait
 
 import pytest
+import tiny_run
 import torch
 
 pytestmark = [
@@ -66,3 +68,18 @@ def test_watch__sees_a_step_that_waits(watch, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="synchroniz"):
         mae.main([*FLAGS, "--output", str(tmp_path)])
     assert watch == [0, 1, 2]
+
+
+@pytest.fixture
+def undone():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("command", PRETRAINING + TRANSFER)
+def test_deterministic__two_runs_end_alike(undone, tmp_path, command):
+    script, *flags = command.split()
+    for name in ("a", "b"):
+        out = ["--deterministic", "--output", str(tmp_path / name)]
+        importlib.import_module(script).main([*flags, *FLAGS, *out])
+    assert tiny_run.same_result(tmp_path / "a", tmp_path / "b")
