@@ -72,7 +72,8 @@ class BatchSampler(Sampler):
         accum: int = 1, start_step: int = 0, stop_step: int | None = None,
     ):  # fmt: skip
         if length < batch_size:
-            raise UserError(f"the data has {length} samples, fewer than one batch of {batch_size}")
+            words = f"the data has {length} samples, fewer than one batch of {batch_size}"
+            raise UserError(f"{words}: lower --batch-size")
         if batch_size % (world * accum):
             raise UserError(f"batch size {batch_size} is not divisible by {world} ranks x {accum}")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -174,8 +175,9 @@ class Granularity(NamedTuple):
     """One kind of map: what its pixels are, and what a batch holds of them.
 
     Args:
-        kind: "pixels" (of the image itself) or "labels" (ids, UNLABELLED where there is none).
-        prepare: ids of a crop (h, w), as decoded, to what the batch holds.
+        kind: "pixels", at the image's size, or "labels", ids at the label stride, UNLABELLED where
+            there is none.
+        prepare: values of a crop (h, w), as decoded, to what the batch holds.
     """
 
     kind: str
@@ -284,11 +286,11 @@ class FolderDataset(Dataset):
             rgb = rgb.contiguous(memory_format=torch.channels_last)
             rgb = F.interpolate(rgb, self.size, mode="bicubic", antialias=True)[0]
             sample["rgb"] = (rgb.flip(-1) if flip else rgb).contiguous()
-        rows = nearest(top, h, self.label_size[0])
-        cols = nearest(left, w, self.label_size[1], flip)
         for granularity, ids in maps.items():
-            ids = GRANULARITIES[granularity].prepare(ids[rows][:, cols])
-            sample[granularity] = torch.from_numpy(ids)
+            kind, prepare = GRANULARITIES[granularity]
+            height, width = self.label_size if kind == "labels" else self.size
+            ids = ids[nearest(top, h, height)][:, nearest(left, w, width, flip)]
+            sample[granularity] = torch.from_numpy(prepare(ids))
         return sample
 
     def __getitem__(self, key: tuple[int, int]) -> dict:

@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     content = engine.read(path, mapped=True)
     method = content.get("method") if isinstance(content, dict) else None
     if method not in TASKS:
-        raise UserError(f"{path} is of {method}; wanted a run of {' or '.join(TASKS)}")
+        raise UserError(f"{path} is of {method}; wanted a run of finetune or segment")
     table = Path(args.output, "predictions.csv")
     if table.exists():
         raise UserError(f"{table} exists: choose another --output")

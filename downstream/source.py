@@ -82,7 +82,7 @@ def _public(path: str | Path, key: str | None, changes: dict) -> Source:
 
 
 def _ours(path: str | Path, changes: dict) -> Source:
-    content = read_once(path, "--checkpoint")
+    content = read_once(path)
     keys = {"format", "method", "config", "model"}
     if not (
         isinstance(content, dict)

@@ -31,6 +31,7 @@ def read(path: str | Path, option: str = "", mapped: bool = False) -> object:
     name = f"{option} {path}".strip()
     if not Path(path).is_file():
         what = "is a folder, not a file" if Path(path).is_dir() else "no such file"
+        what += "; a run's checkpoint is last.pt in it" * Path(path, "last.pt").is_file()
         raise UserError(f"{name}: {what}")
     try:
         if str(path).endswith(".safetensors"):

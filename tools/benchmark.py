@@ -2,7 +2,7 @@
 
     python -m tools.benchmark step                                # every row below, batch 32
     python -m tools.benchmark step --rows mae,cfmae --precision bf16 --rounds 3 --json out.json
-    python -m tools.benchmark step --method mcmae --model large --flags "--no-sparse"
+    python -m tools.benchmark step --method mcmae --model large --flags=--no-sparse
     python -m tools.benchmark step --rows mae --peers             # beside other libraries' models
     python -m tools.benchmark step --rows mae,mcmae --peers DIR   # and their authors' clones in DIR
     python -m tools.benchmark loader --data data/imagenet --feed 1500   # a folder, and its shards
@@ -235,7 +235,7 @@ def step_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rows", help=f"comma-separated, of {', '.join((*ROWS, *VIDEO))}")
     p.add_argument("--method", choices=SCRIPTS)
     p.add_argument("--model", default="base", help="preset, with --method")
-    p.add_argument("--flags", default="", help="more flags for the scripts, in quotes")
+    p.add_argument("--flags", default="", help='more flags for the scripts: --flags="--a 1 --b"')
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--compile", action="store_true")
     p.add_argument("--batch-size", type=int, default=32)

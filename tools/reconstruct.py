@@ -97,8 +97,12 @@ def reconstruct(args: argparse.Namespace) -> None:
     cfg, rows, labels, side, maps = model.cfg, [], [], args.side, []
     names, classes = granularities(cfg), getattr(cfg, "semantic_classes", 255)
     whole = [m for m in names if m in args.hide or args.only and m not in args.only]
-    blank = [m for m in whole if m not in available(args)]  # photographs have no maps to hide
+    have = available(args)
+    blank = [m for m in whole if m not in have]  # photographs have no maps to hide
     read, n = [m for m in names if m not in blank], cfg.image_size // max(cfg.patch_size // 4, 1)
+    if have and (lacking := [m for m in read if m not in have]):
+        words = f"{' and '.join(lacking)} map{'s' * (len(lacking) > 1)}"
+        raise UserError(f"{args.data} has no {words}; with --only rgb none is needed")
     for name, batch in open_images(args, cfg.image_size, cfg.patch_size, read, classes):
         batch |= {m: torch.full((1, n, n), UNLABELLED, dtype=torch.uint8) for m in blank}
         mask = choose_mask(args, method, cfg, batch)

@@ -204,6 +204,21 @@ def test_folder__maps_show_the_same_place_as_the_image(tmp_path, axis):
     assert 5 < flips < 25
 
 
+def test_folder__a_further_map_of_pixels_has_the_size_of_the_image(tmp_path, monkeypatch):
+    depth = data.Granularity("pixels", lambda x: x[None] / np.float32(65535))
+    monkeypatch.setitem(data.GRANULARITIES, "depth", depth)
+    monkeypatch.setitem(data.layout.__globals__["FOLDERS"], "depth", ("depth",))
+    y, x = np.mgrid[:90, :120].astype(np.uint8)
+    write(f"{tmp_path}/train/rgb/a.png", np.stack([y, x, x], -1))
+    write(f"{tmp_path}/train/depth/a.png", x.astype(np.uint16) * 257)
+    dataset = FolderDataset(str(tmp_path), "train", None, 32, 4, ("rgb", "depth"))
+    for epoch in range(5):
+        sample = dataset[epoch, 0]
+        assert sample["depth"].shape == (1, 32, 32) and sample["depth"].dtype == torch.float32
+        difference = (sample["depth"][0] * 255 - sample["rgb"][1])[:, 2:-2].abs()
+        assert difference.max() < 3  # the same place, up to rounding to the nearest pixel
+
+
 def test_folder__rgb_is_torchvisions_resized_crop(triplets):
     dataset = FolderDataset(triplets, "train", None, (48, 32), 4, ALL, seed=3)
     seen = set()

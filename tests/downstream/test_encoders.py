@@ -284,7 +284,7 @@ def test_bad_input__one_line_that_says_what_to_do(tmp_path, monkeypatch):
         (dict(checkpoint=ours, num_heads=2), "--num-heads is for --init"),
         (dict(method="mcmae", model="tiny", image_size=(64, 60)), "nearest that works: 64 x 64"),
         (dict(init=tmp_path / "none.pth"), "no such file"),
-        (dict(checkpoint=tmp_path / "none.pt"), "no such file"),
+        (dict(checkpoint=tmp_path / "none.pt"), "^/.*none.pt: no such file"),
         (dict(init=tmp_path / "noise.pth"), "cannot be read safely"),
         (dict(init=file("bomb.pth", Bomb())), "cannot be read safely"),
         (dict(checkpoint=file("bomb.pt", Bomb())), "cannot be read safely"),

@@ -190,7 +190,7 @@ def test_predict__bad_input_is_one_line(classifier, album, tmp_path):
     out = ("--output", tmp_path / "out")
     for words, message in (
         ((tmp_path / "none.pt", album, *out), "none.pt: no such file"),
-        ((tmp_path / "cfmae.pt", album, *out), "is of cfmae; wanted a run of classify or segment"),
+        ((tmp_path / "cfmae.pt", album, *out), "is of cfmae; wanted a run of finetune or segment"),
         ((classifier, tmp_path / "none", *out), "none: no such file or folder"),
         ((classifier, tmp_path / "full", *out), "no images .* in .*full"),
         ((classifier, album / "noise.jpg", *out), "none of 1 images can be read"),

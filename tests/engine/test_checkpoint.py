@@ -89,6 +89,8 @@ def test_load__refuses_what_is_not_ours(tmp_path, content, message):
         engine.load(path, "cfmae")
     with pytest.raises(UserError, match="no such file"):
         engine.load(tmp_path / "other.pt", "cfmae")
+    with pytest.raises(UserError, match="is a folder, not a file; .* last.pt in it"):
+        engine.load(tmp_path, "cfmae")
 
 
 def test_load_weights__all_or_nothing():

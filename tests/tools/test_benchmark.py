@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 
 import engine  # first: it sets how threads wait
@@ -44,6 +45,14 @@ def count_flops(run):
         forward = counter.get_total_flops()
         loss.backward()
     return forward, counter.get_total_flops()
+
+
+def test_parse__commands_of_the_docstring():
+    lines = [line.strip() for line in benchmark.__doc__.splitlines()]
+    found = [line for line in lines if line.startswith("python -m tools.benchmark ")]
+    for line in found:
+        benchmark.parse(shlex.split(line, comments=True)[3:])
+    assert len(found) == 10
 
 
 @pytest.mark.parametrize("layer, shape, by_hand", [

@@ -226,7 +226,7 @@ def test_command__one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "tools.export", str(tmp_path / "none.pt"), str(tmp_path / "x")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"export: error: --checkpoint {tmp_path / 'none.pt'}: no such file\n"
+    assert done.stderr == f"export: error: {tmp_path / 'none.pt'}: no such file\n"
 
 
 # -------------------------------------------------------------------------------- safetensors

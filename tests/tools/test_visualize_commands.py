@@ -133,7 +133,7 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
         assert 2 * 132 < height < 2 * 132 + 120, words  # two rows of cells
     with pytest.raises(UserError, match="no maps"):
         run(tmp_path, "dataset", *flags)
-    with pytest.raises(UserError, match="no instance"):
+    with pytest.raises(UserError, match="no instance and semantic maps; with --only rgb"):
         run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
 
 
