@@ -9,8 +9,6 @@ All draws come from the sample's seed. What the papers cite by name alone follow
 
 from collections.abc import Callable, Sequence
 
-import engine  # noqa: F401  before torch: it sets how threads wait
-
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps

@@ -10,7 +10,7 @@ import io
 import json
 from pathlib import Path
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
+import engine  # before torch: it sets how threads wait
 
 import numpy as np
 import torch

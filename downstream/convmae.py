@@ -7,8 +7,6 @@ Without these options it is `mcmae.make_encoder`'s.
 
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 from torch import Tensor, nn
 

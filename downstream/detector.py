@@ -8,8 +8,6 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -15,8 +15,6 @@ Polygons and run lengths are rasterised by pycocotools, whose rounding COCO's sc
 import random
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -5,8 +5,6 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-import engine  # noqa: F401  before torch: it sets how threads wait
-
 import numpy as np
 
 import files

@@ -8,8 +8,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import engine  # noqa: F401  before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -15,8 +15,6 @@ import copy
 import math
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -13,8 +13,6 @@ left them. Prefix tokens (class, proxies) are left out, as ViTDet does: they bel
 
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ import json
 import math
 import pickle
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The detector: samples, losses, RoIAlign, masks, pyramids of all encoders, sizes."""
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import pytest
 import torch
 import torch.nn.functional as F

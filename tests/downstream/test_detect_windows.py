@@ -1,7 +1,5 @@
 """Attention inside windows: against a loop over windows, and against the encoders' own blocks."""
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
