@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pad
 
 import data
 from data import UNLABELLED
@@ -49,12 +50,8 @@ def scaled(rgb: Tensor, size: tuple[int, int]) -> Tensor:
 
 def padded(rgb: Tensor, size: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
     """Pad an image (3, h, w) at the bottom and the right to at least `size`."""
-    h, w = (max(n, m) for n, m in zip(rgb.shape[1:], size))
-    if (h, w) == tuple(rgb.shape[1:]):
-        return rgb
-    out = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, h, w)
-    out[:, : rgb.shape[1], : rgb.shape[2]] = rgb
-    return out
+    below, right = (max(n - m, 0) for n, m in zip(size, rgb.shape[1:]))
+    return pad(rgb, [0, 0, right, below], fill=list(colour))
 
 
 class Augment:

@@ -6,9 +6,10 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from common import Block
 from vit import ViT
-from downstream import convmae, encoders
+from downstream import encoders
 from downstream import windows as windows_module
-from downstream.windows import Biased, Windows, edges, everywhere, join, offsets, partition
+from downstream.public_vit import offsets
+from downstream.windows import Biased, Windows, edges, everywhere, join, partition
 
 GRIDS = [(8, 8), (6, 9), (5, 7)]
 
@@ -142,15 +143,6 @@ def test_Biased__under_autocast_is_near_and_keeps_its_types():
     torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
     grads = torch.autograd.grad(found.float().sum(), given)
     assert [x.dtype for x in (found, *grads)] == [torch.bfloat16] * 4 + [torch.float32]
-
-
-def test_table__of_mcmae_s_segmentation_is_its_bias():
-    """Grids that are not square, larger and smaller than the one it is kept for."""
-    attn = convmae.RelativeAttention(8, 2, (3, 5))
-    torch.nn.init.normal_(attn.relative_position_bias_table)
-    for grid in ((3, 5), (4, 7), (2, 3)):
-        attn.now = grid
-        assert torch.equal(offsets(attn.table(grid), grid), attn.bias())
 
 
 def test_offsets__each_pair_has_the_row_of_its_offset():
