@@ -3,6 +3,7 @@
     Augment              a crop of an image and its labels, for training
     Whole, slide         images at their own aspect, and windows over them
     predict              logits of whole images
+    read_share           a rank's share of a split
     count, scores        a whole split's pixels by class; mIoU, mean accuracy, pixel accuracy
 
 Images are (3, H, W) uint8, labels (H, W) uint8 with 255 = unlabelled. Crops and sizes are (H, W).
@@ -222,6 +223,29 @@ def predict(
         yield from zip(group, y.split(1))
 
 
+def read_share(
+    whole: data.Dataset, cfg: engine.config.Config, world: World
+) -> Iterator[list[dict]]:
+    """Yield this rank's share of a split, at most `micro_batch` samples of those that can be read.
+
+    Errors: UserError on every rank of the first {"error": message}.
+    """
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
+        batch_size=cfg.micro_batch,
+        collate_fn=list,
+        num_workers=world.workers(cfg.workers) if len(whole) > 256 else 0,
+        worker_init_fn=data.worker_init,
+    )
+    failed = {}
+    for samples in loader:
+        if failed := next((s for s in samples if "error" in s), {}):
+            break
+        if samples := [s for s in samples if "rgb" in s]:
+            yield samples
+    world.raise_error(failed)
+
+
 @torch.no_grad()
 def count(
     model: nn.Module, dataset: data.Dataset, cfg: engine.config.Config, world: World
@@ -231,26 +255,14 @@ def count(
     Returns: confusion matrix (C, C) int64 on the CPU, on every rank; images read.
     """
     model.eval()
-    whole, C = Whole(cfg, dataset), cfg.classes
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
-        batch_size=cfg.micro_batch,
-        collate_fn=list,
-        num_workers=world.workers(cfg.workers),
-        worker_init_fn=data.worker_init,
-    )
-    matrix, failed = torch.zeros(C * C + 1, dtype=torch.float64), {}  # the last: images read
-    for samples in loader:
-        failed = next((s for s in samples if "error" in s), {})
-        if failed:
-            break
-        samples = [s for s in samples if "rgb" in s]
+    C = cfg.classes
+    matrix = torch.zeros(C * C + 1, dtype=torch.float64)  # the last: images read
+    for samples in read_share(Whole(cfg, dataset), cfg, world):
         for sample, logits in predict(model, samples, cfg, world):
             labels = sample["semantic"].to(world.device)
             pred = resize(logits, labels.shape).argmax(1)[0]
             matrix[:-1] += confusion(pred, labels, C).flatten().cpu()
         matrix[-1] += len(samples)
-    world.raise_error(failed)  # on every rank
     if world.size > 1:
         dist.all_reduce(matrix)
     return matrix[:-1].view(C, C).long(), int(matrix[-1])
