@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 
-import shapes
 import engine
 from downstream import encoders, finetune, probe, robustness, transfer
 
@@ -146,10 +145,6 @@ def test_tiny__ours():
     assert {k: getattr(cfg, k) for k in expected} == expected
     cfg = resolved("mcmae tiny", probe, model="tiny")
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (30, 3, 512)
-
-
-def test_shapes__its_classes():
-    assert transfer.class_names("shapes") == list(shapes.SHAPES)
 
 
 # ----------------------------------------------------------------------------- input statistics

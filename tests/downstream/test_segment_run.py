@@ -15,6 +15,7 @@ from data import UserError
 from downstream import encoders, pixels, prepare, segment
 from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
+from test_pixels import write_voc
 from test_segment import SMALL, config, folder
 from tiny_run import lines, same_result
 
@@ -374,11 +375,8 @@ def test_prepare_ade__and_voc_give_our_layout(tmp_path):
         ids = np.array([[0, 1, 150], [2, 0, 3]], np.uint8)
         Image.fromarray(ids).save(ade / "annotations" / part / "a.png")
     (ade / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n")
-    for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (voc / kind).mkdir(parents=True)
+    write_voc(voc, aug=False)
     for split in ("train", "val"):
-        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(f"{split}_1\n")
-        Image.new("RGB", (3, 2)).save(voc / "JPEGImages" / f"{split}_1.jpg")
         ids = Image.fromarray(np.array([[0, 1, 20], [2, 255, 3]], np.uint8), mode="P")
         ids.putpalette(list(range(256)) * 3)
         ids.save(voc / "SegmentationClass" / f"{split}_1.png")
