@@ -90,8 +90,7 @@ class Detector(nn.Module):
         self.encoder, self.normalize, self.windows = encoder, Normalize(mean, std), None
         plain, p = len(set(encoder.strides)) == 1, encoder.patch_size
         self.kind = neck if plain else "fpn"
-        depth = 0 if isinstance(encoder, coma_dyvit.DyViT) else len(encoder.blocks)
-        if depth:
+        if not isinstance(encoder, coma_dyvit.DyViT):
             self.windows = Windows(encoder.blocks, encoder.grid, **(windows or {}))
         dims = freeze_unseen(encoder, self.windows, self.kind == "simple")
         strides = [p / 4, p / 2, p, 2 * p] if plain else list(encoder.strides)

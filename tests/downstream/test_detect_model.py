@@ -407,7 +407,6 @@ def test_parameters__mcmae_b_s_count():
 def test_detector__learns_four_scenes():
     """Guesses are 0.69 for objectness and masks, and at the start log 11 = 2.40 for classes; 1.14
     is what the boxes' shares alone give."""
-    torch.set_num_threads(1)
     model, found = detector("mcmae"), batch(4)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=3e-3)

@@ -33,7 +33,6 @@ def few(*args):
 
 
 def train(out, *flags, source=(), remove=()):
-    torch.set_num_threads(1)
     argv = [f for f in SMALL if f not in remove]
     if source:
         at = argv.index("--method")

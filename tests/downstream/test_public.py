@@ -26,8 +26,7 @@ WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
 
 

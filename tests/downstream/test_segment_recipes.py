@@ -167,13 +167,6 @@ def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch
     assert "[0.5, 0.5, 0.5]: its config's" in said_of_pixels(capsys, tmp_path)
 
 
-@pytest.mark.parametrize("flags", ["--mean 0.5", "--std 0.5,0.5,0", "--mean a,b,c",
-                                   "--mean 127.5,127.5,127.5", "--std nan,1,1"])  # fmt: skip
-def test_Config__statistics_that_cannot_be(flags):
-    with pytest.raises(UserError, match=f"{flags.split()[0]} .*: three numbers in "):
-        config(*flags.split())
-
-
 # ---------------------------------------------------------------------------- encoders, positions
 
 
@@ -205,6 +198,7 @@ def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
     ("--window 4 --method coma_dyvit", "--window DyViT has windows of its own"),
     ("--window 4 --everywhere 5", "--everywhere 5: want blocks from 1 to 4"),
     ("--window -1", "--window -1 must be 0 or above"),
+    ("--mean 127.5,127.5,127.5", "--mean 127.5,127.5,127.5: three numbers in "),
 ])  # fmt: skip
 def test_Config__options_that_do_not_fit(flags, words):
     with pytest.raises(UserError, match=words):
