@@ -108,9 +108,7 @@ def predict(
     world.maximum(0)  # all ranks have written
     if world.rank:
         return 0, 0
-    rows = sorted(
-        (row for part in parts for row in json.loads(part.read_text())), key=lambda row: row[0]
-    )
+    rows = sorted(row for part in parts for row in json.loads(part.read_text()))  # by index
     with engine.writing(path := out / "predictions.json"):
         path.write_text(json.dumps([entry for _, image in rows for entry in image]))
     for part in parts:
