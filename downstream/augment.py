@@ -9,8 +9,6 @@ All draws come from the sample's seed. What the papers cite by name alone follow
 
 from collections.abc import Callable, Sequence
 
-import engine  # noqa: F401  before torch: it sets how threads wait
-
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -105,22 +103,19 @@ class Augmented(data.Dataset):
     Erased pixels are normal noise in normalised units, as timm's, here clipped to what uint8 holds.
 
     Args:
-        cfg: rand_augment, rand_augment_std, color_jitter, reprob, and names (the granularities).
+        cfg: rand_augment, rand_augment_std, color_jitter, reprob.
         mean, std: (3,) of pixels in [0, 1]; the mean fills what an operation moves in.
     """
 
     def __init__(
-        self,
-        dataset: data.Dataset,
-        cfg: object,
-        mean: Sequence[float],
-        std: Sequence[float],
+        self, dataset: data.Dataset, cfg: object, mean: Sequence[float], std: Sequence[float]
     ):
-        self.dataset, self.reprob, self.jitter = dataset, cfg.reprob, cfg.color_jitter
+        self.dataset, self.reprob = dataset, cfg.reprob
+        self.jitter = getattr(cfg, "color_jitter", 0)  # not of clips
         self.classes, self.granularities = dataset.classes, dataset.granularities
         self.files = getattr(dataset, "files", None)
         fill = tuple(min(255, round(255 * x)) for x in mean)
-        geometric = len(cfg.names) == 1
+        geometric = len(dataset.granularities) == 1
         self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, fill, geometric)
         self.erase = T.RandomErasing(
             cfg.reprob, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"
@@ -135,16 +130,24 @@ class Augmented(data.Dataset):
         if "error" in sample:
             return sample
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(sample["seed"]))  # the CPU's alone
-            if self.rand_augment.magnitude or self.jitter:
-                im = Image.fromarray(sample["rgb"].permute(1, 2, 0).contiguous().numpy())
-                im = self.rand_augment(im) if self.rand_augment.magnitude else im
-                im = color_jitter(im, self.jitter) if self.jitter else im
-                sample["rgb"] = torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
-            if self.reprob:
-                rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
-                sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
+            sample["rgb"] = self.augment(sample["rgb"], int(sample["seed"]))
         return sample
+
+    def augment(self, rgb: Tensor, seed: int) -> Tensor:
+        """What becomes of an image (3, H, W) uint8."""
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
+        if self.rand_augment.magnitude or self.jitter:
+            im = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+            im = self.rand_augment(im) if self.rand_augment.magnitude else im
+            im = color_jitter(im, self.jitter) if self.jitter else im
+            rgb = torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
+        return self.erased(rgb)
+
+    def erased(self, rgb: Tensor) -> Tensor:
+        if not self.reprob:
+            return rgb
+        rgb = self.erase((rgb / 255 - self.mean) / self.std)
+        return ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
 
 
 # ------------------------------------------------------------------------------ mixup and cutmix

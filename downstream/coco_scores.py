@@ -10,17 +10,17 @@ import io
 import json
 from pathlib import Path
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
+import engine  # before torch: it sets how threads wait
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import data
 from data import Unreadable, UserError
 from downstream.coco import load_json, mask_tools, polygons
 from downstream.mask_rcnn import paste
+from downstream.pixels import read_share
 from engine.ranks import World
 
 NUMBERS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()  # in COCOeval's order
@@ -94,43 +94,26 @@ def predict(
     Returns: images that were read, and those that could not be.
     """
     model.eval()
-    whole, tools, failed, found, unreadable = Whole(dataset), mask_tools(), {}, {}, 0
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
-        batch_size=cfg.micro_batch, collate_fn=list, worker_init_fn=data.worker_init,
-        num_workers=world.workers(cfg.workers) if len(whole) > 256 else 0,
-    )  # fmt: skip
-    for samples in loader:
-        failed = next((s for s in samples if "error" in s), {})
-        if failed:
-            break
-        unreadable += sum("unreadable" in s for s in samples)
-        samples = [s for s in samples if "rgb" in s]
-        if not samples:
-            continue
+    tools, found = mask_tools(), {}
+    for samples in read_share(Whole(dataset), cfg, world):
         with world.autocast():
             objects = model.predict(torch.stack([s["rgb"] for s in samples]).to(world.device))
         for s, x in zip(samples, objects):
             index = int(s["index"])
             fitted = fit(x, s["scaled"].tolist(), s["original"].tolist())
             found[index] = entries(fitted, dataset.id(index), categories, tools)
-    world.raise_error(failed)  # on every rank
-    part = out / f"predictions-{world.rank}.json"
-    with engine.writing(part):
-        part.write_text(json.dumps([[*found.items()], unreadable]))
+    parts = [out / f"predictions-{r}.json" for r in range(world.size)]
+    with engine.writing(part := parts[world.rank]):
+        part.write_text(json.dumps([*found.items()]))
     world.maximum(0)  # all ranks have written
     if world.rank:
         return 0, 0
-    parts = [
-        json.loads(p.read_text())
-        for p in (out / f"predictions-{r}.json" for r in range(world.size))
-    ]
-    rows = sorted((row for part, _ in parts for row in part), key=lambda row: row[0])
+    rows = sorted(row for part in parts for row in json.loads(part.read_text()))  # by index
     with engine.writing(path := out / "predictions.json"):
         path.write_text(json.dumps([entry for _, image in rows for entry in image]))
-    for r in range(world.size):
-        (out / f"predictions-{r}.json").unlink()
-    return len(rows), sum(n for _, n in parts)
+    for part in parts:
+        part.unlink()
+    return len(rows), len(dataset) - len(rows)
 
 
 def truth(dataset: Dataset, path: str | None, categories: list) -> dict:

@@ -7,8 +7,6 @@ Without these options it is `mcmae.make_encoder`'s.
 
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 from torch import Tensor, nn
 
@@ -39,11 +37,7 @@ class RelativeAttention(public_vit.RelativeAttention):
 
     def bias(self) -> Tensor:
         """Bias of the grid `now`, (heads, L, L); rows are queries."""
-        table, (h, w), index = self.relative_position_bias_table, self.now, 0
-        at = torch.arange(h * w, device=table.device)
-        for n, axis in zip(self.grid, (at // w, at % w)):
-            index = index * (2 * n - 1) + (axis[:, None] - axis).clamp(1 - n, n - 1) + n - 1
-        return table[index].permute(2, 0, 1)
+        return public_vit.offsets(self.table(self.now), self.now)
 
 
 class Encoder(mcmae.Encoder):

@@ -4,11 +4,8 @@ Neck        an encoder's maps to five of 256 channels: FPN, or ViTDet's simple p
 Detector    `model(batch, progress)`, `predict(rgb)`
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
-
-import engine  # noqa: F401 - before torch: it sets how threads wait
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 import coma_dyvit
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from downstream.mask_rcnn import RPN, RoI, norm, unpack
-from downstream.windows import Windows, pyramid
+from downstream.windows import Windows, freeze_unseen, pyramid
 
 
 def levels(dim: int, narrow: bool) -> tuple[nn.ModuleList, list[int]]:
@@ -93,27 +90,13 @@ class Detector(nn.Module):
         self.encoder, self.normalize, self.windows = encoder, Normalize(mean, std), None
         plain, p = len(set(encoder.strides)) == 1, encoder.patch_size
         self.kind = neck if plain else "fpn"
-        depth = 0 if isinstance(encoder, coma_dyvit.DyViT) else len(encoder.blocks)
-        if depth:
+        if not isinstance(encoder, coma_dyvit.DyViT):
             self.windows = Windows(encoder.blocks, encoder.grid, **(windows or {}))
-        dims = self.freeze()
+        dims = freeze_unseen(encoder, self.windows, self.kind == "simple")
         strides = [p / 4, p / 2, p, 2 * p] if plain else list(encoder.strides)
         self.neck = Neck(dims, self.kind, dim)
         self.rpn = RPN(dim, [*strides, 2 * strides[-1]], proposals, anchor)
         self.roi = RoI(dim, strides, classes, boxes)
-
-    def freeze(self) -> list[int]:
-        """Freeze what the maps do not depend on; the channels of the maps."""
-        shapes = copy.deepcopy(self).to("meta").eval()  # computes shapes alone
-        size = [n * self.encoder.patch_size for n in self.encoder.grid]
-        maps, params = (
-            shapes.maps(torch.zeros(1, 3, *size, device="meta")),
-            list(shapes.parameters()),
-        )
-        grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
-        for p, grad in zip(self.parameters(), grads):
-            p.requires_grad_(grad is not None)
-        return [m.shape[1] for m in maps]
 
     def maps(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """What the neck reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""

@@ -32,7 +32,7 @@ from common import init_weights, resize_position
 from downstream import convmae, public
 from downstream.public_vit import TABLE, PublicViT, resize_table
 from downstream.source import METHODS, describe_preset, make_config, open_source, pair
-from engine import UserError, layer_decay_groups  # noqa: F401
+from engine import UserError
 from engine.reader import forget
 
 FOREIGN = ("norm_pre", "dist_token", "register_tokens", "rope")  # would change what a ViT computes

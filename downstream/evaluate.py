@@ -53,9 +53,7 @@ def open_public(
         raise UserError(f"--init {init} classifies {rows} classes, {root} has {len(classes)}")
     cfg.pool = description["pool"]
     model = finetune.classifier_on(encoder, cfg, classes)
-    state = {
-        k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v for k, v in state.items()
-    }
+    state = {f"fc_{k}" if k.startswith("norm.") else k: v for k, v in state.items()}
     state |= {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     engine.load_weights(model, state, init)
     return model, description["report"]

@@ -41,23 +41,20 @@ from downstream import encoders, recipes, transfer
 from downstream.augment import Augmented
 from downstream.classifier import Classifier, evaluate, settle, test
 from engine import UserError, arg, cosine, layer_decay_groups, require
+from engine.field import data_arg, optim_arg
 
 
 @dataclass
 class Config(transfer.Config):
     """Settings of a run. None: what the encoder's method or its checkpoint sets."""
 
-    recipe: str = arg(
-        "public",
-        "for SemanticMIM: the public code's, or Table 3",
-        choices=["public", "table3"],
-        group="optimisation",
+    recipe: str = optim_arg(
+        "public", "for SemanticMIM: the public code's, or Table 3", ["public", "table3"]
     )
-    granularities: str | None = arg(
+    granularities: str | None = data_arg(
         None,
         "CFMAE: what the encoder sees; default R. R+I+S is the dagger row of Table 1",
-        choices=["R", "R+S", "R+I", "R+I+S"],
-        group="data",
+        ["R", "R+S", "R+I", "R+I+S"],
     )
     pool: str = arg(
         "patch",
@@ -79,53 +76,38 @@ class Config(transfer.Config):
     min_lr: float | None = arg(None, "1e-6: MAE's and SemanticMIM's public code; 0: its Table 3")
     weight_decay: float | None = arg(None, "0.05: CFMAE Table 8, MAE, SemanticMIM's public code")
     beta2: float = arg(0.999, "CFMAE Table 8, SemanticMIM Table 3")
-    layer_decay: float | None = arg(
+    layer_decay: float | None = optim_arg(
         None,
         "rate of a layer / of the next. CFMAE Table 8: 0.7 (400 epochs), 0.65 (1600); 0.65: "
         "public code of MAE, MCMAE, SemanticMIM; 0.75: of MAE for 24 blocks and more",
         within="[0, 1]",
-        group="optimisation",
     )
     train_position: bool | None = arg(
         None, "train fixed positions, too: public code of MAE, MCMAE; learned ones always are"
     )
-    drop_path: float | None = arg(
-        None,
-        "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE",
-        within="[0, 0.99]",
-        group="optimisation",
+    drop_path: float | None = optim_arg(
+        None, "0.1: CFMAE Table 8, SemanticMIM Table 3, MAE", within="[0, 0.99]"
     )
-    mixup: float | None = arg(
-        None,
-        "Beta parameter, 0 = off. 0.8: CFMAE Table 8, MAE; 0 with maps",
-        within="[0, 1]",
-        group="data",
+    mixup: float | None = data_arg(
+        None, "Beta parameter, 0 = off. 0.8: CFMAE Table 8, MAE; 0 with maps", within="[0, 1]"
     )
-    cutmix: float | None = arg(
-        None, "Beta parameter, 0 = off. 1.0: CFMAE Table 8, MAE", within="[0, 1]", group="data"
+    cutmix: float | None = data_arg(
+        None, "Beta parameter, 0 = off. 1.0: CFMAE Table 8, MAE", within="[0, 1]"
     )
-    switch_prob: float = arg(
-        0.5, "share of cutmix where both are on; timm's", within="[0, 1]", group="data"
+    switch_prob: float = data_arg(0.5, "share of cutmix where both are on; timm's", within="[0, 1]")
+    smoothing: float = data_arg(0.1, "label smoothing. CFMAE Table 8, MAE", within="[0, 0.99]")
+    rand_augment: float = data_arg(
+        9.0, "magnitude of 10, 0 = off. (9, 0.5): CFMAE Table 8, MAE", within="[0, 10]"
     )
-    smoothing: float = arg(
-        0.1, "label smoothing. CFMAE Table 8, MAE", within="[0, 0.99]", group="data"
-    )
-    rand_augment: float = arg(
-        9.0,
-        "magnitude of 10, 0 = off. (9, 0.5): CFMAE Table 8, MAE",
-        within="[0, 10]",
-        group="data",
-    )
-    rand_augment_std: float = arg(0.5, "of that magnitude", within="[0, inf)", group="data")
-    reprob: float | None = arg(
+    rand_augment_std: float = data_arg(0.5, "of that magnitude", within="[0, inf)")
+    reprob: float | None = data_arg(
         None,
         "random erasing. 0.25: public code of MAE, MCMAE, SemanticMIM; 0: CFMAE Table 8 does "
         "not name it",
         within="[0, 1]",
-        group="data",
     )
-    color_jitter: float | None = arg(
-        None, "0.4: SemanticMIM's public code on MaskFeat", within="[0, 1]", group="data"
+    color_jitter: float | None = data_arg(
+        None, "0.4: SemanticMIM's public code on MaskFeat", within="[0, 1]"
     )
     head_std: float | None = arg(
         None,

@@ -36,10 +36,11 @@ import clips
 import motion
 import videomcmae
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize, init_weights
-from downstream.augment import RandAugment
+from downstream import augment
 from downstream.classifier import Classifier, evaluate, settle, test
 from downstream.transfer import in_classes
 from engine import UserError, arg, cosine, layer_decay_groups, require
+from engine.field import data_arg, optim_arg
 from engine.folder import open_data
 
 
@@ -54,11 +55,11 @@ class Config(engine.config.Config):
     encoder: str | None = arg(None, "instead: a fresh one of this preset", [*videomcmae.PRESETS])
     image_size: int | None = arg(None, "pixels; default: pre-training's")
     patch_size: int | None = arg(None, "the encoder's; set by the run")
-    frames: int | None = arg(None, "of a clip; default: pre-training's", group="data")
-    stride: int = arg(4, "frames from one to the next", within="[0, inf)", group="data")
-    sampling: str = arg("dense", "or one frame a segment", ["dense", "segments"], group="data")
-    views: str = arg("5x3", "test views in time x in space; Sec. 3.4", group="data")
-    flip: bool = arg(True, "half of the clips; off for SSv2, Sec. 3.4", group="data")
+    frames: int | None = data_arg(None, "of a clip; default: pre-training's")
+    stride: int = data_arg(4, "frames from one to the next", within="[0, inf)")
+    sampling: str = data_arg("dense", "or one frame a segment", ["dense", "segments"])
+    views: str = data_arg("5x3", "test views in time x in space; Sec. 3.4")
+    flip: bool = data_arg(True, "half of the clips; off for SSv2, Sec. 3.4")
     epochs: int = arg(100, "Sec. 3.1; 50 on SSv2, Sec. 3.4")
     warmup_epochs: float = arg(5, "VideoMAE")
     batch_size: int = arg(512, "VideoMAE: 64 devices x 8")
@@ -67,21 +68,19 @@ class Config(engine.config.Config):
     min_lr: float = arg(2e-6, "VideoMAE: 1e-6 x batch / 256")
     weight_decay: float = arg(0.05, "VideoMAE")
     beta2: float = arg(0.999, "VideoMAE")
-    layer_decay: float = arg(
-        0.75, "rate of a layer / of the next; VideoMAE", within="[0, 1]", group="optimisation"
-    )
-    drop_path: float = arg(0.1, "VideoMAE", within="[0, 0.99]", group="optimisation")
+    layer_decay: float = optim_arg(0.75, "rate of a layer / of the next; VideoMAE", within="[0, 1]")
+    drop_path: float = optim_arg(0.1, "VideoMAE", within="[0, 0.99]")
     crop_scale_min: float = arg(0.08, "VideoMAE")
-    mixup: float = arg(0.8, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]", group="data")
-    cutmix: float = arg(1.0, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]", group="data")
-    switch_prob: float = arg(0.5, "share of cutmix; VideoMAE", within="[0, 1]", group="data")
-    smoothing: float = arg(0.1, "label smoothing; VideoMAE", within="[0, 0.99]", group="data")
-    rand_augment: float = arg(
+    mixup: float = data_arg(0.8, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]")
+    cutmix: float = data_arg(1.0, "Beta parameter, 0 = off; VideoMAE", within="[0, 1]")
+    switch_prob: float = data_arg(0.5, "share of cutmix; VideoMAE", within="[0, 1]")
+    smoothing: float = data_arg(0.1, "label smoothing; VideoMAE", within="[0, 0.99]")
+    rand_augment: float = data_arg(
         7.0, "magnitude of 10, 0 = off; four operations (rand-m7-n4-mstd0.5-inc1); VideoMAE",
-        within="[0, 10]", group="data",
+        within="[0, 10]",
     )  # fmt: skip
-    rand_augment_std: float = arg(0.5, "of that magnitude", within="[0, inf)", group="data")
-    reprob: float = arg(0.25, "random erasing; VideoMAE", within="[0, 1]", group="data")
+    rand_augment_std: float = data_arg(0.5, "of that magnitude", within="[0, inf)")
+    reprob: float = data_arg(0.25, "random erasing; VideoMAE", within="[0, 1]")
     head_std: float = arg(2e-5, "first weights of the classifier; VideoMAE: 0.02 x 0.001")
     val_samples: int = arg(1024, "evenly spaced clips of val that are looked at while training")
 
@@ -134,28 +133,12 @@ def describe(cfg: Config) -> dict:
 # ----------------------------------------------------------------------------------- augmentation
 
 
-class Augmented(torch.utils.data.Dataset):
-    """A training split with RandAugment and random erasing, alike in all frames of a clip.
-
-    They run on the uint8 frames, under torch's CPU generator seeded from the sample and put back.
-    """
+class Augmented(augment.Augmented):
+    """A training split with RandAugment and random erasing, alike in all frames of a clip."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, cfg: Config):
-        from torchvision.transforms import v2 as T
-
-        self.dataset, self.reprob = dataset, cfg.reprob
-        self.classes, self.granularities = dataset.classes, dataset.granularities
-        self.files = getattr(dataset, "files", None)
-        self.rand_augment = RandAugment(cfg.rand_augment, cfg.rand_augment_std, (128,) * 3)
-        self.erase = T.RandomErasing(
-            cfg.reprob, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random"
-        )
-        self.mean, self.std = (
-            torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset, cfg, IMAGENET_MEAN, IMAGENET_STD)
+        self.rand_augment.fill = (128,) * 3  # VideoMAE
 
     def distort(self, frame: Tensor, seed: int) -> Tensor:
         torch.default_generator.manual_seed(seed)  # so that all frames draw the same
@@ -163,20 +146,12 @@ class Augmented(torch.utils.data.Dataset):
         im = self.rand_augment(self.rand_augment(im))  # two operations each
         return torch.from_numpy(np.array(im)).permute(2, 0, 1)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        sample = self.dataset[key]
-        if "error" in sample:
-            return sample
-        seed = int(sample["seed"])
-        with torch.random.fork_rng(devices=[]):
-            if self.rand_augment.magnitude:
-                frames = [self.distort(frame, seed) for frame in sample["rgb"]]
-                sample["rgb"] = torch.stack(frames).contiguous()
-            if self.reprob:
-                torch.default_generator.manual_seed(seed + 1)
-                rgb = self.erase((sample["rgb"] / 255 - self.mean) / self.std)
-                sample["rgb"] = ((rgb * self.std + self.mean) * 255).round().clamp(0, 255).byte()
-        return sample
+    def augment(self, rgb: Tensor, seed: int) -> Tensor:
+        """What becomes of a clip (T, 3, H, W) uint8."""
+        if self.rand_augment.magnitude:
+            rgb = torch.stack([self.distort(frame, seed) for frame in rgb]).contiguous()
+        torch.default_generator.manual_seed(seed + 1)
+        return self.erased(rgb)
 
 
 # ------------------------------------------------------------------------------------------ model

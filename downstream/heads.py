@@ -15,16 +15,8 @@ class LARS(torch.optim.Optimizer):
     enters the momentum; biases take neither that factor nor the decay.
     """
 
-    def __init__(
-        self,
-        params,
-        lr: float = 0.0,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust: float = 0.001,
-    ):
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
-        super().__init__(params, defaults)
+    def __init__(self, params, lr: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.9, trust=0.001))
 
     @torch.no_grad()
     def step(self) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -15,12 +15,11 @@ Polygons and run lengths are rasterised by pycocotools, whose rounding COCO's sc
 import random
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.ops import masks_to_boxes
 
 import data
 from data import Unreadable, UserError, sample_seed
@@ -101,15 +100,6 @@ class View:
         return ids[rows[:, None], cols]
 
 
-def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Boxes (n, 4) float32, x0 y0 x1 y1, of masks (n, h, w) that are not empty."""
-    ends = []
-    for axis in (1, 2):  # rows that are seen along x, then along y
-        seen = masks.any(axis=axis)
-        ends += [seen.argmax(1), seen.shape[1] - seen[:, ::-1].argmax(1)]
-    return np.stack([ends[0], ends[2], ends[1], ends[3]], axis=1).astype(np.float32)
-
-
 def sample_of(
     rgb: Tensor, masks: np.ndarray, labels: np.ndarray, sizes: tuple, seed: int, bad: int
 ) -> dict[str, Tensor]:
@@ -119,10 +109,10 @@ def sample_of(
     """
     seen = masks.any(axis=(1, 2))
     masks, labels, (H, W) = masks[seen], labels[seen], rgb.shape[1:]
-    boxes = boxes_of(masks) if len(masks) else np.zeros((0, 4), np.float32)
+    boxes = masks_to_boxes(torch.from_numpy(masks)) + torch.tensor([0, 0, 1, 1])  # past the last
     below, right = H - masks.shape[1], W - masks.shape[2]
     packed = np.packbits(np.pad(masks, ((0, 0), (0, below), (0, right))), axis=2)
-    sample = {"rgb": rgb, "boxes": torch.from_numpy(boxes), "masks": torch.from_numpy(packed)}
+    sample = {"rgb": rgb, "boxes": boxes, "masks": torch.from_numpy(packed)}
     sample["labels"] = torch.from_numpy(labels.astype(np.int64))
     sample |= {k: torch.tensor(v) for k, v in zip(("scaled", "original"), sizes)}
     return sample | {"seed": torch.tensor(seed), "bad": torch.tensor(bad)}

@@ -1,11 +1,8 @@
 """Photographs from anywhere, without splits, maps or classes, as a list of files."""
 
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
-
-import engine  # noqa: F401  before torch: it sets how threads wait
 
 import numpy as np
 
@@ -33,5 +30,5 @@ def photographs(places: Sequence[str | Path]) -> tuple[str, files.FileList]:
     found = list(dict.fromkeys(found))
     root = os.path.commonpath([os.path.dirname(path) for path in found])
     names = np.array([os.fsencode(os.path.relpath(path, root)) for path in found])
-    labels = np.frombuffer(array("i", [-1] * len(found)), np.int32)
+    labels = np.full(len(found), -1, np.int32)
     return root, files.FileList(names, labels, {"rgb": "."}, [])

@@ -3,6 +3,7 @@
     Augment              a crop of an image and its labels, for training
     Whole, slide         images at their own aspect, and windows over them
     predict              logits of whole images
+    read_share           a rank's share of a split
     count, scores        a whole split's pixels by class; mIoU, mean accuracy, pixel accuracy
 
 Images are (3, H, W) uint8, labels (H, W) uint8 with 255 = unlabelled. Crops and sizes are (H, W).
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pad
 
 import data
 from data import UNLABELLED
@@ -49,12 +51,8 @@ def scaled(rgb: Tensor, size: tuple[int, int]) -> Tensor:
 
 def padded(rgb: Tensor, size: tuple[int, int], colour: tuple[int, int, int]) -> Tensor:
     """Pad an image (3, h, w) at the bottom and the right to at least `size`."""
-    h, w = (max(n, m) for n, m in zip(rgb.shape[1:], size))
-    if (h, w) == tuple(rgb.shape[1:]):
-        return rgb
-    out = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, h, w)
-    out[:, : rgb.shape[1], : rgb.shape[2]] = rgb
-    return out
+    below, right = (max(n - m, 0) for n, m in zip(size, rgb.shape[1:]))
+    return pad(rgb, [0, 0, right, below], fill=list(colour))
 
 
 class Augment:
@@ -225,6 +223,29 @@ def predict(
         yield from zip(group, y.split(1))
 
 
+def read_share(
+    whole: data.Dataset, cfg: engine.config.Config, world: World
+) -> Iterator[list[dict]]:
+    """Yield this rank's share of a split, at most `micro_batch` samples of those that can be read.
+
+    Errors: UserError on every rank of the first {"error": message}.
+    """
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
+        batch_size=cfg.micro_batch,
+        collate_fn=list,
+        num_workers=world.workers(cfg.workers) if len(whole) > 256 else 0,
+        worker_init_fn=data.worker_init,
+    )
+    failed = {}
+    for samples in loader:
+        if failed := next((s for s in samples if "error" in s), {}):
+            break
+        if samples := [s for s in samples if "rgb" in s]:
+            yield samples
+    world.raise_error(failed)
+
+
 @torch.no_grad()
 def count(
     model: nn.Module, dataset: data.Dataset, cfg: engine.config.Config, world: World
@@ -234,26 +255,14 @@ def count(
     Returns: confusion matrix (C, C) int64 on the CPU, on every rank; images read.
     """
     model.eval()
-    whole, C = Whole(cfg, dataset), cfg.classes
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(whole, range(world.rank, len(whole), world.size)),
-        batch_size=cfg.micro_batch,
-        collate_fn=list,
-        num_workers=world.workers(cfg.workers),
-        worker_init_fn=data.worker_init,
-    )
-    matrix, failed = torch.zeros(C * C + 1, dtype=torch.float64), {}  # the last: images read
-    for samples in loader:
-        failed = next((s for s in samples if "error" in s), {})
-        if failed:
-            break
-        samples = [s for s in samples if "rgb" in s]
+    C = cfg.classes
+    matrix = torch.zeros(C * C + 1, dtype=torch.float64)  # the last: images read
+    for samples in read_share(Whole(cfg, dataset), cfg, world):
         for sample, logits in predict(model, samples, cfg, world):
             labels = sample["semantic"].to(world.device)
             pred = resize(logits, labels.shape).argmax(1)[0]
             matrix[:-1] += confusion(pred, labels, C).flatten().cpu()
         matrix[-1] += len(samples)
-    world.raise_error(failed)  # on every rank
     if world.size > 1:
         dist.all_reduce(matrix)
     return matrix[:-1].view(C, C).long(), int(matrix[-1])

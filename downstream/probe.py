@@ -38,6 +38,7 @@ from downstream.heads import LARS, Heads, knn, score_heads
 from downstream.scores import shares, tally, write_result
 from downstream.source import open_source
 from engine import UserError, arg
+from engine.field import data_arg, optim_arg, run_arg
 from engine.ranks import World, part
 from engine.schedule import warmup_cosine
 
@@ -60,29 +61,21 @@ class Config(transfer.Config):
         "(default); all. SemanticMIM Sec. 4.2: 7 of 12",
     )
     features: str | None = arg(None, "patch, prefix, both, with commas; default: all it has")
-    probe: str | None = arg(
+    probe: str | None = optim_arg(
         None,
         "adamw, on a LayerNorm: SemanticMIM Table 5, its public code; lars, on a BatchNorm: MAE",
         ["lars", "adamw"],
-        group="optimisation",
     )
-    rates: str | None = arg(
+    rates: str | None = optim_arg(
         None,
         "base rates to try: lr = rate * batch / 256; the first is MAE's 0.1 or SemanticMIM's 1e-3",
-        group="optimisation",
     )
-    views: int = arg(
-        0,
-        "augmented passes over train that take turns; 0 = the centre crop alone",
+    views: int = data_arg(
+        0, "augmented passes over train that take turns; 0 = the centre crop alone",
         within="[0, inf)",
-        group="data",
-    )
-    cache: str | None = arg(
-        None, "folder of the features, for use again; default: in --output", group="run"
-    )
-    cache_dtype: str = arg(
-        "float16", "of the features on disk", ["float16", "float32"], group="run"
-    )
+    )  # fmt: skip
+    cache: str | None = run_arg(None, "folder of the features, for use again; default: in --output")
+    cache_dtype: str = run_arg("float16", "of the features on disk", ["float16", "float32"])
     k: int = arg(20, "nearest neighbours", within="(0, inf)")
     temperature: float = arg(0.07, "of their votes", within="(0, inf)")
 
@@ -174,12 +167,12 @@ PRESETS = {
 def open_frozen(cfg: Config, device: torch.device) -> tuple[nn.Module, nn.Module | None, str]:
     """The encoder without gradients, the norm after the mean of its last layer, and a report."""
     torch.manual_seed(cfg.seed)
-    encoder, state, words = encoders.build(cfg.described), {}, "encoder     fresh weights"
+    encoder, state = encoders.build(cfg.described), {}
     if not (cfg.random or cfg.method):
         heads = {} if cfg.num_heads is None else {"num_heads": cfg.num_heads}
         source = open_source(cfg.checkpoint, cfg.init, cfg.init_key, **heads)
         state = source.content.get("model", source.state)
-        words = encoders.load(encoder, cfg.described, cfg.checkpoint, cfg.init, cfg.init_key)
+    words = transfer.start(encoder, cfg)
     encoder = encoder.to(device).eval().requires_grad_(False)
     return encoder, pooled_norm(encoder, state), words
 

@@ -1,14 +1,13 @@
 """A ViT that computes what public ones do: MAE's, timm's, transformers', BEiT.
 
-PublicViT      learned positions, BEiT's bias, or both
-resize_table   that bias on another grid
+PublicViT         learned positions, BEiT's bias, or both
+places, offsets   a learned bias of each offset, as a matrix of a grid
+resize_table      that bias on another grid
 """
 
 import functools
 import math
 from collections.abc import Sequence
-
-import engine  # noqa: F401  before torch: it sets how threads wait
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,24 @@ from common import Attention
 from vit import ViT
 
 TABLE = "relative_position_bias_table"
+
+
+def places(
+    grid: Sequence[int], rows: slice = slice(None), device: torch.device | None = None
+) -> Tensor:
+    """Which offset each of L tokens of a grid (h, w) has from each other, (L, L): its place among
+    (2h - 1)(2w - 1), in the order of BEiT, Swin and the public detection code of MCMAE.
+
+    Args: `rows`: queries, of the L.
+    """
+    (h, w), at = grid, torch.arange(grid[0] * grid[1], device=device)
+    dy, dx = (a[rows, None] - a for a in (at // w, at % w))
+    return (dy + h - 1) * (2 * w - 1) + dx + w - 1
+
+
+def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
+    """Bias (heads, L, L) of a grid from a table (offsets, heads) in the order of `places`."""
+    return F.embedding(places(grid, rows, table.device), table).permute(2, 0, 1)
 
 
 class RelativeAttention(Attention):
@@ -39,11 +56,8 @@ class RelativeAttention(Attention):
 
     def bias(self) -> Tensor:
         """Bias of the grid `now`, (heads, 1 + L, 1 + L); rows are queries, class token first."""
-        (h, w), table = self.now, self.relative_position_bias_table
-        table = resize_table(table, self.grid, self.now)
-        at = torch.arange(h * w, device=table.device)
-        dy, dx = (a[:, None] - a for a in (at // w, at % w))  # (L, L) each
-        index = F.pad((dy + h - 1) * (2 * w - 1) + dx + w - 1, (1, 0, 1, 0))
+        table = resize_table(self.relative_position_bias_table, self.grid, self.now)
+        index = F.pad(places(self.now, device=table.device), (1, 0, 1, 0))
         index[0], index[:, 0], index[0, 0] = len(table) - 3, len(table) - 2, len(table) - 1
         return table[index].permute(2, 0, 1)
 

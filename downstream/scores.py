@@ -12,8 +12,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import engine  # noqa: F401  before torch: it sets how threads wait
-
 import torch
 from torch import Tensor, nn
 

@@ -15,6 +15,7 @@ import shapes
 from common import IMAGENET_MEAN, IMAGENET_STD
 from downstream import encoders
 from engine import UserError, arg
+from engine.field import data_arg
 
 
 @dataclass
@@ -32,10 +33,10 @@ class SourceConfig(engine.config.Config):
     random: bool = arg(False, "fresh weights in the architecture of --checkpoint or --init")
     init_key: str | None = arg(None, "which state dict of --init's file, e.g. model_ema")
     num_heads: int | None = arg(None, "of --init, where the file's width does not tell")
-    mean: str | None = arg(
-        None, "of pixels, as 0.5,0.5,0.5; default: what the encoder was trained with", group="data"
+    mean: str | None = data_arg(
+        None, "of pixels, as 0.5,0.5,0.5; default: what the encoder was trained with"
     )
-    std: str | None = arg(None, "their deviation, alike", group="data")
+    std: str | None = data_arg(None, "their deviation, alike")
 
     @property
     def statistics(self) -> tuple[list[float], list[float]]:
@@ -56,12 +57,10 @@ class Config(SourceConfig):
     image_size: int | None = arg(None, "pixels; default: pre-training's")
     patch_size: int | None = arg(None, "the encoder's; set by the run")
     crop_scale_min: float = arg(0.08, "SemanticMIM Table 3; the usual one")
-    crop_pct: float | None = arg(
-        None,
-        "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; below 1: ours",
+    crop_pct: float | None = data_arg(
+        None, "centre crop of val; 224 / 256 at 224 pixels, above 1: MAE; below 1: ours",
         within="(0, 1]",
-        group="data",
-    )
+    )  # fmt: skip
 
     SET: typing.ClassVar = ("patch_size",)
 

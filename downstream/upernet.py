@@ -15,25 +15,19 @@ import copy
 import math
 from collections.abc import Sequence
 
-import engine  # noqa: F401 - before torch: it sets how threads wait
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from data import UNLABELLED
-from downstream.windows import Windows, pyramid
+from downstream.windows import Windows, freeze_unseen, pyramid
 from noise import DROPOUT, uniform
 
 POOL_SCALES = (1, 2, 3, 6)  # cells a side of the pyramid pooling
 AUX_LEVEL = 2  # the pyramid's third map, stride 16
-
-
-def conv(in_dim: int, dim: int, kernel_size: int) -> nn.Sequential:
-    """Convolution of stride 1 that keeps the size, BatchNorm, ReLU."""
-    layer = nn.Conv2d(in_dim, dim, kernel_size, padding=kernel_size // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(dim), nn.ReLU())
+conv = Conv2dNormActivation  # in, out, kernel size; it keeps the map's size; BatchNorm, ReLU
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -219,19 +213,15 @@ class Segmenter(nn.Module):
         self.encoder, self.layer, self.loss_size = encoder, layer, loss_size
         self.aux_weight, self.normalize = aux_weight, Normalize(mean, std)
         self.windows = Windows(encoder.blocks, encoder.grid, **windows) if windows else None
-        shapes = copy.deepcopy(encoder).to("meta").eval()  # computes shapes alone
-        imgs = torch.zeros(1, 3, *(n * encoder.patch_size for n in encoder.grid), device="meta")
         if layer:
             encoder.requires_grad_(False)
-            ((tokens, _),) = shapes.forward_features(imgs, [layer])
-            self.head = Probe(tokens.shape[2], classes)
-            return
-        maps, params = pyramid(shapes, imgs, self.windows), list(shapes.parameters())
-        grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
-        for p, grad in zip(encoder.parameters(), grads):
-            p.requires_grad_(grad is not None)
-        plain = len(set(encoder.strides)) == 1
-        self.head = UperNet([m.shape[1] for m in maps], plain, classes, **sizes)
+            shapes = copy.deepcopy(self).to("meta").eval()  # computes shapes alone
+            size = (n * encoder.patch_size for n in encoder.grid)
+            (x,) = shapes.features(torch.zeros(1, 3, *size, device="meta"))
+            self.head = Probe(x.shape[1], classes)
+        else:
+            plain = len(set(encoder.strides)) == 1
+            self.head = UperNet(freeze_unseen(encoder, self.windows), plain, classes, **sizes)
 
     def features(self, imgs: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """What the head reads of normalised images (B, 3, H, W): maps (B, C, h, w)."""

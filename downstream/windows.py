@@ -1,19 +1,17 @@
 """Attention inside windows, for the blocks of a plain ViT (or MCMAE's third stage) at 1024 pixels.
 
     partition, join     a map to windows and back; where windows stick out, which tokens are real
-    offsets             a learned bias of each offset, as a matrix of a grid
-    Biased              attention with it, on a CPU
+    Biased              attention with a learned bias of each offset, on a CPU
     everywhere          which blocks attend globally, as a flag names them
     Windows             runs blocks of `common.Block`'s form; some of them attend globally
-    pyramid             an encoder's maps, its blocks run so
+    pyramid             an encoder's maps, its blocks run so; what they do not depend on, frozen
 
 Windows are a way to run blocks, not part of an encoder: its weights and names stay as pre-training
 left them. Prefix tokens (class, proxies) are left out, as ViTDet does: they belong to no window.
 """
 
+import copy
 from collections.abc import Sequence
-
-import engine  # noqa: F401 - before torch: it sets how threads wait
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 import mcmae
 from common import unpatchify
-from downstream.public_vit import RelativeAttention, resize_table
+from downstream.public_vit import RelativeAttention, offsets, places, resize_table
 from engine import require
 
 SCORES = 2**22  # of queries and keys that a CPU holds at a time where a bias is added to them
@@ -53,24 +51,6 @@ def join(x: Tensor, grid: Sequence[int], window: int, shift: int = 0) -> Tensor:
     x = x.flatten(3, 4).flatten(1, 2)  # (B, rows * k, cols * k, C)
     (top, _), (left, _) = ends
     return x[:, top : top + h, left : left + w].flatten(1, 2)
-
-
-def places(
-    grid: Sequence[int], rows: slice = slice(None), device: torch.device | None = None
-) -> Tensor:
-    """Which offset each of L tokens of a grid (h, w) has from each other, (L, L): its place among
-    (2h - 1)(2w - 1), in the order of BEiT, Swin and the public detection code of MCMAE.
-
-    Args: `rows`: queries, of the L.
-    """
-    (h, w), at = grid, torch.arange(grid[0] * grid[1], device=device)
-    dy, dx = (a[rows, None] - a for a in (at // w, at % w))
-    return (dy + h - 1) * (2 * w - 1) + dx + w - 1
-
-
-def offsets(table: Tensor, grid: Sequence[int], rows: slice = slice(None)) -> Tensor:
-    """Bias (heads, L, L) of a grid from a table (offsets, heads) in the order of `places`."""
-    return F.embedding(places(grid, rows, table.device), table).permute(2, 0, 1)
 
 
 class Biased(torch.autograd.Function):
@@ -229,6 +209,22 @@ class Windows(nn.Module):
             if i + 1 in layers:
                 outputs[i + 1] = x
         return [outputs[i] for i in layers] + [x]
+
+
+def freeze_unseen(encoder: nn.Module, windows: Windows | None, last: bool = False) -> list[int]:
+    """Freeze what the maps do not depend on, as DDP waits for every gradient.
+
+    Args: as `pyramid`.
+    Returns: channels of the maps.
+    """
+    parts = nn.ModuleList([encoder, windows])
+    shapes = copy.deepcopy(parts).to("meta").eval()  # computes shapes alone
+    imgs = torch.zeros(1, 3, *(n * encoder.patch_size for n in encoder.grid), device="meta")
+    maps, params = pyramid(shapes[0], imgs, shapes[1], last=last), list(shapes.parameters())
+    grads = torch.autograd.grad(sum(m.sum() for m in maps), params, allow_unused=True)
+    for p, grad in zip(parts.parameters(), grads):
+        p.requires_grad_(grad is not None)
+    return [m.shape[1] for m in maps]
 
 
 def pyramid(

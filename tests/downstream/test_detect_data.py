@@ -4,8 +4,6 @@ import json
 import math
 import pickle
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from coco_folder import CATEGORIES, SIZES, content, write
 from data import UserError
 from downstream import coco, objects
 from downstream.mask_rcnn import unpack
-from downstream.objects import CocoImages, Jitter, Scenes, View, boxes_of, collate, sample_of
+from downstream.objects import CocoImages, Jitter, Scenes, View, collate, sample_of
 from shapes import SHAPES
 
 
@@ -216,20 +214,6 @@ def test_mask__run_lengths_and_the_image_take_the_same_way(view):
     sure = (seen[0, :h, :w] < 20) | (seen[0, :h, :w] > 235)  # the others are blurred by the resize
     same = (seen[0, :h, :w] > 127) == torch.from_numpy(found).bool()
     assert sure.float().mean() > 0.3 and same[sure].all()
-
-
-def test_boxes_of__are_those_of_a_loop():
-    rng = np.random.default_rng(0)
-    masks = rng.random((30, 9, 13)) < 0.05
-    masks[:, 4, 5] |= ~masks.any(axis=(1, 2))
-    masks[0], masks[1] = False, False
-    masks[0, 8, 12], masks[1, 0, 0] = True, True  # one pixel, in corners
-    want = []
-    for mask in masks:
-        y, x = np.nonzero(mask)
-        want.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
-    assert boxes_of(masks).tolist() == np.array(want, float).tolist()
-    assert boxes_of(masks)[0].tolist() == [12, 8, 13, 9]
 
 
 def test_jitter__lsj_s_range_of_sizes_flips_and_places():

@@ -57,10 +57,8 @@ def test_vitdet__is_detectron2_s():
     assert [round(x * cfg.iterations) for x in shares(cfg.drops)] == [163_889, 177_546]
     assert config(encoder="large").globals == [6, 12, 18, 24]
     assert values(config(encoder="large"), "layer_decay drop_path") == [0.8, 0.4]
-    huge = config(encoder="huge")
-    assert values(huge, "layer_decay drop_path iterations") == [0.9, 0.5, 184_375 * 3 // 4]
-    huge = config(encoder="huge")
-    assert values(huge, "layer_decay drop_path image_size") == [0.9, 0.5, 1036]
+    names = "layer_decay drop_path iterations image_size"
+    assert values(config(encoder="huge"), names) == [0.9, 0.5, 184_375 * 3 // 4, 1036]
     assert config(method="semanticmim").iterations == VITDET["iterations"]
 
 
@@ -143,28 +141,15 @@ def test_build__every_size_reaches_neck_and_heads():
         (["--scale-min", 3], "--scale-min is above --scale-max"),
         (["--window", -1], "--window -1 must be 0 or above"),
         (["--compile"], "unrecognized arguments: --compile"),
+        ("--method coma_dyvit --window 7".split(), "--window DyViT has windows of its own"),
+        ("--method coma_dyvit --relative-bias".split(), "--relative-bias is for blocks"),
+        ("--method mcmae --neck levels".split(), "--neck is a plain encoder's"),
     ],
 )  # fmt: skip
 def test_config__refuses(flags, words):
     with pytest.raises(UserError) as error:
         config(*flags)
     assert words in str(error.value)
-
-
-def test_config__refuses_windows_for_dyvit_and_necks_for_hierarchies():
-    with pytest.raises(UserError, match="--window DyViT has windows of its own"):
-        config("--window", 7, method="coma_dyvit")
-    with pytest.raises(UserError, match="--relative-bias is for blocks"):
-        config("--relative-bias", method="coma_dyvit")
-    with pytest.raises(UserError, match="--neck is a plain encoder's"):
-        config("--neck", "levels", method="mcmae")
-
-
-def test_config__shares_and_numbers_of_blocks():
-    assert config("--everywhere", "1,4,7,11").globals == [1, 4, 7, 11]
-    assert config("--everywhere", "quarters", encoder="large").globals == [6, 12, 18, 24]
-    assert config("--everywhere", "").globals == []
-    assert config().globals == [3, 6, 9, 12]
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,10 +1,8 @@
-"""Detection runs: resume, ranks, micro-batches, signals, bad input, folders of COCO's format."""
+"""Detection runs: resume, ranks, micro-batches, bad input, folders of COCO's format."""
 
 import engine  # first: it sets how threads wait
 
 import json
-import os
-import signal
 from unittest import mock
 
 import pytest
@@ -14,7 +12,6 @@ import tiny_run
 from coco_folder import content, write
 from data import UserError
 from downstream import detect, encoders, objects
-from downstream.detector import Detector
 from engine.ranks import World
 from shapes import ShapeScenes
 from tiny_run import lines, same_result
@@ -36,7 +33,6 @@ def few(*args):
 
 
 def train(out, *flags, source=(), remove=()):
-    torch.set_num_threads(1)
     argv = [f for f in SMALL if f not in remove]
     if source:
         at = argv.index("--method")
@@ -120,49 +116,6 @@ def test_run__two_ranks_give_the_same_curve_and_scores(whole, tmp_path):
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["images"] == 8 and abs(result["predictions"] - whole[1]["predictions"]) <= 8
-
-
-class Interrupted(Detector):
-    """Sends SIGTERM to its own process in the fourth step."""
-
-    steps = 0
-
-    def forward(self, batch, progress):
-        self.steps += 1
-        if self.steps == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().forward(batch, progress)
-
-
-def test_run__sigterm_loses_nothing(whole, tmp_path):
-    with mock.patch.object(detect, "Detector", Interrupted):
-        with pytest.raises(SystemExit) as end:
-            train(tmp_path)
-    assert end.value.code == 143 and tiny_run.checkpoint(tmp_path)["step"] == 4
-    train(tmp_path, "--resume")
-    assert same_result(whole[0], tmp_path)
-
-
-class Broken(Detector):
-    """Its weights are NaN from the third step on."""
-
-    steps = 0
-
-    def forward(self, batch, progress):
-        self.steps += 1
-        if self.steps == 3:
-            with torch.no_grad():
-                self.roi.box_head[0][0].weight.fill_(torch.nan)
-        return super().forward(batch, progress)
-
-
-def test_run__a_loss_that_is_not_finite_stops_with_step_and_images(tmp_path):
-    with mock.patch.object(detect, "Detector", Broken):
-        with pytest.raises(UserError) as error:
-            train(tmp_path)
-    words = str(error.value)
-    assert "the loss of step 3 is not finite" in words and "loss_class nan" in words
-    assert "samples of that step: [" in words
 
 
 # ------------------------------------------------------------------------------------ COCO's format

@@ -1,7 +1,5 @@
 """Scores: pycocotools' own numbers, perfect predictions, crowds, other forms of truth."""
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import contextlib
 import io
 import json

@@ -1,17 +1,15 @@
 """Attention inside windows: against a loop over windows, and against the encoders' own blocks."""
 
-import engine  # noqa: F401 - first: it sets how threads wait
-
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention, softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import Block
-from vit import ViT
-from downstream import convmae, encoders
+from downstream import encoders
 from downstream import windows as windows_module
-from downstream.windows import Biased, Windows, edges, everywhere, join, offsets, partition
+from downstream.public_vit import offsets
+from downstream.windows import Biased, Windows, edges, everywhere, join, partition
 
 GRIDS = [(8, 8), (6, 9), (5, 7)]
 
@@ -58,12 +56,8 @@ def naive(block, x, grid, window, shift, table=None):
             q, k, v = attn.heads(y[:, at])
             weights = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
             if table is not None:
-                weights = weights + torch.stack(
-                    [
-                        torch.stack([bias_by_hand(table, window, a, b) for b in places])
-                        for a in places
-                    ]
-                ).permute(2, 0, 1)
+                pairs = [bias_by_hand(table, window, a, b) for a in places for b in places]
+                weights = weights + torch.stack(pairs, 1).unflatten(1, weights.shape[-2:])
             mixed = softmax(weights, -1) @ v
             out[:, at] = attn.proj(mixed.transpose(1, 2).flatten(2))
     x = x + out
@@ -87,9 +81,7 @@ def test_partition__join_undoes_it_and_cuts_where_a_loop_does(grid, shift):
 def test_run__equals_a_loop_over_windows_plain_and_shifted(grid, bias):
     parts = blocks(3)
     windows = Windows(parts, grid, 4, everywhere=[2], shifted=True, bias=bias)
-    table = None
-    if bias:
-        table = torch.nn.init.normal_(windows.local_bias_table)
+    table = torch.nn.init.normal_(windows.local_bias_table) if bias else None
     x = torch.randn(1, grid[0] * grid[1], 16)
     first, second, last = windows.run(parts, x, grid, [None] * 3, [1, 2])
     torch.testing.assert_close(first, naive(parts[0], x, grid, 4, 0, table))
@@ -117,8 +109,7 @@ def test_run__what_sticks_out_has_no_influence(monkeypatch):
     real = torch.nn.functional.pad
 
     def garbage(y, pad, *args):
-        out = real(y, pad, value=1e3 if y.dtype != torch.bool else 0)
-        return out
+        return real(y, pad, value=1e3 if y.dtype != torch.bool else 0)
 
     monkeypatch.setattr(torch.nn.functional, "pad", garbage)
     (after,) = windows.run(parts, x, grid, [None])
@@ -159,15 +150,6 @@ def test_Biased__under_autocast_is_near_and_keeps_its_types():
     assert [x.dtype for x in (found, *grads)] == [torch.bfloat16] * 4 + [torch.float32]
 
 
-def test_table__of_mcmae_s_segmentation_is_its_bias():
-    """Grids that are not square, larger and smaller than the one it is kept for."""
-    attn = convmae.RelativeAttention(8, 2, (3, 5))
-    torch.nn.init.normal_(attn.relative_position_bias_table)
-    for grid in ((3, 5), (4, 7), (2, 3)):
-        attn.now = grid
-        assert torch.equal(offsets(attn.table(grid), grid), attn.bias())
-
-
 def test_offsets__each_pair_has_the_row_of_its_offset():
     table = torch.arange(15.0)[:, None]  # 3 x 5 offsets of a grid (2, 3)
     found = offsets(table, (2, 3))[0]
@@ -198,12 +180,3 @@ def test_beit__its_own_bias_without_the_class_token():
         x = x + attn.proj((softmax(weights, -1) @ v).transpose(1, 2).flatten(2))
         x = x + block.mlp(block.norm2(x))
     torch.testing.assert_close(found, x)
-
-
-def test_run__equals_a_plain_vit_without_prefix_tokens():
-    encoder = ViT((32, 32), 8, 16, 3, 2, class_token=False)
-    imgs = torch.randn(2, 3, 32, 32)
-    ((want, _),) = encoder.forward_features(imgs, [3])
-    windows = Windows(encoder.blocks, encoder.grid)
-    (found,) = windows.run(encoder.blocks, encoder.embed(imgs), encoder.grid, [None] * 3)
-    torch.testing.assert_close(found, want)

@@ -21,8 +21,7 @@ WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
 
 
@@ -171,7 +170,7 @@ def test_train_position__of_fixed_ones(tmp_path):
     assert torch.equal(made.forward_features(imgs)[0][0], fixed.forward_features(imgs)[0][0])
     made.forward_features(imgs)[0][0].sum().backward()
     assert made.pos_embed.grad.abs().sum() > 0 and made.layer_ids()["pos_embed"] == 0
-    groups = encoders.layer_decay_groups(made, [], 0.05, 0.5)
+    groups = engine.layer_decay_groups(made, [], 0.05, 0.5)
     (group,) = [g for g in groups if any(p is made.pos_embed for p in g["params"])]
     assert group["weight_decay"] == 0 and group["lr_scale"] == 0.5**5
     made.pos_embed.data += torch.randn(made.pos_embed.shape)
@@ -335,7 +334,7 @@ def test_layer_decay_groups__as_mae():
     sizes = dict(image_size=(32, 32), patch_size=8, embed_dim=32, depth=3, num_heads=2)
     encoder, head = public_vit.PublicViT(relative=True, **sizes), nn.Linear(32, 5)
     encoder.norm.bias.requires_grad_(False)
-    groups = encoders.layer_decay_groups(encoder, [head], 0.05, 0.5)
+    groups = engine.layer_decay_groups(encoder, [head], 0.05, 0.5)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert sum(len(g["params"]) for g in groups) == len(found)
     assert id(encoder.norm.bias) not in found
@@ -350,7 +349,7 @@ def test_layer_decay_groups__as_mae():
 @pytest.mark.parametrize("method", METHODS)
 def test_layer_decay_groups__every_method(method):
     encoder = build(describe(method=method, model="tiny"))
-    groups = encoders.layer_decay_groups(encoder, [], 0.05, 0.5)
+    groups = engine.layer_decay_groups(encoder, [], 0.05, 0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(encoder.parameters()))
     blocks = {"mcmae": 3, "coma_dyvit": 1 + 1 + 2 + 1}.get(method, 4)
     assert {g["lr_scale"] for g in groups} == {0.5**i for i in range(blocks + 2)}

@@ -189,7 +189,6 @@ def root(tmp_path_factory) -> str:
 
 
 def train(out, *flags) -> None:
-    torch.set_num_threads(1)
     line = [*FLAGS.split(), "--output", out, "--batch-size", 4, "--epochs", 3, *flags]
     tuning.main([*map(str, line)])
 

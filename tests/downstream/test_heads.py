@@ -37,7 +37,7 @@ def test_lars__equals_its_formula():
     torch.manual_seed(0)
     w, b = torch.randn(4, 3), torch.randn(3)
     params = [torch.nn.Parameter(x.clone()) for x in (w, b)]
-    optimizer = heads.LARS(params, lr=0.5, weight_decay=0.2, momentum=0.9)
+    optimizer = heads.LARS(params, lr=0.5, weight_decay=0.2)
     mw, mb = torch.zeros(4, 3), torch.zeros(3)
     for _ in range(3):
         gw, gb = torch.randn(4, 3), torch.randn(3)

@@ -180,7 +180,7 @@ def test_cover__short_side_becomes_the_crops(size, crop, expected):
 # ---------------------------------------------------------------------------------- other layouts
 
 
-def voc(root, aug):
+def write_voc(root, aug):
     """A VOC with one image a split; with the larger training set's list and half of its maps."""
     for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / kind).mkdir(parents=True)
@@ -202,7 +202,7 @@ def voc(root, aug):
 def test_prepare_voc__takes_the_larger_training_set_and_says_so_where_it_is_missing(
     tmp_path, capsys, aug
 ):
-    source, out = voc(tmp_path / "voc", aug), tmp_path / "out"
+    source, out = write_voc(tmp_path / "voc", aug), tmp_path / "out"
     assert prepare.prepare_voc([str(source), str(out)]) == 0
     said = capsys.readouterr().out
     maps = {p.stem: int(np.asarray(Image.open(p))[0, 0]) for p in out.glob("*/semantic/*.png")}

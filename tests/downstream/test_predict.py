@@ -17,6 +17,7 @@ from downstream import finetune, photos, predict, segment, transfer
 from downstream import evaluate as testing
 from downstream.upernet import resize
 from engine import UserError
+from shapes import ShapeScenes
 
 
 def save(folder, method, model, cfg, **facts):
@@ -106,7 +107,7 @@ def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path,
     out = tmp_path / "out"
     run(segmenter, album / "a.jpg", album / "in", "--output", out)
     head, *rows = table(out)
-    assert head[:3] == ["image", *data_names()[:2]] and len(rows) == 3
+    assert head[:3] == ["image", *ShapeScenes.SEMANTIC_NAMES[:2]] and len(rows) == 3
     model, cfg = segment.open_run(segmenter / "last.pt")
     for (name, *shares), size in zip(rows, [(50, 70), (50, 90), (64, 64)]):  # width, height
         with Image.open((out / name).with_suffix(".png")) as image:
@@ -149,12 +150,6 @@ def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
         assert logits.shape == (1, cfg.classes, *sample["rgb"].shape[1:])
         torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0][1], found[1][1], atol=1e-3)
-
-
-def data_names():
-    from shapes import ShapeScenes
-
-    return list(ShapeScenes.SEMANTIC_NAMES)
 
 
 def test_segment__refuses_two_images_of_one_name(segmenter, album, tmp_path):

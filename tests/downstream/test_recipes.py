@@ -7,9 +7,8 @@ from unittest import mock
 
 import pytest
 
-import shapes
 import engine
-from downstream import encoders, finetune, probe, robustness, transfer
+from downstream import encoders, finetune, probe, robustness, segment, transfer
 
 FINETUNE = (
     "epochs warmup_epochs batch_size base_lr min_lr weight_decay beta1 beta2 layer_decay drop_path "
@@ -148,10 +147,6 @@ def test_tiny__ours():
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size) == (30, 3, 512)
 
 
-def test_shapes__its_classes():
-    assert transfer.class_names("shapes") == list(shapes.SHAPES)
-
-
 # ----------------------------------------------------------------------------- input statistics
 
 
@@ -186,7 +181,7 @@ def test_alexnet__the_published_errors():
 # --------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("script", [finetune, probe])
+@pytest.mark.parametrize("script", [finetune, probe, segment])
 def test_help__at_most_forty_flags_in_groups_and_none_that_only_the_program_sets(script, capsys):
     with pytest.raises(SystemExit):
         engine.parse(script.Config, script.PRESETS, script.__doc__, ["--help"])
@@ -198,8 +193,9 @@ def test_help__at_most_forty_flags_in_groups_and_none_that_only_the_program_sets
     further = {engine.flag(name) for name in rare}
     hidden = fields - set(shown) - further
     assert hidden == {engine.flag(name) for name in script.Config.SET} and further <= fields
-    for name in ("--description", "--classes", "--patch-size", "--mix-batch"):
+    for name in ("--description", "--patch-size", "--mix-batch", "--norm-batch"):
         assert name not in said
+    assert ("--classes" in shown) == (script is segment)
     for group in ("data:", "model:", "optimisation:", "run:"):
         assert group in said
     assert further <= set(said.split())  # at the end; and they are taken

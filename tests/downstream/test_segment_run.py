@@ -15,6 +15,7 @@ from data import UserError
 from downstream import encoders, pixels, prepare, segment
 from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
+from test_pixels import write_voc
 from test_segment import SMALL, config, folder
 from tiny_run import lines, same_result
 
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.slow
 
 def train(out, *flags, source=()):
     """Train on 40 scenes in this process, then evaluate on 40."""
-    torch.set_num_threads(1)
     flags = [*SMALL, "--output", out, *flags]
     if source:
         at = flags.index("--method")
@@ -262,20 +262,6 @@ def test_run__a_folder_whose_checkpoint_is_of_something_else(tmp_path, content):
         train(tmp_path, "--resume")
 
 
-def test_main__help_has_forty_flags_in_groups_and_none_that_the_program_sets(capsys):
-    with pytest.raises(SystemExit) as end:
-        segment.main(["--help"])
-    said = capsys.readouterr().out
-    shown = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
-    assert end.value.code == 0 and 30 < len(set(shown)) <= 40 and "--checkpoint" in shown
-    groups = ["data", "model", "optimisation", "run"]
-    assert [g for g in groups if f"\n{g}:\n" in said] == groups
-    further = next(x for x in said.splitlines() if x.startswith("further flags: "))
-    assert "--aux-weight" in further and "--aux-weight" not in shown
-    for name in ("description", "norm-batch", "base-lr", "patch-size", "warmup-epochs", "min-lr"):
-        assert f"--{name}" not in [*shown, *further.split()], name
-
-
 # ---------------------------------------------------------------------------------- bad input, data
 
 
@@ -374,11 +360,8 @@ def test_prepare_ade__and_voc_give_our_layout(tmp_path):
         ids = np.array([[0, 1, 150], [2, 0, 3]], np.uint8)
         Image.fromarray(ids).save(ade / "annotations" / part / "a.png")
     (ade / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tbuilding, edifice\n")
-    for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (voc / kind).mkdir(parents=True)
+    write_voc(voc, aug=False)
     for split in ("train", "val"):
-        (voc / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(f"{split}_1\n")
-        Image.new("RGB", (3, 2)).save(voc / "JPEGImages" / f"{split}_1.jpg")
         ids = Image.fromarray(np.array([[0, 1, 20], [2, 255, 3]], np.uint8), mode="P")
         ids.putpalette(list(range(256)) * 3)
         ids.save(voc / "SegmentationClass" / f"{split}_1.png")

@@ -14,15 +14,6 @@ from torch import nn
 METHODS = ("cfmae", "semanticmim", "mcmae", "coma_dyvit")
 
 
-def groups(model, protocol="upernet", weight_decay=0.05, layer_decay=0.5):
-    """Parameter groups of a run's optimizer."""
-    cfg = types.SimpleNamespace(
-        protocol=protocol, weight_decay=weight_decay, layer_decay=layer_decay, momentum=0.9,
-        beta1=0.9, beta2=0.999,
-    )  # fmt: skip
-    return make_optimizer(cfg, model).param_groups
-
-
 def tiny(method, size=(32, 64), **kwargs):
     torch.manual_seed(0)
     encoder = encoders.build(encoders.describe(method=method, model="tiny"), size, 0.1)
@@ -197,20 +188,6 @@ def test_Segmenter__dropout_comes_from_the_samples_seeds_in_training_alone():
     assert not torch.equal(first[0], plain)
 
 
-def test_make_optimizer__all_of_the_probe_decays():
-    """As torch.optim.SGD on the whole layer, SemanticMIM's public code."""
-    model = tiny("cfmae", layer=2)
-    (group,) = groups(model, "linear", 1e-4)
-    assert group["weight_decay"] == 1e-4 and group.get("lr_scale", 1) == 1
-    assert [id(p) for p in group["params"]] == [id(p) for p in model.head.classifier.parameters()]
-
-
-def test_Segmenter__normalises_by_the_mean_and_deviation_given():
-    model, rgb = tiny("cfmae", mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1)), batch()["rgb"]
-    expected = (rgb[:, 1] / 255 - 0.4) / 0.25
-    torch.testing.assert_close(model.normalize(rgb)[:, 1], expected)
-
-
 class OneSize(nn.Module):
     """An encoder for one image size alone, with BatchNorm; the last layer has no part in maps."""
 
@@ -240,7 +217,8 @@ def test_Segmenter__is_built_without_a_trace_in_the_encoder():
 def test_make_optimizer__rate_falls_by_the_layer_and_small_parameters_do_not_decay(method):
     model = tiny(method)
     ids, of = model.encoder.layer_ids(), {}
-    for group in groups(model):
+    cfg = dict(protocol="upernet", weight_decay=0.05, layer_decay=0.5, beta1=0.9, beta2=0.999)
+    for group in make_optimizer(types.SimpleNamespace(**cfg), model).param_groups:
         of |= {id(p): group for p in group["params"]}
     top = max(ids.values())
     for name, p in model.named_parameters():
