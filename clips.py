@@ -109,7 +109,7 @@ class Frames:
         try:
             return decode_image(read_bytes(f"{self.folder}/{self.names[number]}"))
         except Exception as error:  # Pillow raises anything on broken files
-            words = error or type(error).__name__
+            words = str(error) or type(error).__name__
             raise Unreadable(f"{self.folder}/{self.names[number]}: {words}") from None
 
 

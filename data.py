@@ -243,7 +243,7 @@ class FolderDataset(Dataset):
         except UserError:  # a damaged shard
             raise
         except Exception as error:  # Pillow raises anything on broken files
-            raise Unreadable(f"{files.name(index)}: {error or type(error).__name__}") from None
+            raise Unreadable(f"{files.name(index)}: {str(error) or type(error).__name__}") from None
         for granularity in (g for g in self.granularities if g != "rgb"):
             try:
                 maps[granularity] = decode_map(files.read(self.root, granularity, index))

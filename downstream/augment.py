@@ -110,8 +110,7 @@ class Augmented(data.Dataset):
     def __init__(
         self, dataset: data.Dataset, cfg: object, mean: Sequence[float], std: Sequence[float]
     ):
-        self.dataset, self.reprob = dataset, cfg.reprob
-        self.jitter = getattr(cfg, "color_jitter", 0)  # not of clips
+        self.dataset, self.reprob, self.jitter = dataset, cfg.reprob, cfg.color_jitter
         self.classes, self.granularities = dataset.classes, dataset.granularities
         self.files = getattr(dataset, "files", None)
         fill = tuple(min(255, round(255 * x)) for x in mean)

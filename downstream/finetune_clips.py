@@ -84,6 +84,7 @@ class Config(engine.config.Config):
     head_std: float = arg(2e-5, "first weights of the classifier; VideoMAE: 0.02 x 0.001")
     val_samples: int = arg(1024, "evenly spaced clips of val that are looked at while training")
 
+    color_jitter: typing.ClassVar = 0.0  # VideoMAE has none
     SAMPLES: typing.ClassVar = "clips"
     SET: typing.ClassVar = ("patch_size", "preview_epochs")
     FURTHER: typing.ClassVar = (*engine.config.Config.FURTHER, *(

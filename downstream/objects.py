@@ -167,7 +167,7 @@ class CocoImages(Dataset):
         try:
             rgb = decode_image(read_bytes(f"{self.folder}/{name}"))
         except Exception as error:  # Pillow raises anything on broken files
-            raise Unreadable(f"{name}: {error or type(error).__name__}") from None
+            raise Unreadable(f"{name}: {str(error) or type(error).__name__}") from None
         if tuple(rgb.shape[1:]) != size:
             raise UserError(
                 f"{name} is displayed at {rgb.shape[2]} x {rgb.shape[1]}, its JSON has {size[1]} x "

@@ -28,7 +28,7 @@ def read_map(path: Path) -> np.ndarray:
     try:
         return decode_map(np.fromfile(path, np.uint8))
     except Exception as error:  # Pillow raises anything on broken files
-        raise UserError(f"{path}: {error or type(error).__name__}") from None
+        raise UserError(f"{path}: {str(error) or type(error).__name__}") from None
 
 
 def folders(dst: Path) -> dict[str, tuple[Path, Path]]:
