@@ -112,6 +112,8 @@ def following(run: object) -> str:
         folder = "DATA"
         note = "\n            (DATA: train and val, two or more class folders in each)"
     words = {"last": shlex.quote(str(run.last)), "data": f"--data {folder}{tiny}"}
+    own = run.cfg.data != "shapes"  # which pictures are of by default
+    words["images"] = f" --data {shlex.quote(run.cfg.data)}" if own else ""
     package = __name__.removesuffix("engine.report")  # "" in a checkout
     commands = [f"python -m {package}{line.format(**words)}" for line in run.then]
     return "next        " + "\n            ".join(commands) + note

@@ -41,7 +41,7 @@ from engine.validate import picture
 
 
 NEXT = (
-    "tools.visualize reconstruct --checkpoint {last}",
+    "tools.visualize reconstruct --checkpoint {last}{images}",
     "downstream.probe {data} --checkpoint {last}",
 )
 

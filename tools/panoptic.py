@@ -34,7 +34,8 @@ def load(kind: str, processor: str, name: str, flag: str) -> tuple[nn.Module, ob
     try:
         import transformers
     except ImportError:
-        raise UserError(f"{flag}: pip install transformers, which has these models") from None
+        words = "pip install transformers, which has these models; --recipe regions needs none"
+        raise UserError(f"{flag}: {words}") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

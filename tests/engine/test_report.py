@@ -41,7 +41,7 @@ def test_following__commands_that_run_as_they_stand(tmp_path):
     run = SimpleNamespace(cfg=cfg, last="my runs/last.pt", then=engine.run.NEXT, **sets)
     said = following(run).splitlines()
     words = "python -m tools.visualize reconstruct --checkpoint 'my runs/last.pt'"
-    assert said[0] == f"next        {words}"
+    assert said[0] == f"next        {words} --data 'my photos'"
     words = "python -m downstream.probe --data 'my photos' --model tiny --checkpoint"
     assert said[1].strip() == f"{words} 'my runs/last.pt'"
     for change in ({"val_set": None}, {"train_set": SimpleNamespace(classes=["a"])}):
