@@ -131,8 +131,8 @@ class Config(engine.Config):
 def visible_counts(seed: Tensor, num_visible: int, M: int) -> Tensor:
     """Visible patches of each granularity, (B, M) int64 with row sums `num_visible`."""
     # NOTE paper unclear: share of each granularity. Dirichlet(1, ..., 1), rounded end to end.
-    draws = -uniform(seed, M, DIRICHLET).log().double()  # on CUDA torch 2.6 has no deterministic
-    ends = torch.stack([draws[:, : m + 1].sum(1) for m in range(M)], dim=1).float()  # cumsum
+    draws = -uniform(seed, M, DIRICHLET).log().double()  # (B, M); torch 2.6 has no deterministic
+    ends = torch.stack([draws[:, : m + 1].sum(1) for m in range(M)], 1).float()  # cumsum on CUDA
     return F.pad((num_visible * (ends / ends[:, -1:])).round().long(), (1, 0)).diff(dim=1)
 
 
