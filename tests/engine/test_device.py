@@ -96,6 +96,7 @@ def pretend(model, batch, precision=contextlib.nullcontext):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("precision", [contextlib.nullcontext, in_bf16])
 def test_step__stays_on_the_device_and_reads_no_value(step, precision):
     loss, logs = pretend(*step, precision)
