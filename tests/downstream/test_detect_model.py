@@ -294,6 +294,7 @@ def test_detector__all_methods_train_every_parameter_and_predict(method):
             assert ((x["masks"] >= 0) & (x["masks"] <= 1)).all() and (x["labels"] >= 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, neck", [("mae", "simple"), ("mae", "levels"), ("mcmae", "simple")]
 )
@@ -327,6 +328,7 @@ def test_maps__simple_is_the_last_map_alone():
     torch.testing.assert_close(x.flatten(2).transpose(1, 2), y)
 
 
+@pytest.mark.slow
 def test_maps__mcmae_without_windows_are_its_own_pyramid():
     model = detector("mcmae")
     imgs, seed = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
@@ -359,6 +361,7 @@ def test_neck__rescales_a_plain_encoder_s_maps(kind, dims):
     torch.testing.assert_close(neck.scales[0](x), y)
 
 
+@pytest.mark.slow
 def test_losses__do_not_depend_on_how_samples_are_batched():
     model, found = detector(window=4, everywhere=[4]), batch(6)
     whole, _ = model(found, None)
@@ -366,6 +369,7 @@ def test_losses__do_not_depend_on_how_samples_are_batched():
     torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses__an_image_without_objects_and_one_full_of_them():
     model, found = detector(), batch(2)
     found["labels"][0], found["boxes"][0], found["masks"][0] = 0, 0, 0
@@ -380,6 +384,7 @@ def test_losses__an_image_without_objects_and_one_full_of_them():
     loss.backward()
 
 
+@pytest.mark.slow
 def test_losses__weights_that_are_not_finite_give_a_loss_that_is_not():
     model = detector()
     with torch.no_grad():

@@ -238,6 +238,7 @@ def test_finetune__mixing_fixes_the_micro_batch(tmp_path, capsys):
     assert "pixels      mean 0.485,0.456,0.406, deviation 0.229,0.224,0.225: ImageNet's" in out
 
 
+@pytest.mark.slow
 def test_finetune__empty_class_folders_are_no_classes(tmp_path, capsys):
     root = tmp_path / "data"
     for split in ("train", "val"):
@@ -454,6 +455,7 @@ def test_bad_input__images_outside_class_folders(tmp_path):
             "--batch-size", 1)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resume__refuses_other_classes(tmp_path, monkeypatch):
     flags = ["--checkpoint", write_checkpoint(tmp_path, "mae"), "--batch-size", 8, "--steps"]
     run(*flags, 1, "--output", tmp_path / "o")

@@ -61,6 +61,7 @@ def ramp(h=200, w=240):
     return rgb, {"semantic": cols // 10}
 
 
+@pytest.mark.slow
 def test_Augment__the_probes_crop_is_torchvisions_random_resized_crop():
     cfg = config("--protocol", "linear", "--image-size", 64, "--crop-scale-min", 0.8)
     areas, ratios, left, flips = [], [], [], 0

@@ -152,12 +152,14 @@ def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
     assert not torch.allclose(found[0][1], found[1][1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_segment__refuses_two_images_of_one_name(segmenter, album, tmp_path):
     (album / "a.png").write_bytes((album / "in/a.png").read_bytes())
     with pytest.raises(UserError, match="a.jpg and a.png would both become"):
         run(segmenter, album, "--output", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_segment__never_overwrites_a_file(segmenter, album):
     """A photograph, say, beside which its map would lie."""
     before = (album / "in/a.png").read_bytes()
@@ -166,6 +168,7 @@ def test_segment__never_overwrites_a_file(segmenter, album):
     assert (album / "in/a.png").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classifier", "segmenter"])
 def test_predict__photographs_go_to_processes_that_start_afresh(
     task, album, tmp_path, monkeypatch, request

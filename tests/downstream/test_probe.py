@@ -329,6 +329,7 @@ def test_run__normalises_as_told(tmp_path):
         run(*flags, "--std", "0.5,1,0.5", "--output", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_run__views_are_different_crops(tmp_path):
     path = write_checkpoint(tmp_path, "cfmae")
     out = tmp_path / "a"

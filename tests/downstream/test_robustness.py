@@ -159,6 +159,7 @@ def test_bad_input__one_line(finetuned, tmp_path):
                             str(tmp_path / "out")])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_main__makes_its_output_before_the_first_test(finetuned, tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "a", ["ring"], 1)
     (tmp_path / "file").touch()

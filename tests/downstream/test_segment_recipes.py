@@ -143,6 +143,7 @@ def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
         assert words in line and str(list(mean)) in line and str(list(std)) in line
 
 
+@pytest.mark.slow
 def test_build__every_setting_reaches_the_model(monkeypatch):
     seen, original = {}, encoders.build
     monkeypatch.setattr(encoders, "build", lambda *a: seen.update(a=a[1:]) or original(*a))
@@ -276,6 +277,7 @@ def test_Config__attention_is_global_unless_asked():
     assert config("--window", 4, "--everywhere", "quarters").windows == asked
 
 
+@pytest.mark.slow
 def test_build__mcmaes_layers_decay_as_its_public_code_has_them():
     """Stems, stages 1 and 2, positions at level 0; stage 3 from 1; the head and what follows: 1."""
     model = mcmae_model("--fourth conv")

@@ -150,6 +150,7 @@ def test_Segmenter__every_trained_parameter_gets_a_gradient(method):
     assert model.eval().logits(batch()["rgb"]).shape == (2, 5, 32, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_Segmenter__probe_reads_a_frozen_layer_as_a_map(method):
     model, b = tiny(method, layer=2, loss_size=16), batch()
@@ -213,6 +214,7 @@ def test_Segmenter__is_built_without_a_trace_in_the_encoder():
     assert frozen == {"last.weight", "last.bias"} and model.head.lateral[0][0].in_channels == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_make_optimizer__rate_falls_by_the_layer_and_small_parameters_do_not_decay(method):
     model = tiny(method)

@@ -191,7 +191,7 @@ def test_mix_score__breaks_ties_by_the_random_order():
 def test_mix_sample__frequencies_are_the_coefficients(monkeypatch):
     # a patch of these maps has one label: faster
     monkeypatch.setattr(cfmae, "patch_region", lambda labels: labels[..., 0])
-    B, cfg = 4000, config("--mix", "sample", "--model", "tiny")
+    B, cfg = 1500, config("--mix", "sample", "--model", "tiny")
     seed = torch.arange(B)
     instance, semantic = (x[5:6].expand(B, -1) for x in scenes(6, 8))
     tiny = {k: config("--model", "tiny", "--masking", k) for k in KINDS}

@@ -233,6 +233,7 @@ class Conv(torch.nn.Module):
         self.w, self.b = torch.nn.Parameter(w), torch.nn.Parameter(b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 def test_load_tokenizer__says_how_to_use_openais_pickled_module(zipped, tmp_path, monkeypatch):
     state, module = golden("dalle_encoder.pt")["state_dict"], torch.nn.Module()

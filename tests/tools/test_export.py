@@ -251,6 +251,7 @@ def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
         open_encoder(init=tmp_path / "e.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_timm__init_reads_heads_mean_and_deviation_off_the_file(suffix, tmp_path):
     """Four heads of 32: a width of 128 alone would not tell."""

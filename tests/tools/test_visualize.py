@@ -74,6 +74,7 @@ def test_queries__tokens_by_name(checkpoints):
             attention.queries(options(query=[wrong]), encoder, (4, 4))
 
 
+@pytest.mark.slow
 def test_open__weights_that_are_not_finite(checkpoints, tmp_path):
     """A run that diverged is named, with the weight, whatever the picture."""
     for name, weight in (("semanticmim", "blocks.1.attn.qkv.weight"), ("mcmae", "norm.bias")):
@@ -164,6 +165,7 @@ def test_predict__reads_visible_patches_alone(checkpoints):
         assert model.cfg is before and METHODS[method].make_mask.__module__ == method
 
 
+@pytest.mark.slow
 def test_predict__normalised_is_what_the_model_makes_alone(checkpoints):
     """Neither the prediction nor the truth tells a hidden patch's mean and deviation."""
     for name in ("mae", "mcmae", "cfmae"):

@@ -160,6 +160,7 @@ def test_one_photograph(tmp_path, checkpoints):
         run(tmp_path, "dataset", *flags)
 
 
+@pytest.mark.slow
 def test_reconstruct__of_rgb_alone_needs_no_maps(tmp_path, checkpoints, monkeypatch):
     """Maps that are hidden whole may be missing: the prediction is the same, the truth black."""
     (tmp_path / "photos").mkdir()
