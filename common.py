@@ -293,7 +293,10 @@ class PatchEmbed(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialise as MAE: Xavier-uniform layers, zero biases, unit norms, tokens N(0, 0.02)."""
+    """Initialise as MAE: Xavier-uniform layers, unit norms, tokens N(0, 0.02), zero biases.
+
+    In MAE's code the patch embedding's bias alone is torch's, uniform.
+    """
     for m in model.modules():
         if isinstance(m, PatchEmbed):
             nn.init.xavier_uniform_(m.proj.weight.flatten(1))  # as the linear layer it is

@@ -1,4 +1,4 @@
-"""MAE: the baseline of all four papers, and the first page to read.
+"""MAE: the baseline of three of the four papers, and the first page to read.
 
 Paper: "Masked Autoencoders Are Scalable Vision Learners" (arXiv 2111.06377). Idea:
   1. an image is cut into patches and three quarters of them, drawn at random, are hidden;
@@ -167,11 +167,13 @@ def reconstruct(model: MAE, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor,
 def load_init(model: MAE, path: str | Path) -> str:
     """Start from a public MAE's weights or ours; a report, or UserError and nothing is loaded."""
     state, report = engine.read_state(path, "--init")
+    state = {k.removeprefix("encoder."): v for k, v in state.items()}
     for k in ("pos_embed", "decoder_pos_embed"):
         if k in state and not is_sincos(state[k]):
             raise UserError(f"--init {path}: {k} was learned; here it is fixed, sine-cosine")
-    decoder = ("decoder_", "mask_token")  # a file of the encoder alone is whole, too
-    rules = lambda k: k.startswith(decoder), lambda k: not k.startswith("blocks.")
+    # A file of the encoder alone is whole, too; one with a part of a part is not.
+    there = {k.split(".")[0] for k in state} | {"cls_token", "patch_embed", "blocks", "norm"}
+    rules = lambda k: k.split(".")[0] not in there, lambda k: not k.startswith("blocks.")
     return engine.load_weights(model, state, path, *rules, report)
 
 

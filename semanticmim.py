@@ -117,6 +117,7 @@ class Config(engine.Config):
             (0 < self.mask_ratio < 1 and 0 < self.num_visible < N, "mask_ratio", ratio),
             (known or not dvae, "target", file),
             (dvae or not codes, "tokenizer", "is for --target dvae; --target hog needs none"),
+            (not dvae or self.loss == "l2", "loss", "is for --target hog; codes are classified"),
             (dvae or p % 2 == 0, "patch_size", f"{p} is odd; a HOG has 2 x 2 cells"),
         )
 
@@ -165,7 +166,7 @@ def color_jitter(rgb: Tensor, seed: Tensor, strength: float) -> Tensor:
 
 
 class Encoder(ViT):
-    """What survives: a ViT with [PROXY] tokens (timm's register tokens), and no class token.
+    """What survives: a ViT with [PROXY] tokens (timm's register tokens), in place of a class token.
 
     `attention` has the prefix first. The rows of a patch, [:, :, P + patch, P:], are Figs. 7 and
     14, and with distances between patches Fig. 13; the rows of a proxy, [:, :, proxy, P:], are
@@ -408,8 +409,8 @@ def load_encoder(path: str | Path, **kwargs) -> Encoder:
 # ---------------------------------------------------------------------------------- presets, loop
 
 PRESETS = {
-    # Ours, for a laptop: 64 x 64 scenes, three minutes on two cores. Cells of 8 pixels, as the
-    # paper's: the gradients of smaller ones are noise. Small batches, as steps are what it lacks.
+    # Ours, for a laptop: 64 x 64 scenes, three minutes on two cores. Cells of 8 pixels, as in the
+    # public code: the gradients of smaller ones are noise. Small batches, as it lacks steps.
     "tiny": dict(
         image_size=64, embed_dim=128, depth=4, num_heads=4, proxies=4, epochs=3, warmup_epochs=0.3,
         batch_size=32, base_lr=8e-3, beta2=0.95, clip_grad=1.0, data="shapes", val_epochs=1,

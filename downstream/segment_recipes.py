@@ -53,7 +53,7 @@ LINEAR = dict(
     train_position=False, photometric=False, crop_scale_min=0.8, evaluation="crop", classes=21,
 )  # fmt: skip
 PROBE_RATE = 0.01 / 60  # for each sample of the batch: 0.02 at 120
-TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print, which also has the layer at half the depth
+TABLE_6 = dict(lr=0.01, weight_decay=0.0)  # the print; Sec. 4.2 has the layer at half the depth
 TINY = {"upernet": dict(lr=1e-3, drop_path=0.0), "linear": dict(lr=0.01)}  # --model tiny, ours
 
 PRESETS = {
@@ -98,7 +98,7 @@ class Config(transfer.SourceConfig):
     layer: int | None = arg(
         None,
         "linear: which layer, 1-based. Two thirds of the depth: 8 of 12, SemanticMIM's public "
-        "code; half of it: 6 of 12, its Table 6",
+        "code; half of it: 6 of 12, its Sec. 4.2",
     )
     drop_path: float | None = arg(
         None,
@@ -144,8 +144,8 @@ class Config(transfer.SourceConfig):
 
     recipe: str = optim_arg(
         "public",
-        "of the linear probe: SemanticMIM's public code, or Table 6 as it is printed (rate, decay, "
-        "layer)",
+        "of the linear probe: SemanticMIM's public code, or as it is printed: Table 6 (rate, "
+        "decay), Sec. 4.2 (layer)",
         ["public", "table6"],
     )
     iterations: int | None = optim_arg(
@@ -171,8 +171,8 @@ class Config(transfer.SourceConfig):
     lr: float | None = optim_arg(
         None,
         "peak rate, not scaled by the batch. 4e-4: CFMAE Table 10; 3e-5: SemanticMIM Table 4; "
-        "1e-4: MCMAE Sec. 3.3, CoMA; linear: 0.01 x batch / 60, SemanticMIM's public code, or "
-        "0.01, its Table 6; tiny: 1e-3, linear 0.01",
+        "1e-4: MCMAE Sec. 3.3, CoMA as MAE; linear: 0.01 x batch / 60, SemanticMIM's public code, "
+        "or 0.01, its Table 6; tiny: 1e-3, linear 0.01",
         within="(0, inf)",
     )
     layer_decay: float | None = optim_arg(

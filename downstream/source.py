@@ -155,8 +155,8 @@ def describe_preset(method: str, model: str, changes: dict) -> dict:
     if model not in script.PRESETS:
         raise UserError(f"--encoder {model}: {method} has {', '.join(script.PRESETS)}")
     values = {"model": model, **script.PRESETS[model], **changes}
-    if method == "semanticmim":  # an encoder needs its target's recipe, but not the tokenizer
-        values = {**semanticmim.RECIPES[values.pop("target", "hog")], **values}
+    if values.get("target") == "dvae":  # an encoder needs its target's recipe, but no tokenizer
+        values = {"tokenizer": "random", **values}
     cfg = make_config(script, values)
     cfg.resolve()
     return {"options": {}, **describe_config(method, dataclasses.asdict(cfg))}

@@ -134,7 +134,7 @@ class UperNet(nn.Module):
 
 
 class Probe(nn.Module):
-    """One linear layer a token, as a 1x1 convolution (SemanticMIM Table 6)."""
+    """One linear layer a token, as a 1x1 convolution (SemanticMIM Sec. 4.2)."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()

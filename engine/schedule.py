@@ -20,7 +20,7 @@ def warmup_cosine(
 
 
 def no_decay(name: str, ndim: int) -> bool:
-    """Biases, norms, tokens and embeddings, as MAE has it."""
+    """Biases, norms, tokens and embeddings. MAE's code lets its two tokens decay, too."""
     return ndim <= 1 or name.endswith(("_token", "_tokens", "_embed", "_bias_table"))
 
 

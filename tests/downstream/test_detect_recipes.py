@@ -66,6 +66,7 @@ def test_vitdet__is_detectron2_s():
 def test_coma__768_and_windows_of_its_own():
     cfg = config(method="coma_dyvit")
     assert (cfg.image_size, cfg.layer_decay, cfg.window, cfg.lr) == (768, 0.8, 0, 1e-4)
+    assert config(method="coma_dyvit", encoder="small").layer_decay == 0.7  # 16 blocks, not 24
 
 
 @pytest.mark.parametrize("method", ["mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"])

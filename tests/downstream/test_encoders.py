@@ -250,7 +250,7 @@ def test_describe__all_presets():
                 encoder = build(description)
             assert set(encoder.layer_ids()) == {name for name, _ in encoder.named_parameters()}
     config = describe(method="semanticmim", model="base-beit")["config"]
-    assert config["layer_scale"] == 0.1 and config["proxies"] == 8
+    assert config["layer_scale"] == 0.1 and config["proxies"] == 8 and config["target"] == "dvae"
 
 
 # --------------------------------------------------------------------------------------- bad input

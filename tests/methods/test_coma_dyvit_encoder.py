@@ -156,6 +156,8 @@ def test_forward_pyramid__any_size_that_the_patch_size_divides():
         assert shapes == [(1, c, H // s, W // s) for c, s in sizes]
     with pytest.raises(ValueError, match="not divisible"):
         encoder.forward_pyramid(torch.randn(1, 3, 64, 80))
+    half = encoder.bfloat16().forward_pyramid(torch.randn(1, 3, 32, 64, dtype=torch.bfloat16))
+    assert {x.dtype for x in half} == {torch.bfloat16}
 
 
 def test_forward_pyramid__maps_lie_as_the_image():

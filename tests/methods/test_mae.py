@@ -72,6 +72,8 @@ def test_load_init__reports_and_refuses(golden, tmp_path):
     for bad, words in (
         ({k: v for k, v in state.items() if k != "norm.bias"}, "missing norm.bias"),
         (state | {"pos_embed": state["pos_embed"] + 0.1}, "pos_embed was learned"),
+        ({"encoder.pos_embed": state["pos_embed"] + 0.1}, "pos_embed was learned"),  # ours, tuned
+        ({k: v for k, v in state.items() if k != "decoder_norm.bias"}, "missing decoder_norm.bias"),
         (state | {"blocks.3.norm1.bias": torch.zeros(32)}, "unexpected blocks.3.norm1.bias"),
         (state | {"norm.bias": torch.zeros(5)}, "norm.bias has shape"),
         ([1, 2], "holds no state dict"),

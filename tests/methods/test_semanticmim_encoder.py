@@ -256,6 +256,7 @@ def test_load_encoder__refuses_other_files(run, tmp_path):
     (["--target", "dvae"], "--target dvae needs --tokenizer PATH.*--target hog needs no file"),
     (["--target", "dvae", "--tokenizer", "/no/such"], "no file /no/such; --tokenizer random tries"),
     (["--tokenizer", __file__], "--target hog needs none"),
+    (["--target", "dvae", "--tokenizer", "random", "--loss", "l1"], "--loss is for --target hog"),
     (["--proxies", -1], "--proxies -1 must be 0 or above"),
     (["--mask-ratio", 1], "--mask-ratio 1.0 must leave some of 64"),
     (["--mask-ratio", 0.0], "--mask-ratio 0.0 must leave some of 64"),
