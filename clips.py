@@ -257,7 +257,8 @@ def open_dataset(
     if root == "shapes":
         from motion import MovingScenes  # which needs data.py alone
 
-        return MovingScenes(split, image_size, options["frames"], options["stride"], train, seed)
+        frames, stride, flip = (options[k] for k in ("frames", "stride", "flip"))
+        return MovingScenes(split, image_size, frames, stride, train, seed, flip)
     return ClipDataset(
         root, split, files, image_size, scale=scale, train=train, seed=seed, **options
     )

@@ -89,7 +89,7 @@ class Config(engine.Config):
             require((n % k == 0, name, f"{n} is not divisible by {k}; nearest: {nearest(n, k)}"))
         n, exact = self.num_positions, self.masking == "block" and self.masked_conv
         self.sparse = exact if self.sparse is None else self.sparse
-        some = f"must hide some of {n} positions, not all: {1 / n:.3g} to {1 - 1 / n:.3g}"
+        some = f"must hide some of {n} positions, not all: {1 / n:.6g} to {1 - 1 / n:.6g}"
         leaks = "needs --masking block and --masked-conv, or hidden positions matter: --no-sparse"
         require(
             (0 < self.num_visible < n, "mask_ratio", f"{self.mask_ratio} {some}"),

@@ -40,7 +40,7 @@ class MovingScenes(ShapeScenes):
 
     def __init__(
         self, split: str = "train", image_size=64, frames: int = 8, stride: int = 1,
-        train: bool = True, seed: int = 0,
+        train: bool = True, seed: int = 0, flip: bool = True,
     ):  # fmt: skip
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.margin = min(size) // 16  # the view moves so far
@@ -48,7 +48,7 @@ class MovingScenes(ShapeScenes):
         super().__init__(split, larger, 1, ("rgb",), train, seed, length)
         nowhere = (np.zeros(n, np.float32) for n in larger)
         self.ground, _ = self._ground(random.Random(0).random, *nowhere)  # snow
-        self.shown, self.frames, self.moves = size, frames, stride > 0
+        self.shown, self.frames, self.moves, self.flip = size, frames, stride > 0, flip
         self.classes = list(MOTIONS)
 
     def _object(self, draw, largest: bool) -> tuple:
@@ -72,7 +72,7 @@ class MovingScenes(ShapeScenes):
         draw = random.Random(sample_seed(self.split, 1, index)).random  # the scene
         fixed = sample_seed(self.split, 2, index)
         view = random.Random(seed if self.train else fixed).random  # how it is seen
-        zoom, flip = (1 + 0.3 * view(), view() < 0.5) if self.train else (1, False)
+        zoom, flip = (1 + 0.3 * view(), (view() < 0.5) & self.flip) if self.train else (1, False)
         start, end = ([self.margin * view() for _ in self.shown] for _ in range(2))
         y, x = self._axes(view, zoom)
         light, count = 2 * draw() - 1, 2 + int(draw() * 2)

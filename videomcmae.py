@@ -97,7 +97,7 @@ class Config(engine.Config):
         ):
             require((n % k == 0, name, f"{n} is not divisible by {k}; nearest: {nearest(n, k)}"))
         n = self.grid[1] * self.grid[2]
-        some = f"must hide some of {n} tubes, not all: {1 / n:.3g} to {1 - 1 / n:.3g}"
+        some = f"must hide some of {n} tubes, not all: {1 / n:.6g} to {1 - 1 / n:.6g}"
         require(
             (0 < self.num_visible < n, "mask_ratio", f"{self.mask_ratio} {some}"),
             (self.stride >= 0, "stride", f"{self.stride} must be 0, a single frame, or above"),
@@ -200,16 +200,17 @@ class Encoder(ViT):
 
     def table(self, dim: int, grid: Sequence[int]) -> Tensor:
         """Positions of a grid (t, h, w), laid over the trained one: (h*w, t, dim)."""
-        # NOTE paper unclear: spatial-temporal embedding. VideoMAE's: fixed, of the one index.
-        t, y, x = (
-            ((torch.arange(n) + 0.5) * (n0 / n) - 0.5) for n, n0 in zip(grid, self.trained_grid)
-        )
-        _, h, w = self.trained_grid
-        index = (t * h + y[:, None, None]) * w + x[:, None]  # (h, w, t)
-        return sincos_1d(dim, index.flatten(0, 1))
+        # NOTE paper unclear: spatial-temporal embedding. VideoMAE's: fixed, of the one index. That
+        # has no halves (half a step in time is another row), so other grids take what lies between.
+        t, h, w = self.trained_grid
+        x = sincos_1d(dim, torch.arange(t * h * w).view(t, h, w)).permute(3, 0, 1, 2)
+        x = F.interpolate(x[None], tuple(grid), mode="trilinear")[0]  # (dim, t, h, w)
+        return x.permute(2, 3, 1, 0).flatten(0, 1)
 
     def grid_of(self, imgs: Tensor) -> tuple[int, int, int]:
         """Cubes (t, h, w) of clips (B, T, 3, H, W); ValueError where cubes do not fill them."""
+        if imgs.ndim != 5 or not imgs.is_floating_point():
+            raise ValueError(f"clips are (B, T, 3, H, W) float, not {(*imgs.shape,)} {imgs.dtype}")
         (T, _, H, W), p, c = imgs.shape[1:], self.patch_size, self.cube_frames
         if T % c or H % p or W % p:
             raise ValueError(f"{T} frames of {H}x{W} are not divisible by {c} and {p}")
@@ -291,9 +292,7 @@ class VideoMCMAE(nn.Module):
         """
         cfg, encoder = self.cfg, self.encoder
         ids_keep, _, ids_restore = split(mask, cfg.num_visible)
-        E1, E2, x = encoder.stages(
-            imgs, ids_keep if cfg.sparse else None, None if cfg.sparse else ~mask
-        )
+        E1, E2, x = encoder.stages(imgs, *((ids_keep, None) if cfg.sparse else (None, ~mask)))
         scales = [x]
         if cfg.multi_scale:
             scales.append(self.stage1_output_decode(merge(E1, 4)).squeeze(3))

@@ -227,14 +227,21 @@ def test_clip_dataset__a_resized_crop_has_the_given_area(tmp_path):
 
 
 def test_open_dataset__moving_scenes_by_split_size_and_seed():
-    def label_and_clip(split, seed, train=True):
+    def label_and_clip(split, seed, train=True, flip=True):
         place = ("shapes", split, 16, 8, ("rgb",), (0.08, 1.0), train)
-        sample = clips.open_dataset(*place, seed, frames=2, stride=1, flip=True)[0, 3]
+        sample = clips.open_dataset(*place, seed, frames=2, stride=1, flip=flip)[0, 3]
         return int(sample["label"]), sample["rgb"]
 
     (a, x), (b, y) = label_and_clip("train", 0), label_and_clip("train", 7)
     assert b in (a, MIRROR[a]) and not torch.equal(x, y)  # the same scene, seen differently
     assert x.shape == (2, 3, 16, 16)
+    mirrored = set()
+    for seed in range(8):
+        label, clip = label_and_clip("train", seed)
+        true, plain = label_and_clip("train", seed, flip=False)
+        mirrored |= {not (same := torch.equal(clip, plain))}
+        assert (label, True) == (true, same) or torch.equal(clip.flip(-1), plain)
+    assert mirrored == {True, False}
     assert torch.equal(label_and_clip("val", 0, False)[1], label_and_clip("val", 7, False)[1])
 
 

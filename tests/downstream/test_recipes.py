@@ -54,8 +54,8 @@ CASES = {
     "semanticmim base target=dvae recipe=table3": BEIT | TABLE_3,
     "beit depth=12": BEIT,
     "mcmae base": MAE,  # its FINETUNE.md: MAE's command, word for word
-    "mcmae large": MAE | dict(layer_decay=0.75),  # not given
-    "mcmae huge": MAE | dict(layer_decay=0.75),
+    "mcmae large": MAE_L | dict(epochs=100),  # MAE's (Sec. 3.1) but for the decay, not given
+    "mcmae huge": MAE_L | dict(epochs=100, drop_path=0.3),
     "coma_dyvit small": MAE | dict(train_position=False),  # not given; fixed by design
     "coma_dyvit base": MAE | dict(train_position=False, layer_decay=0.75),
     "mae base": MAE,

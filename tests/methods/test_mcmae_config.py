@@ -58,7 +58,7 @@ def test_docs__every_command_of_the_ablations_parses():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--mask-ratio 0", "0.0051 to 0.995"), ("--mask-ratio 1", "0.0051 to 0.995"),
+    ("--mask-ratio 0", "0.00510204 to 0.994898"), ("--mask-ratio 1", "0.00510204 to 0.994898"),
     ("--mask-ratio nan", "--mask-ratio nan"), ("--mask-ratio 0.999", "must hide some"),
     ("--sparse --masking token", "--no-sparse"), ("--sparse --no-masked-conv", "--no-sparse"),
     ("--embed-dims 256,384", "e.g. 256,384,768"), ("--depths 2,2,x", "e.g. 2,2,11"),

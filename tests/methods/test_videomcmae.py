@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -218,8 +219,16 @@ def test_sincos_1d__is_videomae_s_table():
         expected = math.cos(angle) if j % 2 else math.sin(angle)
         assert encoder.pos_embed[tube, t, j].item() == pytest.approx(expected, abs=1e-5)
     larger = encoder.table(16, (4, 8, 8))  # laid over the trained grid: -1/4, 1/4, 3/4 ...
-    index = ((1 / 4) * 4 - 1 / 4) * 4 + 5 / 4  # second step, first row, fourth column
-    assert larger[3, 1, 0].item() == pytest.approx(math.sin(index), abs=1e-5)
+    near = {(0, 1): 9 / 16, (0, 2): 3 / 16, (1, 1): 3 / 16, (1, 2): 1 / 16}  # (t, x) of 1/4, 5/4
+    expected = sum(share * math.sin(t * 16 + x) for (t, x), share in near.items())
+    assert larger[3, 1, 0].item() == pytest.approx(expected, abs=1e-5)  # second step, fourth column
+
+
+@pytest.mark.parametrize("grid", [(8, 14, 14), (16, 14, 14), (4, 14, 14), (8, 20, 20), (8, 7, 7)])
+def test_table__no_two_places_share_a_position(grid):
+    base = SimpleNamespace(trained_grid=(8, 14, 14))
+    table = videomcmae.Encoder.table(base, 768, grid).flatten(0, 1)
+    assert len(table.mul(1e4).round().unique(dim=0)) == len(table) == math.prod(grid)
 
 
 @pytest.mark.parametrize("line", ["", "--no-norm-pix-loss"])
@@ -278,6 +287,9 @@ def test_encoder__features_sizes_and_drop_path(batch):
     for shape in ((1, 3, 3, 32, 32), (1, 4, 3, 32, 36)):
         with pytest.raises(ValueError, match="not divisible by 2 and 8"):
             encoder.forward_features(torch.randn(shape))
+    for wrong in (clip[0], clip.byte()):
+        with pytest.raises(ValueError, match="clips are .B, T, 3, H, W. float, not"):
+            encoder.forward_features(wrong)
     encoder.drop_path = 0.9
     seed = torch.arange(3)
     dropped = encoder.forward_features(imgs, seed=seed)[0][0]
