@@ -165,7 +165,7 @@ def instance_mask(cfg: Config, seed: Tensor, region: Tensor, n: Tensor, order: T
     objects, N = choose_objects(seed, region), region.shape[1]
     area = objects.sum(1)[:, None, None]  # |Omega_obj|, (B, 1, 1)
     on = (cfg.alpha * n.double()).floor().long()  # Eq. (8)
-    on = on.maximum((n * area + N - 1) // N).minimum(area)  # the background has room for the rest
+    on = on.maximum((n * area + N - 1) // N).minimum(area)  # no less densely than the rest
     rank = (order + N * ~objects[:, None]).argsort(-1).argsort(-1)  # objects first
     return (rank < on) | ((rank >= area) & (rank < area + n - on))  # Eq. (7)
 
@@ -173,10 +173,10 @@ def instance_mask(cfg: Config, seed: Tensor, region: Tensor, n: Tensor, order: T
 def semantic_mask(cfg: Config, seed: Tensor, region: Tensor, n: Tensor, order: Tensor) -> Tensor:
     """Hide patches of each region (255, unlabelled, is one too) in proportion to its size."""
     # NOTE paper unclear: floor of Eq. 10. It loses patches. With the patches in order of region,
-    # n of N are hidden at even distances: a region gets the floor, or one more.
-    N = region.shape[1]
-    place = (order + N * region[:, None]).argsort(-1).argsort(-1)  # Eq. (9): by region
-    return (place + 1) * n // N > place * n // N  # Eq. (10), with equal weights w
+    # n of N are hidden at even distances from a random start: a region gets the floor or one more.
+    N, u = region.shape[1], uniform(seed, 2, MIX)[:, 1:, None]  # (B, 1, 1); --mix takes the first
+    at = n * (order + N * region[:, None]).argsort(-1).argsort(-1) + (N * u).long()  # Eq. (9)
+    return (at + n) // N > at // N  # Eq. (10), with equal weights w
 
 
 MASKS = {  # a kind's function, and the granularity that guides it
@@ -387,7 +387,7 @@ def evaluate(model: CFMAE, batch: Tensors) -> Tensors:
         if g in MAPS:
             labels, guess = patch_labels(imgs[g]), pred[g].unflatten(-1, (LABELS, -1)).argmax(-1)
             valid = hidden[..., None] & (labels != UNLABELLED)
-            frequent = labels[valid].bincount(minlength=1).argmax()  # of all hidden ones
+            frequent = labels[valid].bincount(minlength=1).argmax()  # of these samples' hidden ones
             nearest = gather(labels, (distance + hidden[:, None] * 10**6).argmin(-1))
             nearest = nearest.where(~hidden.all(-1)[:, None, None], frequent)
             for name, x in {"": guess, "_frequent": frequent, "_nearest": nearest}.items():

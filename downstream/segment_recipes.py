@@ -159,7 +159,7 @@ class Config(transfer.SourceConfig):
     )
     warmup_steps: int = optim_arg(
         1500,
-        "CFMAE Table 10, SemanticMIM Table 4; at most a tenth of the run. Linear: none",
+        "CFMAE Sec. E.4, SemanticMIM Table 4; at most a tenth of the run. Linear: none",
         within="[0, inf)",
     )
     batch_size: int | None = optim_arg(

@@ -30,9 +30,9 @@ def scenes(B: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return instance.flatten(1), semantic.flatten(1)
 
 
-def naive_semantic(n: int, semantic: list, noise: list) -> set:
+def naive_semantic(n: int, semantic: list, noise: list, u: float) -> set:
     """Region after region, and at random within: every time that n / N more add up to one."""
-    hidden, debt = set(), Fraction(0)
+    hidden, debt = set(), Fraction(int(u * len(semantic)), len(semantic))
     for i in sorted(range(len(semantic)), key=lambda i: (semantic[i], noise[i], i)):
         debt += Fraction(n, len(semantic))
         if debt >= 1:
@@ -74,14 +74,14 @@ def naive_mask(cfg, u, n, progress, instance, semantic):
         on = naive_on_objects(count, len(objects), N, cfg.alpha)
         kinds = {
             "RD": hide({0: everything}, {0: count}),
-            "SG": naive_semantic(count, semantic, noise),
+            "SG": naive_semantic(count, semantic, noise, u["mix"][1]),
             "IG": hide(sides, {True: on, False: count - on}),
         }
         if cfg.mix == "score":
             score = {i: sum(weight[k] for k in kinds if i in kinds[k]) for i in everything}
             hidden = set(sorted(everything, key=lambda i: (-score[i], noise[i], i))[:count])
         else:
-            below = u["mix"] < weight["SG"], u["mix"] < weight["SG"] + weight["IG"]
+            below = u["mix"][0] < weight["SG"], u["mix"][0] < weight["SG"] + weight["IG"]
             hidden = kinds["SG" if below[0] else "IG" if below[1] else "RD"]
         result.append(hidden)
     return result, objects
