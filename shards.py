@@ -79,7 +79,12 @@ class ShardList(FileList):
 
         def read() -> int:
             with self.lock:  # `data.check` reads in threads: no other may close this shard now
-                return os.preadv(self.handle(root, number), [data], at)
+                try:
+                    return os.preadv(self.handle(root, number), [data], at)
+                except OSError:  # a file server that began anew knows no old handle
+                    if number in self.opened:
+                        os.close(self.opened.pop(number))
+                    raise
 
         if patiently(read) < size:
             raise UserError(

@@ -55,6 +55,8 @@ class Encoder(nn.Module):
         Its middle, resized bicubically to the size of `grid`, normalised: (B, 3, H, W) float.
         """
         if not isinstance(image, Tensor):
+            if image.mode[0] in "IF":  # Pillow would clip them
+                raise ValueError(f"an image has 8 bits a channel, not Pillow's mode {image.mode}")
             image = ImageOps.exif_transpose(image)
             shape, rgb = (*image.size[::-1], 3), bytearray(image.convert("RGB").tobytes())
             image = torch.frombuffer(rgb, dtype=torch.uint8).view(shape).permute(2, 0, 1)

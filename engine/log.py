@@ -79,8 +79,9 @@ class Meter:
         self.bad_terms = torch.where(wrong, values, self.widen(self.bad_terms, values))
         for index in bad[bad >= 0].tolist():
             self.part_bad += 1
-            with writing(path := self.out / "bad_files.txt"), open(path, "a") as f:
-                f.write(self.train_set.files.name(index) + "\n")
+            name = self.train_set.files.name(index) + "\n"  # which may be no UTF-8
+            with writing(path := self.out / "bad_files.txt"), open(path, "ab") as f:
+                f.write(os.fsencode(name))
 
     @staticmethod
     def widen(x: Tensor, to: Tensor) -> Tensor:

@@ -145,6 +145,7 @@ def command(name: str, main: Callable[[], int | None]) -> typing.NoReturn:
     message and exit status 2.
     """
     rank = int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         status = main() or 0
     except UserError as e:

@@ -165,4 +165,5 @@ class Run:
             state |= {"facts": self.facts}
             checkpoint.save(self.out / name, state | {"optimizer": self.optimizer.state_dict()})
         self.world.maximum(0)
-        self.saved = time.monotonic()
+        if name == "last.pt":  # a snapshot is not what --resume looks for
+            self.saved = time.monotonic()

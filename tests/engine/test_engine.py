@@ -42,6 +42,12 @@ def parse(argv):
 # ----------------------------------------------------------------------------------- command line
 
 
+def test_command__says_names_that_are_no_utf_8(capsys):
+    with pytest.raises(SystemExit) as e:
+        engine.command("name", lambda: print("bad\udcff.png"))
+    assert e.value.code == 0 and "bad\\udcff.png" in capsys.readouterr().out
+
+
 def test_parse__command_line_before_preset_before_class():
     assert (parse("").epochs, parse("").batch_size) == (400, 2048)
     assert (parse("--model tiny").epochs, parse("--model tiny").batch_size) == (3, 64)
@@ -238,6 +244,10 @@ def test_save__comes_after_save_minutes_and_a_resumed_run_is_not_evaluated_first
     )
     tiny_run.train(tmp_path, "--save-minutes", 1, "--steps", 9, build=Slow)
     assert saved == [3, 6, 9]
+    saved.clear()  # snapshots, every 125 seconds, do not put off what --resume looks for
+    flags = "--save-epochs", 1, "--save-minutes", 3, "--steps", 9
+    tiny_run.train(tmp_path / "b", *flags, build=Slow)
+    assert saved == [5, 8, 9]
     tiny_run.train(tmp_path, "--steps", 10, "--resume", build=Slow)
     records = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "val" in r] == [0, 9, 10]
@@ -271,11 +281,13 @@ def make_folder(root, images, broken):
 def test_unreadable_images__are_counted_named_and_limited(tmp_path, capsys):
     flags = ["--granularities", "R", "--log-every", "1", "--epochs", 2, "--micro-batch", 4]
     make_folder(tmp_path / "few", 40, 3)
+    os.rename(tmp_path / "few/train/002.jpg", tmp_path / "few/train/2\udcff.jpg")  # no UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # as engine.command does
     assert tiny_run.train(tmp_path / "a", *flags, "--data", tmp_path / "few") == 0
     counts = [r["unreadable_files"] for r in tiny_run.lines(tmp_path / "a")]
     assert counts[4] == counts[9] == 3 and counts[:5] == sorted(counts[:5])  # by epoch
-    names = (tmp_path / "a" / "bad_files.txt").read_text().split()
-    assert sorted(names) == sorted([f"{i:03d}.jpg" for i in range(3)] * 2)
+    names = os.fsdecode((tmp_path / "a" / "bad_files.txt").read_bytes()).split()
+    assert sorted(names) == sorted(["000.jpg", "001.jpg", "2\udcff.jpg"] * 2)
 
     said = capsys.readouterr().out  # before the first step
     assert "warning train: 40 of 40 samples checked, 3 unreadable" in " ".join(said.split())

@@ -175,6 +175,11 @@ def test_preprocess__refuses_what_is_no_image(image):
         small_vit().preprocess(image)
 
 
+def test_preprocess__refuses_16_bits():
+    with pytest.raises(ValueError, match="8 bits a channel, not Pillow's mode I;16"):
+        small_vit().preprocess(Image.new("I;16", (8, 8)))
+
+
 def test_preprocess__turns_a_photograph_as_it_is_displayed(tmp_path):
     image = Image.fromarray(torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8).numpy())
     exif = image.getexif()
