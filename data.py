@@ -129,6 +129,17 @@ def worker_init(worker_id: int) -> None:
         threading.Thread(target=obey, daemon=True).start()
 
 
+def shield_forkserver() -> None:
+    """Keep a SIGTERM to a whole group from the process that Python 3.14 starts workers from."""
+    if multiprocessing.get_start_method() == "forkserver":
+        from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+        resource_tracker.ensure_running()  # first, as its start lifts the mask
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        forkserver.ensure_running()  # with the mask of its parent
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 # -------------------------------------------------------------------- geometry and granularities
 
 

@@ -38,7 +38,8 @@ def steps(
         checkpoint.load_weights(run.model, run.checkpoint["model"], run.last)
         checkpoint.load_optimizer(optimizer, run.checkpoint["optimizer"], run.last)
         del run.checkpoint["model"], run.checkpoint["optimizer"]  # memory of every rank
-    if run.number >= run.stop:  # what a cluster that restarts its jobs comes to in the end
+    drawn = not preview or not run.lacks(f"preview-{run.number:07d}.png")  # it comes last
+    if run.number >= run.stop and drawn:  # what a cluster that restarts its jobs comes to
         run.say(f"finished already: {run.out} is at step {run.number} of {run.total}")
         return
     run.meter = Meter(run.out, run.world, run.train_set, run.checkpoint, cfg.log, cfg.SAMPLES)

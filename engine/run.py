@@ -108,6 +108,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.signal = 0
+        data.shield_forkserver()
         self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from multiprocessing import forkserver
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +122,20 @@ def wait_for_signals(pipe):
     pipe.send(torch.get_num_threads())
     while True:
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells")
+def test_shield_forkserver__it_blocks_sigterm_and_this_process_does_not(monkeypatch):
+    server = forkserver.ForkServer()
+    monkeypatch.setattr(forkserver, "ensure_running", server.ensure_running)
+    for method in ("fork", "forkserver"):
+        assert server._forkserver_pid is None
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda m=method: m)
+        data.shield_forkserver()
+    status = Path(f"/proc/{server._forkserver_pid}/status").read_text()
+    server._stop()
+    assert int(status.partition("SigBlk:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_worker_init__sigterm_of_others_is_ignored_and_the_parents_obeyed():

@@ -208,7 +208,7 @@ def test_evaluate__plain_pixels_beside_each_patch_s_mean():
 
 
 @pytest.mark.slow
-def test_main__learns_resumes_and_leaves_a_picture(tmp_path):
+def test_main__learns_resumes_and_leaves_a_picture(tmp_path, capsys):
     torch.set_num_threads(1)
     flags = "--data shapes --model tiny --image-size 32 --embed-dim 32 --device cpu --workers 0"
     flags += " --precision fp32 --batch-size 16 --val-samples 32 --log-every 5 --base-lr 0.02"
@@ -218,7 +218,11 @@ def test_main__learns_resumes_and_leaves_a_picture(tmp_path):
     mae.main([*flags.split(), "--steps", "40", "--output", str(parts), "--resume"])
     a, b = (engine.load(p / "last.pt", "mae") for p in (whole, parts))
     assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
-    assert (whole / "preview-0000040.png").exists()
+    (parts / "preview-0000040.png").unlink()  # as if killed after the last save
+    for drawn, said in ((True, "finished: step 40"), (False, "finished already: ")):
+        mae.main([*flags.split(), "--steps", "40", "--output", str(parts), "--resume"])
+        assert (parts / "preview-0000040.png").exists() and said in (out := capsys.readouterr().out)
+        assert ("preview" in out.split()) == drawn
     lines = [json.loads(x) for x in (whole / "log.jsonl").read_text().splitlines()]
     val = [x["val"] for x in lines if "val" in x]
     assert val[-1]["loss"] < 0.97 * val[0]["loss"]
