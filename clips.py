@@ -257,8 +257,8 @@ def open_dataset(
     if root == "shapes":
         from motion import MovingScenes  # which needs data.py alone
 
-        frames, stride, flip = (options[k] for k in ("frames", "stride", "flip"))
-        return MovingScenes(split, image_size, frames, stride, train, seed, flip)
+        own = {k: options[k] for k in ("frames", "stride", "flip") if k in options}
+        return MovingScenes(split, image_size, train=train, seed=seed, **own)
     return ClipDataset(
         root, split, files, image_size, scale=scale, train=train, seed=seed, **options
     )
