@@ -42,7 +42,7 @@ from vit import ViT
 NAMES = {g[0].upper(): g for g in GRANULARITIES}  # letters in --granularities, --order, --lambda-*
 MAPS = [g for g, row in GRANULARITIES.items() if row.kind == "labels"]  # the others are "pixels"
 SIZES = {"rgb": 3, "instance": MAX_INSTANCES + 1}  # NOTE paper unclear: instance ids. By size.
-LABELS = 16  # NOTE paper unclear: resolution of label maps. 4 x 4 a patch, as MultiMAE's.
+LABELS = 16  # of a patch, 4 x 4 as MultiMAE's; Sec. 3.1 has all 256 (docs/decisions.md).
 Tensors = dict[str, Tensor]  # by granularity
 
 

@@ -199,7 +199,7 @@ class Encoder(ViT):
     blocks = property(lambda self: self.blocks3)  # a ViT's: what `layers` counts
 
     def table(self, dim: int, grid: Sequence[int]) -> Tensor:
-        """Positions of a grid (t, h, w), laid over the trained one: (h*w, t, dim)."""
+        """Positions of a grid (t, h, w), between those of the trained one: (h*w, t, dim)."""
         # NOTE paper unclear: spatial-temporal embedding. VideoMAE's: fixed, of the one index. That
         # has no halves (half a step in time is another row), so other grids take what lies between.
         t, h, w = self.trained_grid

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         """
         if not isinstance(image, Tensor):
             if image.mode[0] in "IF":  # Pillow would clip them
-                raise ValueError(f"an image has 8 bits a channel, not Pillow's mode {image.mode}")
+                raise ValueError(f"Pillow's mode {image.mode}: scale it to 8 bits a channel first")
             image = ImageOps.exif_transpose(image)
             shape, rgb = (*image.size[::-1], 3), bytearray(image.convert("RGB").tobytes())
             image = torch.frombuffer(rgb, dtype=torch.uint8).view(shape).permute(2, 0, 1)
