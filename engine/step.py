@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Step:
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield this rank's batches, on its device; ranks sum gradients in the last one alone."""
         run = self.run
+        undo = remember_buffers(run.model) if run.accum > 1 else list
         for a in range(run.accum):
             began = time.monotonic()
             batch = next(run.batches)
@@ -40,6 +41,7 @@ class Step:
             if failed:
                 run.world.raise_error(batch)
             if number:
+                undo()
                 raise Stopped(number)
             if due and a == 0:
                 run.save("last.pt")
@@ -80,12 +82,22 @@ def cosine(cfg: Config, step: Step) -> float:
     return warmup_cosine(step.number, peak, warmup, total, cfg.min_lr)
 
 
+def remember_buffers(model: nn.Module) -> Callable[[], None]:
+    """What puts buffers back as they are now: a forward pass moves BatchNorm's running means."""
+    kept = [(b, b.clone()) for b in model.buffers()]
+
+    def undo() -> None:
+        for b, old in kept:
+            b.copy_(old)
+
+    return undo
+
+
 def throw_away(run: object, model: nn.Module, batch: dict) -> None:
     """One forward and backward pass that leaves no trace in gradients and buffers."""
-    buffers = [b.clone() for b in run.model.buffers()]
+    undo = remember_buffers(run.model)
     with run.autocast():
         loss, _ = model(batch, torch.zeros((), device=run.device))
     loss.backward()
     run.model.zero_grad(set_to_none=True)
-    for b, kept in zip(run.model.buffers(), buffers):
-        b.copy_(kept)
+    undo()

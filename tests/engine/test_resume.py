@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import tiny_run
+import torch
 from cfmae import CFMAE
 from tiny_run import STEPS, Diverging, Interrupted, checkpoint, lines, same_result
 
@@ -99,6 +100,27 @@ def test_stop__drops_the_unfinished_step(runs, tmp_path, micro):
     tiny_run.train(tmp_path, "--resume", "--micro-batch", 4)
     assert same_result(runs / "micro", tmp_path)
     assert lines(runs / "micro") == lines(tmp_path)  # nothing of the dropped step is in a line
+
+
+class Normed(Interrupted):
+    """The model with a BatchNorm, whose running means stand in no loss."""
+
+    def __init__(self, cfg, step=STEPS):
+        super().__init__(cfg, step, micro=0)
+        self.norm = torch.nn.BatchNorm2d(3, affine=False)
+
+    def forward(self, batch, progress):
+        self.norm(batch["rgb"].float())
+        return super().forward(batch, progress)
+
+
+def test_stop__drops_what_the_unfinished_step_did_to_batchnorm(tmp_path):
+    whole, stopped, flags = tmp_path / "whole", tmp_path / "stopped", ("--micro-batch", 4)
+    tiny_run.train(whole, *flags, "--steps", 8, build=Normed)
+    tiny_run.train(stopped, *flags, "--steps", 8, build=functools.partial(Normed, step=5))
+    assert checkpoint(stopped)["step"] == 5
+    tiny_run.train(stopped, *flags, "--steps", 8, "--resume", build=Normed)
+    assert same_result(whole, stopped)
 
 
 def test_stop__all_ranks_agree_and_the_split_may_change(runs):
