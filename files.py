@@ -86,7 +86,7 @@ def decode_image(data: np.ndarray) -> Tensor:
             data = torch.from_numpy(data)
             return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         if image.mode in ("I", "F") and image.format != "PNG":
-            raise ValueError("pixels of 32 bits")
+            raise ValueError("more than 8 bits a pixel; 16-bit grey is read as PNG or TIFF")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -14,6 +14,7 @@ from data import BatchSampler, UserError
 from engine.checkpoint import writing
 from engine.folder import most_unreadable
 from engine.ranks import World, peak_memory
+from files import replacing
 
 
 class Meter:
@@ -44,10 +45,8 @@ class Meter:
         if world.rank == 0:  # a line after the checkpoint belongs to steps that will be done again
             path, at = out / "log.jsonl", checkpoint["step"] if checkpoint else -1
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            temporary = path.with_name(path.name + ".tmp")
-            with writing(path):
-                temporary.write_text("".join(x for x in lines if self.is_whole(x, at)))
-                os.replace(temporary, path)
+            with writing(path), replacing(str(path)) as f:
+                f.write("".join(x for x in lines if self.is_whole(x, at)).encode())
 
     @staticmethod
     def is_whole(line: str, at: int) -> bool:

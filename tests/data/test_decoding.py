@@ -55,7 +55,11 @@ def test_decode_image__turns_by_exif(turn):
 
 def test_decode_image__deep_grey_keeps_its_upper_byte():
     grey = (smooth(20, 30)[..., 0].astype(np.uint16) << 8) + 77
-    assert (data.decode_image(encode(Image.fromarray(grey), "PNG")).numpy() == grey >> 8).all()
+    for kind in ("PNG", "TIFF"):
+        assert (data.decode_image(encode(Image.fromarray(grey), kind)).numpy() == grey >> 8).all()
+    for deep, kind in ((grey, "PPM"), (np.int32(grey), "TIFF"), (np.float32(grey), "TIFF")):
+        with pytest.raises(ValueError, match="more than 8 bits"):  # their range is not known
+            data.decode_image(encode(Image.fromarray(deep), kind))
 
 
 def test_decode_image__refuses_a_decompression_bomb():
