@@ -23,7 +23,7 @@ SCALE, SMALLEST = 1 / 30, 1 / 300  # of the image's pixels: Felzenszwalb's k, an
 SIGMA = 0.5
 GROUND = 0.2  # share of the image's border above which a region is background
 ORIENTATIONS = 8
-# NOTE all five were chosen on 100 photographs of COCO, see docs/data.md.
+# NOTE all but ORIENTATIONS were chosen on 50 or 100 photographs of COCO, see docs/data.md.
 
 
 def require() -> None:
