@@ -48,10 +48,9 @@ from engine import UserError
 class Peer(nn.Module):
     """`make` imports the library and builds its model; `loss` takes images both ways."""
 
-    def __init__(self, clone: Path | None = None):
+    def __init__(self, clone: Path = Path()):
         super().__init__()
-        self.clone = clone
-        self.normalize = Normalize()
+        self.clone, self.normalize = clone, Normalize()
         self.make()
 
     def forward(self, batch: dict[str, Tensor], progress: Tensor) -> tuple[Tensor, dict]:
@@ -201,38 +200,36 @@ class Hiera(MAE):
     module, function, options, ratio = "hiera.hiera_mae", "mae_hiera_base_224", {}, 0.6
 
 
-def semanticmim(clone: Path, config: str) -> nn.Module:
+class Bottleneck:
     """A model of SemanticMIM's by its configuration, with eight proxies; mmseg is not needed."""
-    from mmengine import Config, Registry
-    from mmpretrain.registry import MODELS
 
-    cfg = Config.fromfile(clone / "configs" / config).model
-    cfg.backbone.num_cls_tokens = 8
-    cfg.target_generator.pop("init_cfg", None)  # no download: random weights
-    other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
-    mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
-    sys.modules.update(mmseg)
-    try:
-        with imports_of(clone):
-            importlib.import_module(Path(config).parts[0])
-        return MODELS.build(cfg)
-    finally:
-        for module in mmseg:
-            del sys.modules[module]
-
-
-class SemanticMIM(MaskFeat):
     hidden = 118
 
     def build(self) -> nn.Module:
-        return semanticmim(self.clone, "maskfeat/maskfeat_bottleneck_pretrain.py")
+        from mmengine import Config, Registry
+        from mmpretrain.registry import MODELS
+
+        cfg = Config.fromfile(self.clone / "configs" / self.config).model
+        cfg.backbone.num_cls_tokens = 8
+        cfg.target_generator.pop("init_cfg", None)  # no download: random weights
+        other = SimpleNamespace(MODELS=Registry("another", scope="mmseg"))
+        mmseg = {"mmseg": ModuleType("mmseg"), "mmseg.registry": other}  # it registers there, too
+        sys.modules.update(mmseg)
+        try:
+            with imports_of(self.clone):
+                importlib.import_module(Path(self.config).parts[0])
+            return MODELS.build(cfg)
+        finally:
+            for module in mmseg:
+                del sys.modules[module]
 
 
-class SemanticMIMdVAE(BEiT):
-    hidden = 118
+class SemanticMIM(Bottleneck, MaskFeat):
+    config = "maskfeat/maskfeat_bottleneck_pretrain.py"
 
-    def build(self) -> nn.Module:
-        return semanticmim(self.clone, "beit/beit_bottleneck_pretrain.py")
+
+class SemanticMIMdVAE(Bottleneck, BEiT):
+    config = "beit/beit_bottleneck_pretrain.py"
 
 
 class MultiMAE(Peer):
@@ -242,20 +239,20 @@ class MultiMAE(Peer):
         with imports_of(self.clone):
             from multimae import criterion, input_adapters, multimae, output_adapters
 
-        pixels, labels = {"stride_level": 1}, {"stride_level": 4}
-        head = output_adapters.SpatialOutputAdapter
-        made = {"rgb": (3, pixels), "depth": (1, pixels), "semseg": (133, labels)}
+        patches, classes = input_adapters.PatchedInputAdapter, input_adapters.SemSegInputAdapter
+        made = {"rgb": (patches, 3, 1), "depth": (patches, 1, 1), "semseg": (classes, 133, 4)}
         inputs = {
-            "rgb": input_adapters.PatchedInputAdapter(3, patch_size_full=16, **pixels),
-            "depth": input_adapters.PatchedInputAdapter(1, patch_size_full=16, **pixels),
-            "semseg": input_adapters.SemSegInputAdapter(133, patch_size_full=16, **labels),
+            task: kind(channels, stride_level=stride, patch_size_full=16)
+            for task, (kind, channels, stride) in made.items()
         }
         outputs = {
-            name: head(channels, patch_size_full=16, dim_tokens=256, depth=2, num_heads=8,
-                       use_task_queries=True, task=task, context_tasks=list(made), use_xattn=True,
-                       **stride)
+            name: output_adapters.SpatialOutputAdapter(
+                channels, stride_level=stride, patch_size_full=16, dim_tokens=256, depth=2,
+                num_heads=8, use_task_queries=True, task=task, context_tasks=list(made),
+                use_xattn=True,
+            )
             for name, task in (*((t, t) for t in made), ("norm_rgb", "rgb"))
-            for channels, stride in [made[task]]
+            for _, channels, stride in [made[task]]
         }  # fmt: skip
         self.model = multimae.pretrain_multimae_base(inputs, outputs, num_global_tokens=1)
         self.criteria = {
@@ -272,27 +269,19 @@ class MultiMAE(Peer):
         return sum(self.criteria[t](y.float(), x[t], mask=masks[t]) for t, y in pred.items())
 
 
-CLONES = {  # name: (folder in --peers' DIR, where it is from)
-    "peer-mae-authors": ("mae", "https://github.com/facebookresearch/mae"),
-    "peer-multimae": ("MultiMAE", "https://github.com/EPFL-VILAB/MultiMAE"),
-    "peer-convmae": ("ConvMAE", "https://github.com/Alpha-VL/ConvMAE"),
-    "peer-hiera": ("hiera", "https://github.com/facebookresearch/hiera"),
-    "peer-semanticmim": ("SemanticMIM", "https://github.com/yyk-wew/SemanticMIM"),
-    "peer-semanticmim-dvae": ("SemanticMIM", "https://github.com/yyk-wew/SemanticMIM"),
-}
-PEERS = {  # name: (class, modules that it imports, what installs them)
-    "peer-transformers": (Transformers, "transformers", "transformers"),
-    "peer-lightly": (Lightly, "lightly timm", "lightly timm"),
-    "peer-vit-pytorch": (ViTPytorch, "vit_pytorch", "vit-pytorch"),
-    "peer-mmpretrain-mae": (MMPretrain, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
-    "peer-mmpretrain-maskfeat": (MaskFeat, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
-    "peer-mmpretrain-beit": (BEiT, "mmpretrain mmcv", "mmpretrain mmcv-lite"),
-    "peer-mae-authors": (MAE, "timm", "timm"),
-    "peer-multimae": (MultiMAE, "timm einops", "timm einops"),
-    "peer-convmae": (ConvMAE, "timm", "timm"),
-    "peer-hiera": (Hiera, "timm", "timm"),
-    "peer-semanticmim": (SemanticMIM, "mmpretrain mmcv timm", "mmpretrain mmcv-lite timm"),
-    "peer-semanticmim-dvae": (SemanticMIMdVAE, "mmpretrain mmcv timm", "mmpretrain mmcv-lite timm"),
+PEERS = {  # name: (class, what pip installs for it, the repository that is cloned for it)
+    "peer-transformers": (Transformers, "transformers", ""),
+    "peer-lightly": (Lightly, "lightly timm", ""),
+    "peer-vit-pytorch": (ViTPytorch, "vit-pytorch", ""),
+    "peer-mmpretrain-mae": (MMPretrain, "mmpretrain mmcv-lite", ""),
+    "peer-mmpretrain-maskfeat": (MaskFeat, "mmpretrain mmcv-lite", ""),
+    "peer-mmpretrain-beit": (BEiT, "mmpretrain mmcv-lite", ""),
+    "peer-mae-authors": (MAE, "timm", "facebookresearch/mae"),
+    "peer-multimae": (MultiMAE, "timm einops", "EPFL-VILAB/MultiMAE"),
+    "peer-convmae": (ConvMAE, "timm", "Alpha-VL/ConvMAE"),
+    "peer-hiera": (Hiera, "timm", "facebookresearch/hiera"),
+    "peer-semanticmim": (SemanticMIM, "mmpretrain mmcv-lite timm", "yyk-wew/SemanticMIM"),
+    "peer-semanticmim-dvae": (SemanticMIMdVAE, "mmpretrain mmcv-lite timm", "yyk-wew/SemanticMIM"),
 }
 
 
@@ -301,20 +290,21 @@ def missing(name: str, clones: str) -> str | None:
 
     Args: `clones`, --peers' DIR; "" where none is given.
     """
-    _, needs, pip = PEERS[name]
-    if name in CLONES:
-        folder, url = CLONES[name]
-        if not clones or not Path(clones, folder).is_dir():
-            at = clones or "DIR"
-            return f"{name}: no folder {at}/{folder}; git clone {url} there, --peers {at}"
-    lacking = ", ".join(m for m in needs.split() if find_spec(m) is None)
+    _, pip, repository = PEERS[name]
+    folder, at = Path(repository).name, clones or "DIR"
+    if repository and not (clones and Path(clones, folder).is_dir()):
+        url = f"https://github.com/{repository}"
+        return f"{name}: no folder {at}/{folder}; git clone {url} there, --peers {at}"
+    modules = [package.removesuffix("-lite").replace("-", "_") for package in pip.split()]
+    lacking = ", ".join(m for m in modules if find_spec(m) is None)
     return f"{name}: no module {lacking}; pip install {pip}" if lacking else None
 
 
 def build(name: str, clones: str = "") -> nn.Module:
     """One of PEERS; UserError where something that it imports is not installed."""
+    kind, pip, repository = PEERS[name]
     torch.manual_seed(0)
     try:
-        return PEERS[name][0](Path(clones, CLONES[name][0]) if name in CLONES else None)
+        return kind(Path(clones, Path(repository).name))
     except ImportError as e:
-        raise UserError(f"{name}: {e}; pip install {PEERS[name][2]}") from None
+        raise UserError(f"{name}: {e}; pip install {pip}") from None
