@@ -19,7 +19,6 @@ ones, by rates measured here (in the folder of the runs, rates.json).
 
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from shlex import quote
 import engine  # before torch: it sets how threads wait
 
 from engine import UserError
+from files import replacing
 from tools import claims_report as report
 from tools.claims_lab import ROOT, Lab
 from tools.claims_table import CLAIMS, DATA, Arm, Claim
@@ -68,22 +68,23 @@ class Trial:
     def key(self, arm: Arm, kind: str) -> str:
         return f"{kind} {arm.train if kind == 'pretrain' else arm.encoder} on {self.claim.data}"
 
-    def train_flags(self, label: str, seed: int) -> tuple[str, str]:
-        """Script and flags of an arm's pre-training; one from scratch has its partner's."""
+    def tiny(self, program: str) -> str:
+        """A command on the claim's data."""
+        return f"{program} --model tiny --data {DATA[self.claim.data][0]}"
+
+    def train_line(self, label: str, seed: int) -> str:
+        """The command of an arm's pre-training; one from scratch has its partner's."""
         arm = self.claim.arms[label]
-        program, _, flags = arm.train.partition(" ")
         epochs = self.known["epochs"] if arm.random else self.epochs(label)
-        place = DATA[self.claim.data][0]
-        flags += f" --model tiny --data {place} --epochs {epochs} --warmup-epochs {epochs / 10:g}"
-        flags += f" --seed {seed}" + " --steps 1" * arm.random
-        return program, flags.strip()
+        line = f"{self.tiny(arm.train)} --epochs {epochs} --warmup-epochs {epochs / 10:g}"
+        return f"{line} --seed {seed}" + " --steps 1" * arm.random
 
     def stamp(self, label: str, seed: int) -> str:
         """What an arm's row depends on: its settings, and those of `--model tiny` downstream."""
-        place = self.lab.folder(*self.train_flags(label, seed))
-        known = self.lab.folder("downstream.finetune", place.name).name
+        place = self.lab.folder(self.train_line(label, seed))
+        known = self.lab.folder(f"downstream.finetune {place.name}").name
         if "segmentation" in self.claim.measures:
-            known += self.lab.folder("downstream.segment", place.name).name
+            known += self.lab.folder(f"downstream.segment {place.name}").name
         return known
 
     def epochs(self, label: str) -> int:
@@ -104,17 +105,14 @@ class Trial:
         """Seconds an epoch, as full runs cost, or measured in 40 steps less 10."""
         if (key := self.key(arm, kind)) in self.lab.rates:
             return self.lab.rates[key]
-        program, _, flags = arm.train.partition(" ")
-        place, costs = DATA[self.claim.data][0], []
+        costs = []
         for steps in (10, 40):
-            flags_of = f"{flags} --model tiny --data {place} --epochs 1 --warmup-epochs 0"
-            flags_of += " --val-samples 64"  # less to evaluate before and after
-            out, record = self.lab.run(program, f"{flags_of} --steps {steps}".strip())
+            few = f"--val-samples 64 --steps {steps}"  # less to evaluate before and after
+            line = f"{self.tiny(arm.train)} --epochs 1 --warmup-epochs 0"
+            out, record = self.lab.run(f"{line} {few}")
             if kind == "finetuned":
-                tuned = PROGRAMS[kind].format(tuned=1, warmup=0)
-                tuned += f" --model tiny --data {place} --checkpoint {quote(f'{out}/last.pt')}"
-                tuned += " --val-samples 64"
-                out, record = self.lab.run(*f"{tuned} --steps {steps}".split(" ", 1))
+                line = self.tiny(PROGRAMS[kind].format(tuned=1, warmup=0))
+                out, record = self.lab.run(f"{line} --checkpoint {quote(f'{out}/last.pt')} {few}")
             costs.append(self.lab.cost(record))
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         per_epoch = last["step"] / last["epoch"]
@@ -130,15 +128,14 @@ class Trial:
     def run_arm(self, label: str, seed: int) -> dict:
         """All runs of an arm at a seed; its row of the JSON."""
         arm, lab, records, values = self.claim.arms[label], self.lab, {}, {}
-        out, records["pretrain"] = lab.run(*self.train_flags(label, seed))
+        out, records["pretrain"] = lab.run(self.train_line(label, seed))
         if not arm.random:
             cost = lab.cost(records["pretrain"]) / self.epochs(label)
             lab.learn(**{self.key(arm, "pretrain"): cost})
             values |= report.logged(out)
         for kind in self.measures(label):
             for words in self.tries(label, seed) if kind == "finetuned" else [""]:
-                transfer = self.transfer_flags(label, kind, out, words)
-                place, record = lab.run(*f"{transfer} --seed {seed}".split(" ", 1))
+                place, record = lab.run(self.transfer_line(label, seed, kind, out, words))
                 found = report.found(kind, json.loads((place / "result.json").read_text()))
                 cost = lab.cost(record)
                 if kind == "finetuned":
@@ -166,13 +163,14 @@ class Trial:
         tries = [*self.claim.arms[label].tries][: self.known["most"]]
         return tries if seed == 0 or chosen is None else [chosen]
 
-    def transfer_flags(self, label: str, kind: str, out: Path, words: str) -> str:
+    def transfer_line(self, label: str, seed: int, kind: str, out: Path, words: str) -> str:
+        """The command that finds a measure out; `out`, pre-training's folder; `words`, flags."""
         epochs = self.tuned(label)
-        text = PROGRAMS[kind].format(tuned=epochs, warmup=f"{epochs / 10:g}")
-        text += f" --model tiny --data {DATA[self.claim.data][0]}"
-        text += f" --checkpoint {quote(f'{out}/last.pt')}"
-        text += f" --cache {quote(f'{out}/features')}" if "probe" in text else ""  # for both
-        return " ".join(filter(None, [text, "--random" * self.claim.arms[label].random, words]))
+        line = self.tiny(PROGRAMS[kind].format(tuned=epochs, warmup=f"{epochs / 10:g}"))
+        line += f" --checkpoint {quote(f'{out}/last.pt')}"
+        line += f" --cache {quote(f'{out}/features')}" if "probe" in line else ""  # for both
+        more = "--random" * self.claim.arms[label].random, words, f"--seed {seed}"
+        return " ".join(filter(None, [line, *more]))
 
     def current(self, label: str, seed: int) -> bool:
         """Whether a row is there of the presets as they are now."""
@@ -184,13 +182,12 @@ class Trial:
         """Whether that row has every measure that is wanted, by the commands of today."""
         if not self.current(label, seed):
             return False
-        out = self.lab.folder(*self.train_flags(label, seed))
+        out = self.lab.folder(self.train_line(label, seed))
         commands = self.runs[label, seed]["commands"].values()
         ran = {c["command"].partition(" --output ")[0] for c in commands}
         for kind in self.measures(label):
             words = self.known["tries"].get(label, "") if kind == "finetuned" else ""
-            flags = f"{self.transfer_flags(label, kind, out, words)} --seed {seed}"
-            if self.lab.shown(*flags.split(" ", 1)) not in ran:
+            if self.lab.shown(self.transfer_line(label, seed, kind, out, words)) not in ran:
                 return False
         return True
 
@@ -224,9 +221,8 @@ class Trial:
         content |= {"budget": self.known, "runs": rows}
         content["verdicts"] = report.verdicts(claim, rows)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, self.path)
+        with replacing(str(self.path)) as file:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
 
     def hours(self) -> float:
         """CPU hours that are left, from rates that are measured now where they are not known."""

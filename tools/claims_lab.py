@@ -85,8 +85,12 @@ class Lab:
             temporary.write_text(json.dumps(self.rates, indent=1, sort_keys=True))
             os.replace(temporary, path)
 
-    def folder(self, program: str, flags: str) -> Path:
-        """Where a command's files go: another place once a preset has changed."""
+    def folder(self, line: str) -> Path:
+        """Where a command's files go: another place once a preset has changed.
+
+        Args: `line`, a script's or a module's name and its flags.
+        """
+        program, _, flags = line.partition(" ")
         module, recipe = importlib.import_module(program), {}
         if "." not in program:
             argv = shlex.split(flags) + ["--precision", "fp32"]
@@ -99,33 +103,34 @@ class Lab:
         key = hashlib.sha1(text.encode()).hexdigest()[:10]
         return self.runs / f"{program.removeprefix('downstream.')}-{key}"
 
-    def run(self, program: str, flags: str) -> tuple[Path, dict]:
+    def run(self, line: str) -> tuple[Path, dict]:
         """Run a command, unless it was; its folder, and {command, cpu_seconds, ...}.
 
         Another process that runs it just now is waited for.
         Errors: UserError with the command's own words.
         """
-        out = self.folder(program, flags)
+        out = self.folder(line)
         out.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it with the process
             done = out / "done.json"
             record = json.loads(done.read_text()) if done.exists() else None
             if record is None:
-                record = self.execute(program, flags, out)
+                record = self.execute(line, out)
                 done.write_text(json.dumps(record, indent=1))
         return out, record
 
-    def shown(self, program: str, flags: str) -> str:
+    def shown(self, line: str) -> str:
         """A command as it stands in a JSON: with the default places, whatever they are here."""
-        line = shlex.join(["python", *launch(program), *shlex.split(flags)])
+        program, *flags = shlex.split(line)
+        line = shlex.join(["python", *launch(program), *flags])
         return line.replace(f"{self.runs}/", "runs/claims/")
 
-    def execute(self, program: str, flags: str, out: Path) -> dict:
+    def execute(self, line: str, out: Path) -> dict:
         """Run a command from where its folder left it; what it was, and its cost."""
-        place = f"--output {shlex.quote(str(out))}"
-        words, shown = launch(program), self.shown(program, f"{flags} {place}")
-        given = [self.places.get(x, x) for x in shlex.split(flags)] + ["--output", str(out)]
+        shown = self.shown(f"{line} --output {shlex.quote(str(out))}")
+        program, *flags = shlex.split(line)
+        given = [self.places.get(x, x) for x in flags] + ["--output", str(out)]
         done = 0.0
         if program == "downstream.probe":
             shutil.rmtree(out, ignore_errors=True)
@@ -133,10 +138,10 @@ class Lab:
             given += ["--resume", "--save-minutes", str(self.args.save_minutes)]
             done = progress(out)
         given += ["--workers", str(self.args.workers)]
-        line = f"run         {shown}" + (f", from {done:.0%} on" if done else "")
-        print(line, file=sys.stderr, flush=True)  # a list or a table is not interrupted
+        said = f"run         {shown}" + (f", from {done:.0%} on" if done else "")
+        print(said, file=sys.stderr, flush=True)  # a list or a table is not interrupted
         out.mkdir(exist_ok=True)
-        cpu, wall = self.spawn([sys.executable, *words, *given], out / "output.txt")
+        cpu, wall = self.spawn([sys.executable, *launch(program), *given], out / "output.txt")
         share, args = 1 - done, self.args
         record = {"command": shown, "cpu_seconds": round(cpu / share, 1)}
         record |= {"wall_seconds": round(wall / share, 1), "continued_from": round(done, 3)}

@@ -129,8 +129,8 @@ def test_claims__every_arm_is_a_command_its_script_takes(name, bench):
     trial = make(claims_table.CLAIMS[name], epochs=8)
     for label, arm in trial.claim.arms.items():
         if not arm.as_long_as or arm.random:
-            program, flags = trial.train_flags(label, 0)
-            assert lab.folder(program, flags).name.startswith(program)  # parsed, and no UserError
+            line = trial.train_line(label, 0)
+            assert lab.folder(line).name.startswith(line.split()[0])  # parsed, and no UserError
 
 
 def test_claims__arms_differ(bench):
@@ -138,7 +138,7 @@ def test_claims__arms_differ(bench):
     for claim in claims_table.CLAIMS.values():
         trial = make(claim, epochs=8)
         plain = [k for k, a in claim.arms.items() if not a.as_long_as and not a.random]
-        places = {lab.folder(*trial.train_flags(k, 0)) for k in plain}
+        places = {lab.folder(trial.train_line(k, 0)) for k in plain}
         assert len(places) == len(plain), claim.sentence
 
 
@@ -367,14 +367,14 @@ def test_rate__arms_of_one_encoder_share_that_of_fine_tuning(bench):
 
 def test_run__a_second_process_waits_for_the_first(bench, tmp_path):
     _, lab = bench
-    lab.run("mae", "--model tiny --data shapes")
+    lab.run("mae --model tiny --data shapes")
     (out,) = (p for p in (tmp_path / "runs").glob("mae-*") if p.is_dir())
     (out / "done.json").unlink()
     begun = threading.Event()
 
     def other():
         begun.set()
-        lab.run("mae", "--model tiny --data shapes")
+        lab.run("mae --model tiny --data shapes")
 
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -397,7 +397,7 @@ def test_hours__are_of_what_is_left(bench):
 
 
 def test_main__list_says_what_a_claim_lacks(bench, tmp_path, monkeypatch, capsys):
-    def refuse(self, program, flags):
+    def refuse(self, line):
         raise UserError("mae ended with status 2: there is no folder elsewhere/train")
 
     monkeypatch.setattr(claims_lab.Lab, "run", refuse)
@@ -540,7 +540,7 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
 
     def work() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as claims.main
-        claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)])).run("mae", flags)
+        claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)])).run(f"mae {flags}")
 
     first = multiprocessing.get_context("fork").Process(target=work)
     first.start()
@@ -554,7 +554,7 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     assert first.exitcode == 143 and (out / "last.pt").exists()
     assert not (out / "done.json").exists()
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
-    share = lab.run("mae", flags)[1]["continued_from"]
+    share = lab.run(f"mae {flags}")[1]["continued_from"]
     assert 0 < share < 1 and f"from {share:.0%} on" in capsys.readouterr().err
     assert "resumed" in (out / "output.txt").read_text()
     assert json.loads((out / "done.json").read_text())["continued_from"] == share
