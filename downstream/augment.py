@@ -68,9 +68,9 @@ JITTER = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 class RandAugment:
     """timm's rand-m9-mstd0.5-inc1, as MAE and SemanticMIM fine-tune; draws from torch's generator.
 
-    Two times: with probability 1/2 one operation, its magnitude normal around `magnitude` of 10 and
-    clipped to [0, 10]. torchvision's class has neither that probability nor the deviation, leaves
-    Posterize 4 bits where this leaves 1, and lacks Invert and SolarizeAdd.
+    `count` times: with probability 1/2 one operation, its magnitude normal around `magnitude` of 10
+    and clipped to [0, 10]. torchvision's class has neither that probability nor the deviation,
+    leaves Posterize 4 bits where this leaves 1, and lacks Invert and SolarizeAdd.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class RandAugment:
     ):
         self.magnitude, self.std, self.fill = magnitude, std, fill
         self.names = [n for n in OPERATIONS if geometric or n not in GEOMETRIC]
+        self.count = 2
 
     def __call__(self, im: Image.Image) -> Image.Image:
-        for _ in range(2):
+        for _ in range(self.count):
             if torch.rand(()) < 0.5:
                 level = min(max(self.magnitude + self.std * torch.randn(()).item(), 0.0), 10.0)
                 name = self.names[torch.randint(len(self.names), ())]
@@ -134,13 +135,17 @@ class Augmented(data.Dataset):
 
     def augment(self, rgb: Tensor, seed: int) -> Tensor:
         """What becomes of an image (3, H, W) uint8."""
+        return self.erased(self.distorted(rgb, seed))
+
+    def distorted(self, rgb: Tensor, seed: int) -> Tensor:
+        """An image after RandAugment and colour jitter, which a seed draws."""
         torch.default_generator.manual_seed(seed)  # the CPU's alone
-        if self.rand_augment.magnitude or self.jitter:
-            im = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
-            im = self.rand_augment(im) if self.rand_augment.magnitude else im
-            im = color_jitter(im, self.jitter) if self.jitter else im
-            rgb = torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
-        return self.erased(rgb)
+        if not (self.rand_augment.magnitude or self.jitter):
+            return rgb
+        im = Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
+        im = self.rand_augment(im) if self.rand_augment.magnitude else im
+        im = color_jitter(im, self.jitter) if self.jitter else im
+        return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
     def erased(self, rgb: Tensor) -> Tensor:
         if not self.reprob:

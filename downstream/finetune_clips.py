@@ -27,9 +27,7 @@ from pathlib import Path
 import engine  # before torch: it sets how threads wait
 import engine.config
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import clips
@@ -139,18 +137,11 @@ class Augmented(augment.Augmented):
 
     def __init__(self, dataset: torch.utils.data.Dataset, cfg: Config):
         super().__init__(dataset, cfg, IMAGENET_MEAN, IMAGENET_STD)
-        self.rand_augment.fill = (128,) * 3  # VideoMAE
-
-    def distort(self, frame: Tensor, seed: int) -> Tensor:
-        torch.default_generator.manual_seed(seed)  # so that all frames draw the same
-        im = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())
-        im = self.rand_augment(self.rand_augment(im))  # two operations each
-        return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+        self.rand_augment.fill, self.rand_augment.count = (128,) * 3, 4  # VideoMAE
 
     def augment(self, rgb: Tensor, seed: int) -> Tensor:
-        """What becomes of a clip (T, 3, H, W) uint8."""
-        if self.rand_augment.magnitude:
-            rgb = torch.stack([self.distort(frame, seed) for frame in rgb]).contiguous()
+        """What becomes of a clip (T, 3, H, W) uint8; all frames draw the same."""
+        rgb = torch.stack([self.distorted(frame, seed) for frame in rgb])
         torch.default_generator.manual_seed(seed + 1)
         return self.erased(rgb)
 

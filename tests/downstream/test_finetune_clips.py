@@ -18,7 +18,6 @@ import engine
 import videomcmae
 from data import collate
 from downstream import finetune_clips as tuning
-from downstream.augment import draw_mix
 from motion import MovingScenes
 
 SMALL = dict(image_size=16, frames=4, embed_dims="8,12,16", depths="1,1,2", num_heads=2,
@@ -57,19 +56,12 @@ def batch_of(n: int = 4) -> dict:
 # ---------------------------------------------------------------------------------------- model
 
 
-def test_classifier__gradients_and_layer_decay(source):
-    flags = ("--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2, "--layer-decay", 0.75)
-    cfg = parse("--checkpoint", source, *flags)
-    model = build(cfg)
+def test_classifier__gradients(source):
+    flags = ("--mixup", 0.8, "--cutmix", 1, "--drop-path", 0.2)
+    model = build(parse("--checkpoint", source, *flags))
     model(batch_of(), torch.zeros(()))[0].backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.any()]
     assert not missing
-    heads = [model.fc_norm, model.head]
-    groups = engine.layer_decay_groups(model.encoder, heads, 0.05, cfg.layer_decay)
-    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    assert scale[id(model.head.weight)] == 1  # VideoMAE's for two blocks: 3 layers, the embedding 0
-    assert scale[id(model.encoder.blocks3[1].attn.qkv.weight)] == pytest.approx(0.75)
-    assert scale[id(model.encoder.blocks1[0].attn.weight)] == pytest.approx(0.75**3)
 
 
 def test_build__takes_the_encoder_or_fresh_weights(source):
@@ -124,21 +116,6 @@ def test_classifier__mixes_all_frames_alike_and_drops_paths_by_seed(source):
     assert not torch.equal(dropping.classify(x, seed), dropping.classify(x))
 
 
-def test_forward__cross_entropy_with_smoothed_mixed_targets(source):
-    cfg = parse("--checkpoint", source, "--mixup", 0.8, "--smoothing", 0.3)
-    model, batch = build(cfg), batch_of()
-    logits = torch.randn(4, 7)
-    with mock.patch.object(model, "classify", lambda x, seed: logits):
-        loss = model(batch, None)[0]
-    lam, (share, other) = draw_mix(batch["seed"], (16, 16), 0.8, 0.0, 0.5)[0], (0.7, 0.3 / 7)
-    expected, log = 0.0, logits.log_softmax(1)
-    assert 0 < lam.min() and lam.max() < 1
-    for b in range(4):
-        for at, weight in ((b, lam[b]), (3 - b, 1 - lam[b])):
-            expected -= weight * (share * log[b, batch["label"][at]] + other * log[b].sum()) / 4
-    assert_close(loss, expected)
-
-
 def test_augmented__frames_alike_and_from_the_seed(source):
     cfg = parse("--checkpoint", source, "--rand-augment", 7, "--reprob", 1)
 
@@ -159,11 +136,8 @@ def test_augmented__frames_alike_and_from_the_seed(source):
         assert torch.equal(rgb, dataset[0, i]["rgb"])
         changed.append(not torch.equal(rgb, plain[0, i]["rgb"]))
     assert all(changed) and torch.equal(torch.get_rng_state(), state)
-    operations = []
-    with mock.patch.object(dataset, "rand_augment", lambda im: operations.append(1) or im):
-        dataset.distort(plain[0, 0]["rgb"][0], 5)
-    assert len(operations) == 2  # of two operations each: n4
-    assert dataset.rand_augment.std == 0.5 and dataset.rand_augment.fill == (128, 128, 128)
+    assert (dataset.rand_augment.std, dataset.rand_augment.count) == (0.5, 4)  # n4
+    assert dataset.rand_augment.fill == (128, 128, 128)
     assert (dataset.erase.scale, dataset.erase.ratio) == ((0.02, 1 / 3), (0.3, 1 / 0.3))
     with mock.patch.object(Still, "__getitem__", lambda self, key: {"error": "gone"}):
         assert dataset[0, 0] == {"error": "gone"}
