@@ -5,7 +5,6 @@ Detector    `model(batch, progress)`, `predict(rgb)`
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +15,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 import coma_dyvit
 from common import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from downstream.mask_rcnn import RPN, RoI, norm, unpack
+from downstream.upernet import levels
 from downstream.windows import Windows, freeze_unseen, pyramid
-
-
-def levels(dim: int, narrow: bool) -> tuple[nn.ModuleList, list[int]]:
-    """A plain encoder's map at a quarter, a half, the same and twice its stride; their channels.
-
-    `narrow`: finer ones have fewer channels, as ViTDet; else all have the same, as BEiT and CAE.
-    """
-    half, quarter = (dim // 2, dim // 4) if narrow else (dim, dim)
-    up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
-    twice = nn.Sequential(up(dim, half), norm(half), nn.GELU(), up(half, quarter))
-    scales = [twice, up(dim, half), nn.Identity(), nn.MaxPool2d(2)]
-    return nn.ModuleList(scales), [quarter, half, dim, dim]
 
 
 class Neck(nn.Module):
@@ -44,7 +32,7 @@ class Neck(nn.Module):
         super().__init__()
         self.kind, self.scales = kind, None
         if kind != "fpn":
-            self.scales, dims = levels(dims[-1], kind == "simple")
+            self.scales, dims = levels(dims[-1], kind == "simple", norm)
         if kind == "simple":
             self.output = nn.ModuleList(
                 nn.Sequential(

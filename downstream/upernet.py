@@ -13,7 +13,8 @@ classifiers, the neck, first weights, the loss's mean over all pixels.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +52,26 @@ def pool(x: Tensor, cells: int) -> Tensor:
         return means(x.shape[2]) @ x.float() @ means(x.shape[3]).T
 
 
+def levels(
+    dim: int, narrow: bool, norm: Callable[[int], nn.Module]
+) -> tuple[nn.ModuleList, list[int]]:
+    """A plain encoder's map at a quarter, a half, the same and twice its stride; their channels.
+
+    `narrow`: finer ones have fewer channels, as ViTDet; else all have the same, as BEiT and CAE.
+    """
+    half, quarter = (dim // 2, dim // 4) if narrow else (dim, dim)
+    up = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+    twice = nn.Sequential(up(dim, half), norm(half), nn.GELU(), up(half, quarter))
+    scales = [twice, up(dim, half), nn.Identity(), nn.MaxPool2d(2)]
+    return nn.ModuleList(scales), [quarter, half, dim, dim]
+
+
 class Neck(nn.Module):
     """Rescale a plain ViT's four maps, all of stride s, to strides s/4, s/2, s and 2s."""
 
     def __init__(self, dim: int):
         super().__init__()
-
-        def up() -> nn.Module:
-            return nn.ConvTranspose2d(dim, dim, 2, stride=2)
-
-        twice = nn.Sequential(up(), nn.BatchNorm2d(dim), nn.GELU(), up())
-        self.scales = nn.ModuleList([twice, up(), nn.Identity(), nn.MaxPool2d(2)])
+        self.scales, _ = levels(dim, False, nn.BatchNorm2d)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         return [scale(x) for scale, x in zip(self.scales, maps)]

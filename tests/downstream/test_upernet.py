@@ -27,17 +27,15 @@ def batch(size=(32, 64), B=2):
     return {"rgb": rgb, "semantic": labels, "seed": torch.arange(B)}
 
 
-# MCMAE Table 3 has 163 M with a plain ViT-B (MAE and others) and 153 M with MCMAE-B. The first is
-# ours rounded, the second is ours cut off: 153.54 is 154. Other widths are far from both.
-@pytest.mark.parametrize("method, million, paper", [("cfmae", 162.50, 163), ("mcmae", 153.54, 153)])
 @pytest.mark.slow
-def test_UperNet__has_the_papers_number_of_parameters_within_a_million(method, million, paper):
-    changes = {"granularities": "R"} if method == "cfmae" else {}
+def test_UperNet__on_a_plain_vit_b_has_the_163_million_parameters_of_mcmaes_table_3():
+    """Rounded; MCMAE's own 153 are in test_paper_numbers_mcmae.py. Other widths are far from it."""
+    rgb = {"granularities": "R"}
     with torch.device("meta"):
-        encoder = encoders.build(encoders.describe(method=method, model="base", **changes))
+        encoder = encoders.build(encoders.describe(method="cfmae", model="base", **rgb))
         model = Segmenter(encoder, 150)
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert count == pytest.approx(million, abs=0.005) and abs(count - paper) < 1
+    assert count == pytest.approx(162.50, abs=0.005)
 
 
 @pytest.mark.parametrize("size", [(6, 6), (16, 7), (1, 2), (13, 20)])
@@ -108,12 +106,8 @@ def test_init_head__classifiers_are_small_and_convolutions_he_normal():
 
 def test_Neck__gives_a_plain_vit_four_strides():
     x, neck = torch.randn(2, 4, 6, 8), Neck(4).eval()
-    maps = neck([x] * 4)
-    assert [m.shape[2:] for m in maps] == [(24, 32), (12, 16), (6, 8), (3, 4)]
-    up, norm, _, again = neck.scales[0]
-    y = F.gelu(norm(F.conv_transpose2d(x, up.weight, up.bias, stride=2)))
-    expected = F.conv_transpose2d(y, again.weight, again.bias, stride=2)
-    torch.testing.assert_close(maps[0], expected)
+    assert [m.shape[2:] for m in neck([x] * 4)] == [(24, 32), (12, 16), (6, 8), (3, 4)]
+    assert isinstance(neck.scales[0][1], nn.BatchNorm2d)  # its arithmetic: test_detect_model.py
 
 
 @pytest.mark.parametrize("labelled", [True, False])
