@@ -132,8 +132,7 @@ def choose_rows(args: argparse.Namespace, default: Sequence[str]) -> list[str]:
     if unknown := [r for r in rows if r not in known and not args.method]:
         raise UserError(f"--rows {','.join(unknown)}: choose from {', '.join(known)}")
     named = args.peers is None or any(r in peers.PEERS for r in rows)
-    pairs = [] if named else [b for _, a, b, _ in RATIOS if a in rows and b in peers.PEERS]
-    more = [*dict.fromkeys(pairs)]
+    more = {b: a for _, a, b, _ in RATIOS if a in rows and b in peers.PEERS and not named}
     lacking = {p: peers.missing(p, args.peers or "") for p in (*rows, *more) if p in peers.PEERS}
     for row, line in lacking.items():
         if line and row in rows:
@@ -163,12 +162,11 @@ def time_rows(args: argparse.Namespace, rows: Sequence[str]) -> list[dict]:
 def step(args: argparse.Namespace) -> list[dict]:
     """Time the chosen rows, print the table and the ratios."""
     rows, device = choose_rows(args, ROWS), World(args.device, args.precision).device
-    found = time_rows(args, rows)
-    cuda = device.type == "cuda"
+    found, cuda = time_rows(args, rows), device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    how = f"{args.rounds} x {args.steps} steps" + (", compiled" if args.compile else "")
-    where = f"{name}, torch {torch.__version__}, {args.precision}"
-    print(f"\n{where}, batch {args.batch_size}, {how}\n")
+    how = f"batch {args.batch_size}, {args.rounds} x {args.steps} steps"
+    how += ", compiled" if args.compile else ""
+    print(f"\n{name}, torch {torch.__version__}, {args.precision}, {how}\n")
     print(table_line(HEAD), table_line(["---"] * len(HEAD)), sep="\n")
     for r in found:
         r |= {"median": statistics.median(r["times"]), "batch_size": args.batch_size}
@@ -273,7 +271,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add_flags(p)
         if name != "loader":
             p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    for p in commands.choices.values():
         p.add_argument("--json", help="write the results there")
     args = parser.parse_args(argv)
     for name, least in {"batch_size": 1, "steps": 1, "rounds": 1, "count": 1, "warmup": 0}.items():
