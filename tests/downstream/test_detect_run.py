@@ -191,13 +191,7 @@ def test_folder__mistakes_are_one_line_before_training(tmp_path):
     with pytest.raises(UserError, match=r"1 of 5 images are not in .*: 2.png"):
         train(tmp_path / "a", "--data", tmp_path / "coco", *FOLDER)
     given = content()
-    given["images"][0]["width"] = 61
-    write(tmp_path / "coco", given)
-    (tmp_path / "coco/train2017/0.png").write_bytes(
-        (tmp_path / "coco/train2017/2.png").read_bytes()
-    )
-    with pytest.raises(UserError, match="annotation 0 has run lengths of 2400 pixels, of an image"):
-        train(tmp_path / "b", "--data", tmp_path / "coco", *FOLDER)
+    given["images"][0]["width"] = 61  # and the file will have 64
     first = given["images"][0]["id"]
     given["annotations"] = [a for a in given["annotations"] if a["image_id"] != first]
     write(tmp_path / "coco", given)

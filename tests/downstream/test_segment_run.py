@@ -13,11 +13,13 @@ import torch
 from common import sincos_2d
 from data import UserError
 from downstream import encoders, pixels, prepare, segment
-from downstream.segment_recipes import PRESETS, Config
 from PIL import Image
+from test_finetune import run as finetune
+from test_finetune import write_checkpoint
 from test_pixels import write_voc
 from test_segment import SMALL, config, folder
 from tiny_run import lines, same_result
+from tools.export import export
 
 pytestmark = pytest.mark.slow
 
@@ -85,22 +87,23 @@ def test_run__any_method_on_a_crop_that_is_not_square(tmp_path, method):
     assert result["images"] == 40 and result["crop"] == [32, 64] and 0 < result["mIoU"] < 1
 
 
-def test_run__positions_refer_to_the_grid_that_was_trained(pretrained, tmp_path):
-    """The same at another crop as without a crop of its own: `trained_size` of the description."""
-    flags = ("--image-size", 48, "--crop-width", 64, "--iterations", 1, "--output", tmp_path)
-    argv = [*SMALL, *map(str, flags), "--checkpoint", str(pretrained)]
-    at = argv.index("--method")
-    del argv[at : at + 4]
-    cfg = engine.parse(Config, PRESETS, "", argv)
-    encoder = segment.build(cfg).encoder
-    old = tiny_run.config(tmp_path)
-    side = old.image_size // old.patch_size
-    p = encoder.patch_size
-    grid, D = (48 // p, 64 // p), encoder.embed_dim
-    expected = sincos_2d(D, *grid, (side, side))
-    assert encoder.grid == grid and encoder.trained_grid == (side, side)
-    torch.testing.assert_close(encoder.position(*grid), expected)
-    assert not torch.allclose(expected, sincos_2d(D, *grid))  # what positions of its own would be
+def test_trained_size__through_classification_upernet_and_export(tmp_path):
+    """The grid that pre-training saw goes through a chain of runs."""
+    path = write_checkpoint(tmp_path, "cfmae")
+    pre, description, _ = encoders.open_encoder(checkpoint=path)
+    trained = tuple(description["trained_size"])
+    finetune("--checkpoint", path, "--image-size", 48, "--batch-size", 8, "--steps", 1,
+             "--no-train-position", "--output", tmp_path / "a")  # fmt: skip
+    tuned, description, _ = encoders.open_encoder(checkpoint=tmp_path / "a/last.pt")
+    assert tuned.grid == (6, 6) and tuple(description["trained_size"]) == trained == (32, 32)
+    assert torch.equal(tuned.pos_embed, sincos_2d(pre.embed_dim, 6, 6, trained=(4, 4)))
+    source = ("--checkpoint", tmp_path / "a/last.pt")
+    train(tmp_path / "b", "--steps", 1, "--image-size", 64, "--crop-width", 80, source=source)
+    export(tmp_path / "b/last.pt", tmp_path / "c.pt")
+    for name in ("b/last.pt", "c.pt"):
+        encoder, description, _ = encoders.open_encoder(checkpoint=tmp_path / name)
+        assert encoder.grid == (8, 10) and tuple(description["trained_size"]) == trained
+        assert torch.equal(encoder.pos_embed, sincos_2d(pre.embed_dim, 8, 10, trained=(4, 4)))
 
 
 def test_run__mcmaes_relative_bias_goes_to_another_crop(tmp_path):
@@ -289,35 +292,15 @@ def test_run__bad_input_is_one_message(tmp_path, flags, words):
         segment.main([*SMALL, "--output", str(tmp_path / "out"), *flags.split()])
 
 
-def broken_png(path):
-    path.write_bytes(b"broken")
-
-
-def wrong_id(path):
-    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(path)
-
-
-def other_size(path):
-    Image.fromarray(np.zeros((40, 30), np.uint8)).save(path)
-
-
-def stretched_png(path):
-    Image.new("1", (40, 40)).save(path)
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("harm, words", [
-    (broken_png, "1.png: not a PNG file"),
-    (wrong_id, "1.png: id 9 is neither below semantic_classes = 3 nor 255"),
-    (other_size, "1.png: 30 x 40, but its image is displayed at 40 x 40"),
-    (stretched_png, "1.png: 1-bit grey"),
-    (lambda path: path.unlink(), "1"),
-])  # fmt: skip
-def test_run__maps_that_do_not_fit_are_one_message(tmp_path, split, harm, words):
+def test_run__maps_that_do_not_fit_are_one_message(tmp_path, split):
+    """By the run's own --classes; the other kinds of misfits are test_data_files.py's."""
     for part in ("train", "val"):
         folder(tmp_path, [(40, 40)] * 4, part)
-    harm(tmp_path / split / "semantic" / "1.png")
+    wrong = tmp_path / split / "semantic" / "1.png"
+    Image.fromarray(np.full((40, 40), 9, np.uint8)).save(wrong)
     flags = ["--data", str(tmp_path), "--classes", "3", "--output", str(tmp_path / "out")]
+    words = "1.png: id 9 is neither below semantic_classes = 3 nor 255"
     with pytest.raises(UserError, match=words):
         segment.main([*SMALL, *flags, "--batch-size", "4", "--iterations", "1"])
 
