@@ -2,13 +2,12 @@
 
 import engine  # first: it sets how threads wait
 
-from pathlib import Path
-
 import pytest
 import torch
 from data import UserError
 from downstream import detect, encoders
 from downstream.detect_recipes import PRESETS, RECIPES, VITDET, Config, learning_rate, shares
+from test_encoders import GOLDEN, TIMM
 
 
 def config(*flags, method="mae", encoder="base"):
@@ -154,8 +153,6 @@ def test_config__refuses(flags, words):
     assert words in str(error.value)
 
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
 PUBLIC = {
     "mae": torch.load(GOLDEN / "mae_tiny.pt", weights_only=True),
     "convmae": torch.load(GOLDEN / "convmae_tiny.pt", weights_only=True),

@@ -12,11 +12,10 @@ from torch.testing import assert_close
 import engine
 from downstream import encoders, public_vit
 from downstream.encoders import METHODS, UserError, build, describe, open_encoder
+from tools.models import model_class
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-MODELS = {"mae": "MAE", "cfmae": "CFMAE", "semanticmim": "SemanticMIM", "mcmae": "MCMAE"}
-MODELS |= {"coma_dyvit": "CoMA"}
 WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +30,7 @@ def public_file(tmp_path, state, name="x.pth"):
 
 
 def pretraining_model(method, config):
-    return getattr(METHODS[method], MODELS[method])(METHODS[method].Config(**config))
+    return model_class(method)(METHODS[method].Config(**config))
 
 
 def our_checkpoint(path, method, **changes):
@@ -92,11 +91,7 @@ def test_ours__checkpoint_of_a_transfer(tmp_path):
     encoder, description, _ = open_encoder(checkpoint=tmp_path / "a.pt", image_size=(96, 64))
     encoder.norm.weight.data += 1
     description["config"]["image_size"] = 64  # as it is where only `build` was told the crop
-    config = {"image_size": 96, "crop_width": 64, "description": json.dumps(description)}
-    state = {"head.bias": torch.ones(3)}
-    state |= {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
-    content = {"format": 1, "method": "segment", "config": config, "model": state}
-    engine.save(tmp_path / "b.pt", content)
+    transfer_of(tmp_path / "b.pt", encoder, description, 96, crop_width=64)
     again, description, report = open_encoder(checkpoint=tmp_path / "b.pt")
     assert description["method"] == "semanticmim"
     assert description["config"]["image_size"] == [96, 64]
@@ -107,7 +102,8 @@ def test_ours__checkpoint_of_a_transfer(tmp_path):
 def transfer_of(path, encoder, description, image_size, **config):
     """Write a checkpoint of a transfer with this encoder, trained at `image_size`."""
     config |= {"image_size": image_size, "description": json.dumps(description)}
-    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    state = {"head.bias": torch.ones(3)}
+    state |= {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
     engine.save(path, {"format": 1, "method": "segment", "config": config, "model": state})
 
 
@@ -204,6 +200,31 @@ def test_options__of_a_transfer_stay_with_its_encoder(tmp_path):
     assert "fresh: nothing" in report and (again.blocks[0].ls1.gamma == 3).all()
     assert hasattr(build(describe(method="cfmae", model="tiny"), init_values=1.0).blocks[0].ls1,
                    "gamma")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_options__of_mcmae(tmp_path):
+    """What a transfer adds to MCMAE's encoder goes through checkpoints, trained positions too."""
+    our_checkpoint(tmp_path / "a.pt", "mcmae")
+    options = {"relative_bias": True, "init_values": 1.0, "fourth": "conv"}
+    description = describe(checkpoint=tmp_path / "a.pt") | {"options": options}
+    encoder = build(description, 96, train_position=True)
+    report = encoders.load(encoder, description, tmp_path / "a.pt")
+    assert "left out: nothing" in report and "fresh: pos_embed, blocks3 (9), fourth (7)" in report
+    ids = encoder.layer_ids()
+    assert ids["pos_embed"] == 0 and set(ids) == {k for k, _ in encoder.named_parameters()}
+    for p in encoder.parameters():
+        p.data += 0.02 * torch.randn(p.shape)
+    transfer_of(tmp_path / "b.pt", encoder, description, 96)
+    again, found, report = open_encoder(checkpoint=tmp_path / "b.pt")
+    assert "fresh: nothing" in report and found["options"] == options
+    assert found["learned_position"] and found["trained_size"] == [96, 96]
+    imgs = torch.randn(1, 3, 96, 96)
+    for a, b in zip(again.eval().forward_pyramid(imgs), encoder.eval().forward_pyramid(imgs)):
+        assert torch.equal(a, b)
+    wide, found, report = open_encoder(checkpoint=tmp_path / "b.pt", image_size=128)
+    assert "positions resized from 12x12 to 16x16" in report and "fresh: nothing" in report
+    wide.forward_pyramid(torch.randn(1, 3, 128, 128))  # biases are for the new grid, too
 
 
 def test_statistics__of_our_encoders(tmp_path):

@@ -6,11 +6,11 @@ state dicts, an input, the features of it, and a table of relative positions tha
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_encoders import GOLDEN, TIMM, WIDE, public_file, seeded  # noqa: F401
 from torch.testing import assert_close
 
 import common
@@ -19,20 +19,6 @@ import mcmae
 from downstream import encoders, finetune, probe, public_vit, segment
 from downstream.encoders import UserError, open_encoder
 import vit
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-TIMM = torch.load(GOLDEN / "timm_tiny.pt", weights_only=True)
-WIDE = torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def public_file(tmp_path, state):
-    torch.save(state, tmp_path / "x.pth")
-    return tmp_path / "x.pth"
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_reg", "vit_reg_free", "beit", "beit_shared"])

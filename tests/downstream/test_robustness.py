@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from test_encoders import TIMM
 from test_finetune import run, write_checkpoint
 
 import data
 import shapes
 import engine
-from downstream import evaluate, robustness
+from common import Normalize
+from downstream import encoders, evaluate, robustness
 
 TABLE_4 = {  # CFMAE: IN-A, IN-R, IN-S, mCE, score
     "MAE": (35.9, 48.3, 34.5, 51.7, 41.8), "MFM": (32.7, 48.6, 34.8, 47.5, 42.2),
@@ -99,7 +102,7 @@ def test_main__all_four_sets(finetuned, tmp_path, capsys):
         for path in sorted(folder.glob("*/*.png")):
             rgb = data.decode_image(data.read_bytes(str(path)))[None, :, edge : 48 - edge]
             rgb = rgb[..., edge : 48 - edge]
-            rgb = torch.nn.functional.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
+            rgb = F.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
             with torch.no_grad():
                 row = model.classify(model.inputs({"rgb": rgb}))[0]
             best = max(among, key=lambda name: row[shapes.SHAPES.index(name)])
@@ -176,3 +179,38 @@ def test_main__makes_its_output_before_the_first_test(finetuned, tmp_path, monke
             engine.command("x", lambda out=out: robustness.main([*flags, "--output", str(out)]))
         assert end.value.code == 2 and message in capsys.readouterr().err
     assert seen == [True]
+
+
+def test_main__of_a_public_classifier(tmp_path):
+    """Its classes are the class folders of --data."""
+    torch.manual_seed(0)
+    (tmp_path / "vit").mkdir()
+    state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
+             for k, v in TIMM["vit"]["state_dict"].items()}  # fmt: skip
+    head = {"head.weight": torch.randn(len(shapes.SHAPES), 32), "head.bias": torch.zeros(10)}
+    torch.save({"model": state | head}, tmp_path / "vit/pytorch_model.bin")
+    told = {"num_heads": 2, "mean": [0.5] * 3, "std": [0.25] * 3}
+    (tmp_path / "vit/config.json").write_text(json.dumps(told))
+    write_images(tmp_path / "root/val", sorted(shapes.SHAPES), 1)
+    write_images(tmp_path / "a", ["ring", "bar"])
+    init = str(tmp_path / "vit/pytorch_model.bin")
+    flags = ["--init", init, "--data", str(tmp_path / "root"), "--workers", "0", "--device", "cpu",
+             "--imagenet-a", str(tmp_path / "a")]  # fmt: skip
+    robustness.main([*flags, "--output", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/robustness.json").read_text())
+    encoder, description, head = encoders.open_classifier(init)
+    normalize, classes, hits = Normalize([0.5] * 3, [0.25] * 3), sorted(shapes.SHAPES), []
+    for path in sorted((tmp_path / "a").glob("*/*.png")):
+        rgb = data.decode_image(data.read_bytes(str(path)))[None]
+        rgb = F.interpolate(rgb, (32, 32), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            x = encoder.forward_features(normalize(rgb), [2])[0][0].mean(1)
+            x = F.layer_norm(x, (32,), head["fc_norm.weight"], head["fc_norm.bias"], 1e-6)
+            row = F.linear(x, head["head.weight"])[0]
+        hits.append(max(("ring", "bar"), key=lambda c: row[classes.index(c)]) == path.parent.name)
+    assert found["result"]["imagenet_a"] == pytest.approx(100 * sum(hits) / len(hits))
+    assert found["init"] == init and found["finetuned"] is None
+    write_images(tmp_path / "few/val", ["ring", "bar"], 1)
+    flags[3] = str(tmp_path / "few")
+    with pytest.raises(engine.UserError, match="10 classes.* has 2|2 .*classes"):
+        robustness.main([*flags, "--output", str(tmp_path / "o")])

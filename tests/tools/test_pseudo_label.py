@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pack import contents as tree
 
 import cfmae
 import data
@@ -32,12 +33,6 @@ def photographs(root, names, size=(24, 32)):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-
-
-def tree(folder):
-    """All files below a folder and their bytes."""
-    paths = (Path(top) / n for top, _, names in os.walk(folder) for n in names)
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 class Fake:

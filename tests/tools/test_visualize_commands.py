@@ -26,6 +26,14 @@ def run(tmp_path, *words):
         return image.size
 
 
+def photographs(folder, count):
+    """Plain ones, whose green is 90 times their number."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(folder / f"{i}.jpg")
+    return folder
+
+
 # ---------------------------------------------------------------------------- every command
 
 
@@ -124,10 +132,7 @@ def test_masks__methods_below_each_other(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_folder_of_bare_images(tmp_path, checkpoints):
     """A folder without train/ and val/ is itself a split."""
-    (tmp_path / "photos").mkdir()
-    for i in range(2):
-        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(tmp_path / "photos" / f"{i}.jpg")
-    flags = ("--data", tmp_path / "photos", "--images", "0-1")
+    flags = ("--data", photographs(tmp_path / "photos", 2), "--images", "0-1")
     for words in (("attention", checkpoints["cfmae"]), ("reconstruct", checkpoints["mcmae"])):
         height = run(tmp_path, words[0], "--checkpoint", words[1], *flags)[1]
         assert 2 * 132 < height < 2 * 132 + 120, words  # two rows of cells
@@ -140,9 +145,7 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
 @pytest.mark.slow
 def test_one_photograph(tmp_path, checkpoints):
     """--data is a file: that image alone, with every command that needs no maps."""
-    for i in range(2):
-        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(tmp_path / f"{i}.jpg")
-    flags = ("--data", tmp_path / "1.jpg")
+    flags = ("--data", photographs(tmp_path, 2) / "1.jpg")
     cfmae, mcmae = checkpoints["cfmae"], checkpoints["mcmae"]
     for words in (
         ("attention", "--checkpoint", cfmae),
@@ -191,10 +194,7 @@ def test_reconstruct__of_rgb_alone_needs_no_maps(tmp_path, checkpoints, monkeypa
 def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
     """It is left out with a line, once, and no other image is shown twice in its place."""
     figures.left_out.cache_clear()
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(3):
-        Image.new("RGB", (70, 50), (200, 90 * i, 30)).save(folder / f"{i}.jpg")
+    folder = photographs(tmp_path / "photos", 3)
     (folder / "1.jpg").write_bytes(b"noise")
     flags = ("--data", folder, "--images", "0-2")
     height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints["mcmae"], *flags)[1]
