@@ -131,26 +131,31 @@ class Lab:
         shown = self.shown(f"{line} --output {shlex.quote(str(out))}")
         program, *flags = shlex.split(line)
         given = [self.places.get(x, x) for x in flags] + ["--output", str(out)]
-        done = 0.0
-        if program == "downstream.probe":
+        probe, done = program == "downstream.probe", progress(out)
+        unknown = done - spent(out)[2]  # what a run had cost that was killed with this tool
+        if probe or unknown > 0.9:  # nothing to go on with, or too little left to tell a cost by
             shutil.rmtree(out, ignore_errors=True)
-        else:
+            done = unknown = 0.0
+        if not probe:
             given += ["--resume", "--save-minutes", str(self.args.save_minutes)]
-            done = progress(out)
         given += ["--workers", str(self.args.workers)]
         said = f"run         {shown}" + (f", from {done:.0%} on" if done else "")
         print(said, file=sys.stderr, flush=True)  # a list or a table is not interrupted
         out.mkdir(exist_ok=True)
         cpu, wall = self.spawn([sys.executable, *launch(program), *given], out / "output.txt")
-        share, args = 1 - done, self.args
+        share, args = 1 - unknown, self.args
         record = {"command": shown, "cpu_seconds": round(cpu / share, 1)}
         record |= {"wall_seconds": round(wall / share, 1), "continued_from": round(done, 3)}
         record |= {"threads": args.threads, "hardware": hardware(), "revision": revision()}
         return record | {"torch": torch.__version__, "date": datetime.date.today().isoformat()}
 
     def spawn(self, command: list[str], log: Path) -> tuple[float, float]:
-        """CPU and wall seconds of a process that ended well; it is stopped when this one is."""
-        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        """CPU and wall seconds of a process that ended well; it is stopped when this one is.
+
+        Those of earlier ones with its log, which were stopped, are among them.
+        """
+        usage = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # noqa: E731
+        before, began, (cpu, wall, _) = usage(), time.monotonic(), spent(log.parent)
         env = os.environ | {"OMP_NUM_THREADS": str(self.args.threads)}
         with open(log, "w") as file:
             child = subprocess.Popen(
@@ -162,16 +167,23 @@ class Lab:
                 if child.poll() is None:  # it saves, and says how to go on
                     child.terminate()
                     child.wait()
+                cpu, wall = cpu + usage() - before, wall + time.monotonic() - began
+                known = json.dumps([cpu, wall, progress(log.parent)])
+                (log.parent / "spent.json").write_text(known)
         if status:
             lines = log.read_text().strip().splitlines() or ["nothing"]
             told = [x.partition(": error: ")[2] for x in lines if ": error: " in x] or lines
             raise UserError(f"{shlex.join(command[1:])} ended with status {status}: {told[-1]}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return cpu, time.monotonic() - began
+        return cpu, wall
 
     def cost(self, record: dict) -> float:
         return record["wall_seconds" if torch.cuda.is_available() else "cpu_seconds"]
+
+
+def spent(out: Path) -> list[float]:
+    """CPU and wall seconds of a run until it was stopped, and its share of the way."""
+    path = out / "spent.json"
+    return json.loads(path.read_text()) if path.exists() else [0.0, 0.0, 0.0]
 
 
 def progress(out: Path) -> float:

@@ -518,8 +518,33 @@ def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
     cpu, wall = lab.spawn([sys.executable, "-c", nested], tmp_path / "log")
     assert cpu >= 0.3 and wall >= 0.3
-    cpu, wall = lab.spawn([sys.executable, "-c", "import time; time.sleep(0.5)"], tmp_path / "log")
-    assert cpu < 0.4 and wall >= 0.5
+    sleep = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    more, longer = lab.spawn(sleep, tmp_path / "log")  # it is continued
+    assert 0 < more - cpu < 0.3 and longer >= wall + 0.5
+
+
+@pytest.mark.parametrize("known, cpu", [([], 40.0), ([9.0, 9.0, 0.7], 22.2)])
+def test_execute__a_share_of_unknown_cost_costs_as_much_as_the_rest(bench, tmp_path, known, cpu):
+    """Stopped at 0.8 of its way; the rest takes 4 CPU seconds, and 20 is what `spawn` says."""
+    lab, out = bench[1], tmp_path / "runs/mae-x"
+    out.mkdir(parents=True)
+    torch.save({"step": 8, "config": {"epochs": 1, "steps": None}}, out / "last.pt")
+    (out / "log.jsonl").write_text('{"step": 10, "epoch": 1.0}\n')
+    if known:
+        (out / "spent.json").write_text(json.dumps(known))
+    spent = 20.0 if known else 8.0
+    with mock.patch.object(lab, "spawn", lambda command, log: (spent, 1.0)):
+        record = lab.execute("mae --model tiny", out)
+    assert record["cpu_seconds"] == cpu and record["continued_from"] == 0.8
+
+
+def test_execute__begins_again_where_almost_all_of_a_cost_is_unknown(bench, tmp_path):
+    out = tmp_path / "runs/mae-x"
+    out.mkdir(parents=True)
+    torch.save({"step": 95, "config": {"epochs": 10, "steps": None}}, out / "last.pt")
+    (out / "log.jsonl").write_text('{"step": 10, "epoch": 1.0}\n')
+    record = bench[1].execute("mae --model tiny", out)
+    assert record["cpu_seconds"] == 2.0 and record["continued_from"] == 0
 
 
 def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
@@ -553,8 +578,11 @@ def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     (out,) = (p for p in tmp_path.glob("mae-*") if p.is_dir())
     assert first.exitcode == 143 and (out / "last.pt").exists()
     assert not (out / "done.json").exists()
+    first_cost = claims_lab.spent(out)[0]
+    assert first_cost > 0
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     share = lab.run(f"mae {flags}")[1]["continued_from"]
     assert 0 < share < 1 and f"from {share:.0%} on" in capsys.readouterr().err
     assert "resumed" in (out / "output.txt").read_text()
-    assert json.loads((out / "done.json").read_text())["continued_from"] == share
+    done = json.loads((out / "done.json").read_text())
+    assert done["continued_from"] == share and done["cpu_seconds"] > first_cost
