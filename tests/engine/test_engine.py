@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+import torch.distributed as dist
 from cfmae import CFMAE
 from engine import Meter, Run, UserError, World, arg
+from engine.folder import most_unreadable
+from engine.loop import end_of_epoch
 from engine.ranks import peak_memory
 from engine.validate import validate
 from PIL import Image
@@ -131,6 +134,12 @@ def test_split_batch__fewest_equal_micro_batches():
         split(2, 128, 4)
 
 
+def test_workers__a_nodes_ranks_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    shares = (World.workers(SimpleNamespace(size=32, local_size=n), None) for n in (1, 4, 32))
+    assert [*shares] == [16, 6, 1]
+
+
 # --------------------------------------------------------------------------------------- schedule
 
 
@@ -170,6 +179,23 @@ def test_decay_groups__no_decay_on_biases_norms_tokens_embeddings():
     labels = {model.encoder.instance_embed.weight, model.encoder.semantic_embed.weight}
     assert set(decay["params"]) == linear | labels  # a label's rows are a linear layer's weight
     assert {"mask_token", "task_embed", "encoder.cls_token"} <= {names[p] for p in plain["params"]}
+
+
+@pytest.mark.parametrize("clip, norm", [(None, 5), (2.5, 2.5), (10, 5)])
+def test_update__clips_the_norm_and_scales_the_rate_of_a_group(clip, norm):
+    model = nn.ParameterList([torch.zeros(1), torch.zeros(1)])
+    groups = [{"params": [model[0]]}, {"params": [model[1]], "lr_scale": 0.25}]
+    run = SimpleNamespace(
+        number=4, total=9, stop=5, per_epoch=2, accum=1, device="cpu", model=model,
+        meter=mock.Mock(), optimizer=torch.optim.SGD(groups, lr=0.0),
+        cfg=SimpleNamespace(log_every=99, clip_grad=clip),
+    )  # fmt: skip
+    for p, grad in zip(model, (3.0, 4.0)):
+        p.grad = torch.full((1,), grad)
+    step = engine.Step(run)
+    step.update(0.1)
+    assert [p.item() for p in model] == pytest.approx([-0.06 * norm, -0.02 * norm])
+    assert step.record == {"step": 5, "epoch": 2.5, "lr": 0.1, "grad_norm": pytest.approx(5)}
 
 
 # ------------------------------------------------------------------------------------- the folder
@@ -266,6 +292,62 @@ def test_save__of_a_stopped_run_outlives_a_second_signal(tmp_path, monkeypatch):
     assert tiny_run.checkpoint(tmp_path)["step"] == 4
 
 
+def test_end_of_epoch__saves_looks_and_draws_every_so_many(monkeypatch):
+    done, cfg = [], SimpleNamespace(save_epochs=2, val_epochs=3, preview_epochs=4)
+    meter = SimpleNamespace(bad=0, restart=lambda: None)
+    run = SimpleNamespace(cfg=cfg, meter=meter, per_epoch=5, stop=60, save=done.append)
+    monkeypatch.setattr(
+        "engine.loop.validate", lambda run, _, preview: done.append((run.number / 5, preview))
+    )
+    for run.number in range(1, 61):
+        end_of_epoch(run, None, "drawn")
+    saved = [f"epoch-{n:04d}.pt" for n in (2, 4, 6, 8, 10, 12)]
+    assert [x for x in done if x in saved] == saved and len(done) == 11
+    looks = [(3, None), (4, "drawn"), (6, None), (8, "drawn"), (9, None)]  # 12 is the end's
+    assert [x for x in done if x not in saved] == looks
+
+
+def test_log__rate_is_of_training_alone(tmp_path, monkeypatch):
+    """Not of the look at val that falls between two steps of a line."""
+    clock = [0.0]
+
+    class Slow(tiny_run.Diverging):
+        def forward(self, batch, progress):
+            clock[0] += 25 if self.training else 1000  # seconds
+            return super().forward(batch, progress)
+
+    fake = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr("engine.log.time", fake)
+    tiny_run.train(tmp_path, "--val-epochs", 1, "--steps", 8, build=Slow)
+    rates = [r["images_per_s"] for r in tiny_run.lines(tmp_path, times=True)]
+    assert rates == pytest.approx([8 / 25, 8 / 25])
+
+
+def test_meter__a_loss_that_is_not_finite_on_another_rank(tmp_path, monkeypatch):
+    def all_reduce(x, op=dist.ReduceOp.SUM):  # the other one's: step 15, its terms
+        x.copy_(x.clamp(max=14.0) if op == dist.ReduceOp.MIN else x + torch.tensor([1, torch.inf]))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    world = SimpleNamespace(rank=0, size=2, device="cpu")
+    meter = Meter(tmp_path, world, None, None)
+    meter.add(14, torch.ones(()), {}, torch.tensor([-1]))
+    with pytest.raises(UserError, match=r"the loss of step 15 is not finite \(loss inf\)"):
+        meter.check(data.BatchSampler(40, 8, 0))
+
+
+def test_meter__unreadable_files_are_those_of_all_ranks(tmp_path):
+    """Rank 0 alone goes on from those of the epoch so far."""
+    content, bad = {"step": 3, "window": {"bad": 7, "names": [], "sum": [], "count": 0}}, []
+    for rank in range(4):
+        world = SimpleNamespace(rank=rank, size=4, device="cpu", mean=lambda x: x)
+        meter = Meter(tmp_path, world, None, content)
+        bad.append(meter.bad)
+        meter.bad = 2  # the mean over the ranks
+        assert meter.window()["bad"] == 8
+    assert bad == [7, 0, 0, 0]
+    assert [most_unreadable(n) for n in (40, 10_999, 1_281_167)] == [10, 10, 1281]
+
+
 def make_folder(root, images, broken):
     """A data folder of small JPEGs, the first `broken` of them cut off."""
     (root / "train").mkdir(parents=True)
@@ -315,6 +397,17 @@ def test_file_list__is_frozen_with_the_first_checkpoint(tmp_path):
     (tmp_path / "data/train/00.jpg").write_bytes((tmp_path / "data/train/019.jpg").read_bytes())
     assert tiny_run.train(tmp_path / "a", *flags, "--resume") == 0
     assert tiny_run.same_result(tmp_path / "a", tmp_path / "b")
+
+
+def test_deterministic__is_asked_of_torch_and_cublas(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "x")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for flags in ((), ("--deterministic",)):
+        with pytest.raises(UserError, match="stub"):
+            tiny_run.train(tmp_path, *flags, build=mock.Mock(side_effect=UserError("stub")))
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 # --------------------------------------------------------------------------------- what a run says
@@ -367,7 +460,7 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks():
 
     for rank in (0, 1):
         world = SimpleNamespace(
-            rank=rank, size=2, mean=lambda x: x, raise_error=lambda x: x, to_device=lambda x: x,
+            rank=rank, size=2, mean=lambda x: x / 2, raise_error=lambda x: x, to_device=lambda x: x,
             workers=lambda wanted: 0, maximum=lambda x: [x],
         )  # fmt: skip
         run = object.__new__(Run)
@@ -380,7 +473,7 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks():
     assert seen == [(0, i * 103 // 20) for i in range(20)]
     assert seen[-1][1] > 90  # not the first folders alone
     means = [r["val"]["label"] for r in records]  # over 10 samples each, in batches of 4, 4, 2
-    assert means == pytest.approx([sum(i for _, i in seen[a : a + 10]) / 10 for a in (0, 10)])
+    assert means == pytest.approx([sum(i for _, i in seen[a : a + 10]) / 20 for a in (0, 10)])
 
 
 def test_train__pictures_are_of_evenly_spaced_images(tmp_path):
