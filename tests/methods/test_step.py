@@ -5,6 +5,7 @@ Compiled, the switches are those that leave a single term in the loss. A compile
 gradient left. The backend below takes that liberty, as inductor does, and needs no C++ compiler.
 """
 
+import dataclasses
 import importlib
 
 import pytest
@@ -104,6 +105,23 @@ def test_forward__bf16_is_finite_and_near_fp32(line):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("line", [*SMALL, "semanticmim --target dvae --tokenizer random"])
+def test_state_dict__holds_what_is_learned_alone(line):
+    """Positions that are computed would tie a checkpoint to its image size."""
+    model, _ = build(line)
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("script", ["mae", "mcmae", "coma_dyvit", "videomcmae"])
+def test_resume__needs_no_init(script):
+    module = importlib.import_module(script)
+    started, resumed = (
+        engine.parse(module.Config, module.PRESETS, "", ["--model", "tiny", *flags])
+        for flags in (["--init", "x.pt"], ["--resume", "--output", "x"])
+    )
+    engine.refuse_changes(resumed, dataclasses.asdict(started), "last.pt")
+
+
 class Made(Exception):
     """In the place of a run: what AdamW was given."""
 
@@ -119,6 +137,46 @@ def test_main__optimizer_has_the_settings(script, tmp_path, monkeypatch):
     with pytest.raises(Made) as e:
         importlib.import_module(script).main(line.split())
     assert e.value.args == ([0.07, 0.0], (0.8, 0.7))
+
+
+TRANSFER = [
+    "downstream.finetune --method mae --encoder tiny",
+    "downstream.finetune_clips --encoder tiny",
+    "downstream.segment --method mae --encoder tiny",
+    "downstream.detect --method mae --encoder tiny",
+]
+
+
+@pytest.mark.parametrize("line", [*SMALL, *TRANSFER])
+def test_main__steps_in_bf16_at_the_schedules_rate(line, tmp_path, monkeypatch):
+    """Half-way down the schedule; the order and the first weights are those of the seed."""
+    if "detect" in line:
+        pytest.importorskip("pycocotools")
+
+    def steps(run, model, *_):
+        run.number = 5 * run.per_epoch if run.cfg.epochs else run.total // 2
+        step, seen = engine.Step(run), [run.sampler.seed, torch.initial_seed()]
+        monkeypatch.setattr(type(model), "forward", lambda *_: (in_bf16(), {}))
+        monkeypatch.setattr(step, "micro_batches", lambda: [{}])
+        monkeypatch.setattr(step, "backward", lambda loss, logs: seen.append(loss))
+        monkeypatch.setattr(step, "update", lambda lr: seen.append(lr))
+        yield step
+        raise Made(*seen)
+
+    def in_bf16():
+        return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+
+    monkeypatch.setattr(engine.Run, "steps", steps)
+    script, *flags = line.split()
+    flags += "--data shapes --model tiny --device cpu --workers 0 --precision bf16 --seed 5".split()
+    if "segment" in script or "detect" in script:
+        flags, rate = [*flags, "--iterations", "90", "--lr", "1"], 0.5
+    else:  # an epoch of warm-up, eight of a cosine
+        flags += "--epochs 9 --warmup-epochs 1 --batch-size 32 --base-lr 1 --min-lr 0.025".split()
+        rate = (32 / 256 + 0.025) / 2
+    with pytest.raises(Made) as e:
+        importlib.import_module(script).main([*flags, "--output", str(tmp_path / "run")])
+    assert e.value.args == (5, 5, torch.bfloat16, pytest.approx(rate))
 
 
 # --------------------------------------------------------------------------------------- compiled
