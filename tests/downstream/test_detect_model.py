@@ -7,6 +7,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 from downstream import encoders, mask_rcnn
+from downstream.detect import evaluate
 from downstream.detector import Detector, Neck
 from downstream.mask_rcnn import RPN, RoI, choose, crops, paste, pool, regions, shares
 from downstream.objects import Scenes, collate
@@ -87,6 +88,14 @@ def test_pool__levels_are_torchvision_s_but_aligned():
     for i, (k, box) in enumerate(zip(level.tolist(), torch.cat(boxes))):
         want = roi_align(maps[k][i // 6 : i // 6 + 1], [box[None]], 7, 0.25 / 2**k, aligned=True)
         torch.testing.assert_close(found[i : i + 1], want)
+
+
+def test_pooled__the_largest_boxes_come_from_the_fourth_map():
+    """The fifth, of five, is the RPN's alone."""
+    roi, box = RoI(4, (1, 2, 4, 8), 3), torch.tensor([[0.0, 0, 250, 250]])
+    maps = [torch.randn(1, 4, 256 // s, 256 // s) for s in (1, 2, 4, 8, 16)]
+    want = roi_align(maps[3], [box], 7, 1 / 8, aligned=True)
+    torch.testing.assert_close(roi.pooled(maps, regions([box]), 7), want)
 
 
 def test_crops__of_a_whole_mask_and_beside_torchvision_s():
@@ -367,6 +376,15 @@ def test_losses__do_not_depend_on_how_samples_are_batched():
     whole, _ = model(found, None)
     parts = [model({k: v[i : i + 2] for k, v in found.items()}, None)[0] for i in (0, 2, 4)]
     torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_losses__drop_path_is_for_training_alone(monkeypatch):
+    model, found, seen = detector(size=32), batch(2, 32), []
+    monkeypatch.setattr(model, "maps", lambda imgs, seed=None: seen.append(seed) or 1 / 0)
+    for losses in (lambda: model(found, None), lambda: evaluate(model, found)):
+        with pytest.raises(ZeroDivisionError):
+            losses()
+    assert torch.equal(seen[0], found["seed"]) and seen[1] is None
 
 
 @pytest.mark.slow

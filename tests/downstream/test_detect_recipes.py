@@ -4,6 +4,8 @@ import engine  # first: it sets how threads wait
 
 import pytest
 import torch
+from torch import nn
+
 from data import UserError
 from downstream import detect, encoders
 from downstream.detect_recipes import PRESETS, RECIPES, VITDET, Config, learning_rate, shares
@@ -114,8 +116,11 @@ def test_optimizer__decay_and_rates_by_layer():
 
 
 def test_build__every_size_reaches_neck_and_heads():
-    flags = "--model tiny --dim 8 --proposals 20 --boxes 12 --anchor 4".split()
+    flags = "--model tiny --dim 8 --proposals 20 --boxes 12 --anchor 4 --drop-path 0.3".split()
+    flags += ["--train-position", "--std", "1,1,0.5"]
     model = detect.build(config(*flags, encoder="tiny"), 10)
+    assert model.encoder.drop_path == 0.3 and isinstance(model.encoder.pos_embed, nn.Parameter)
+    assert model.normalize.std.flatten().tolist() == [1, 1, 0.5]
     assert model.neck.output[0][0].weight.shape[0] == model.roi.box_head[0][0].in_channels == 8
     assert model.rpn.post_nms_top_n() == 20 and model.rpn.pre_nms_top_n() == 40
     anchors = model.rpn.anchors([torch.zeros(1, 8, 32 // 2**i, 32 // 2**i) for i in range(5)])
