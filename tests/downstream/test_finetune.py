@@ -248,7 +248,34 @@ def test_finetune__val_is_the_centre_crop(tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path, "cfmae")
     run("--checkpoint", path, "--data", tmp_path / "d", "--crop-pct", 0.75, "--batch-size", 4,
         "--steps", 1, "--output", tmp_path / "o")  # fmt: skip
-    assert seen[0].crop_pct == 0.75 and not seen[0].train
+    monkeypatch.setattr(testing, "test", lambda model, dataset, *rest: seen.append(dataset))
+    evaluate("--finetuned", tmp_path / "o/last.pt", "--data", tmp_path / "d")
+    assert [(dataset.crop_pct, dataset.train) for dataset in seen] == [(0.75, False)] * 2
+
+
+def test_main__every_setting_reaches_what_it_is_for(tmp_path, monkeypatch):
+    wrapped, made = [], []
+
+    class Spy(finetune.Augmented):
+        def __init__(self, dataset, cfg, mean, std):
+            wrapped.append((dataset.train, dataset.seed, mean, std))
+            super().__init__(dataset, cfg, mean, std)
+
+    def adamw(groups, **kwargs):
+        made.append((groups, kwargs))
+        raise engine.UserError("enough")
+
+    monkeypatch.setattr(finetune, "Augmented", Spy)
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    flags = "--weight-decay 0.07 --layer-decay 0.5 --beta1 0.8 --beta2 0.7 --seed 3 --std 1,1,0.5"
+    with pytest.raises(engine.UserError, match="enough"):
+        run("--checkpoint", write_checkpoint(tmp_path, "mae"), *flags.split(), "--batch-size", 8,
+            "--output", tmp_path / "o")  # fmt: skip
+    assert wrapped == [(True, 3, [0.485, 0.456, 0.406], [1, 1, 0.5])]  # train's alone
+    ((groups, kwargs),) = made
+    assert kwargs["betas"] == (0.8, 0.7) and {g["weight_decay"] for g in groups} == {0, 0.07}
+    assert {g["lr_scale"] for g in groups} == {1, 0.5, 0.25, 0.125}  # two blocks
+    assert sum(len(g["params"]) for g in groups if g["lr_scale"] == 1) == 4  # norm and classifier
 
 
 @pytest.mark.parametrize("method", ["cfmae", "mcmae"])
