@@ -42,7 +42,9 @@ def test_UperNet__on_a_plain_vit_b_has_the_163_million_parameters_of_mcmaes_tabl
 @pytest.mark.parametrize("cells", POOL_SCALES)
 def test_pool__is_adaptive_average_pooling(size, cells):
     x = torch.randn(2, 3, *size)
-    torch.testing.assert_close(pool(x, cells), F.adaptive_avg_pool2d(x, cells))
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            torch.testing.assert_close(pool(x, cells), F.adaptive_avg_pool2d(x, cells))
 
 
 def conv_bn_relu(layers, x):
@@ -122,6 +124,18 @@ def test_pixel_loss__is_a_mean_over_samples_of_means_over_pixels(labelled):
         terms = [-x[:, i, j].log_softmax(0)[int(y[i, j])] for i, j in at]
         losses.append(sum(terms) / (len(terms) if labelled else 24) if terms else torch.zeros(()))
     torch.testing.assert_close(pixel_loss(logits, labels, labelled), sum(losses) / 3)
+    half = logits.bfloat16()  # of a step in bf16; the loss is fp32's, resizing too
+    assert torch.equal(pixel_loss(half, labels), pixel_loss(half.float(), labels))
+
+
+def test_Segmenter__drop_path_comes_from_the_samples_seeds():
+    model, b = tiny("mae"), batch()
+    model.encoder.drop_path = 0.9
+    maps = model.features(model.normalize(b["rgb"]), b["seed"])
+    whole = model.features(model.normalize(b["rgb"]))
+    assert not torch.allclose(maps[3], whole[3])
+    for x, y in zip(model.predict(b["rgb"], b["seed"]), model.head(maps, b["seed"])):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -256,6 +270,8 @@ def test_reconstruct__is_what_the_picture_shows(tmp_path):
     labels, none, pred = found["labels"]
     assert hidden is None and none is None and torch.equal(rgb, b["rgb"])
     assert torch.equal(labels, b["semantic"]) and torch.equal(pred, model.logits(rgb).argmax(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.logits(rgb).dtype == torch.float32  # what windows and scores add up
     assert over.shape == rgb.shape and over.dtype == torch.uint8 and not torch.equal(over, rgb)
     columns = pictures.columns(found)
     assert list(columns) == ["image", "image: prediction", "labels", "labels: prediction"]
