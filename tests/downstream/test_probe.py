@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import threading
 from unittest import mock
@@ -16,6 +17,7 @@ from test_finetune import FLAGS, build, parse, write_checkpoint
 from test_finetune import run as finetune
 from tiny_run import short_epochs
 
+import data
 import shapes
 import engine
 from common import init_weights
@@ -81,6 +83,25 @@ def test_train_heads__first_step_by_hand():
     g, lr = x.T @ p / 32, 0.1 * 32 / 256
     assert torch.allclose(heads.weights[0], w - lr * g * 0.001 * w.norm() / g.norm(), atol=1e-7)
     assert torch.allclose(heads.biases[0], -lr * p.mean(0), atol=1e-7)
+    rows = torch.from_numpy(rows)  # a row alone is scored as among others
+    assert torch.allclose(heads(rows[:1]), heads(rows)[:, :1], atol=1e-6)
+
+
+def test_train_heads__rates_warm_up_and_fall_along_a_cosine(monkeypatch):
+    seen = []
+
+    class Spy(probe.LARS):
+        def step(self):
+            seen.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr(probe, "LARS", Spy)
+    rows, labels = toy(64)  # two steps an epoch
+    cfg = settings(probe="lars", epochs=4, warmup_epochs=1)
+    probe.train_heads(rows, labels, 4, [0.1, 3.0], cfg, CPU)
+    shares = [1 / 2, 1, *((1 + math.cos(math.pi * n / 6)) / 2 for n in range(6))]
+    for rate, rates in zip((0.1, 3.0), zip(*seen)):
+        assert rates == pytest.approx([rate * 32 / 256 * x for x in shares])
 
 
 def test_train_heads__adamw_has_a_layer_norm():
@@ -151,7 +172,7 @@ class Unreadable(shapes.ShapeScenes):
         return super().__getitem__(place) | {"bad": torch.tensor(place[1] if place[1] == 3 else -1)}
 
 
-def test_extract__an_unreadable_image_has_no_label(tmp_path):
+def test_extract__an_unreadable_image_has_no_label_and_what_is_too_large_is_said(tmp_path):
     cfg, scenes = settings(micro_batch=2, workers=0), Unreadable("val", 32, 2, ("rgb",), length=5)
     encoder = encoders.build(cfg.described, 32)
     _, width = features.columns(encoder, 32, ["1"], None)
@@ -160,6 +181,28 @@ def test_extract__an_unreadable_image_has_no_label(tmp_path):
     _, labels = features.read(tmp_path / "val", slice(None))
     want = [scenes[0, i]["label"].item() for i in range(5)]
     assert labels.tolist() == [*want[:3], -1, want[4]]
+    with torch.no_grad():
+        encoder.patch_embed.proj.weight.mul_(1e7)  # float16 ends at 65504
+    with pytest.raises(engine.UserError, match="val are not finite; try --cache-dtype float32"):
+        features.extract(encoder, scenes, 0, ["1"], width, tmp_path / "val", cfg, world)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_cached__opens_the_splits_as_told(views, tmp_path, monkeypatch):
+    seen, opening = {}, data.open_dataset
+
+    def spy(root, split, **options):
+        seen[split] = options
+        return opening(root, split, **options)
+
+    monkeypatch.setattr(data, "open_dataset", spy)
+    monkeypatch.setattr(features, "extract", lambda *args: None)
+    cfg = settings(views=views, crop_pct=0.5, seed=3, crop_scale_min=0.7)
+    features.cached(None, ["1"], 8, tmp_path, cfg, engine.World("cpu", "fp32"), None)
+    assert [seen[split]["train"] for split in ("train", "val")] == [views > 0, False]
+    for options in seen.values():
+        wanted = {"crop_pct": 0.5, "seed": 3, "scale": (0.7, 1.0)}
+        assert wanted.items() <= options.items()
 
 
 def encoder_of(method):
@@ -265,33 +308,40 @@ def test_run__one_pass_serves_linear_and_knn(tmp_path, monkeypatch):
     linear = ["--protocol", "linear", "--rates", "0.01,0.1", "--steps", 2, *flags]
     run(*linear, "--output", tmp_path / "a")
     assert calls == ["train-0", "val"]
-    run("--protocol", "knn", *flags, "--output", tmp_path / "b")
+    run("--protocol", "knn", "--k", 3, "--temperature", 1, *flags, "--output", tmp_path / "b")
     assert len(calls) == 2  # read again
     a, b = (json.loads((tmp_path / x / "result.json").read_text()) for x in "ab")
     assert len(a["sweep"]) == 12 and len(b["sweep"]) == 6 and a["images"] == b["images"] == 40
     assert a["top1"] == max(row["top1"] for row in a["sweep"]) and "optimistic" in a["note"]
     assert a["first"]["features"] == "1/patch" and a["first"]["rate"] == 0.01
-    rows = np.load(cache / "val.npy")
-    dataset = shapes.ShapeScenes("val", 32, 2, ("rgb",), False, length=40)
     model = build(parse("--checkpoint", path)).eval()
-    one = model.normalize(dataset[0, 39]["rgb"][None])
-    with torch.no_grad():
-        expected = torch.cat([x for _, x in features.features(model.encoder, one, ["1", "2"])], 1)
-    assert np.allclose(rows[39], expected, atol=2e-3)  # float16
+    for split, name in (("train", "train-0"), ("val", "val")):
+        dataset = shapes.ShapeScenes(split, 32, 2, ("rgb",), False, length=40)
+        one = model.normalize(dataset[0, 39]["rgb"][None])
+        with torch.no_grad():
+            found = features.features(model.encoder, one, ["1", "2"])
+        expected = torch.cat([x for _, x in found], 1)
+        assert np.allclose(np.load(cache / f"{name}.npy")[39], expected, atol=2e-3)  # float16
     where, _ = features.columns(model.encoder, 32, ["1", "2"], None)
     for row in b["sweep"]:
         (bank, names), (queries, labels) = (
             features.read(cache / x, where[row["features"]]) for x in ("train-0", "val")
         )
-        votes = knn(bank, names, queries, len(shapes.SHAPES), 20, 0.07)
+        votes = knn(bank, names, queries, len(shapes.SHAPES), 3, 1)
         found = scores.shares(scores.tally(votes, torch.from_numpy(labels)))
         assert {k: row[k] for k in found} == found and found["top1"] != found["top5"]
     with pytest.raises(engine.UserError, match="another run .*bf16.* differ"):
         run(*linear, "--precision", "bf16", "--output", tmp_path / "c")
+    for flag, value in (("seed", 1), ("views", 1), ("crop-scale-min", 0.5), ("crop-pct", 0.5)):
+        with pytest.raises(engine.UserError, match=f"another run .*{flag.replace('-', '_')}.* dif"):
+            run(*linear, f"--{flag}", value, "--output", tmp_path / flag)
     with pytest.raises(engine.UserError, match="another run .*random differ"):
         run(*linear, "--random", "--output", tmp_path / "d")
     with pytest.raises(engine.UserError, match="holds a run"):
         run(*linear, "--output", tmp_path / "a")
+    os.utime(path, (0, 0))  # the same name, but written at another time
+    with pytest.raises(engine.UserError, match="another run .*file differ"):
+        run(*linear, "--output", tmp_path / "e")
 
 
 def probe_alone(out):

@@ -189,8 +189,10 @@ def test_warn_of_space__where_a_checkpoint_does_not_fit(tmp_path, monkeypatch, c
 def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path, capsys):
     assert tiny_run.train(tmp_path, "--steps", 2) == 0
     with pytest.raises(UserError) as error:
-        tiny_run.train(tmp_path, "--resume", "--seed", 1, "--alpha", 0.6)
-    for part in ("--seed was 0, is 1", "--alpha was 0.75, is 0.6"):
+        flags = ("--seed", 1, "--alpha", 0.6, "--epochs", 13, "--precision", "bf16")
+        tiny_run.train(tmp_path, "--resume", *flags)
+    for part in ("--seed was 0, is 1", "--alpha was 0.75, is 0.6", "--epochs was 12, is 13",
+                 "--precision was fp32, is bf16"):  # fmt: skip
         assert part in str(error.value)
     before = (tmp_path / "last.pt").read_bytes()
     capsys.readouterr()
@@ -198,6 +200,7 @@ def test_resume__names_what_changed_and_lets_free_fields_change(tmp_path, capsys
     assert capsys.readouterr().out == f"finished already: {tmp_path} is at step 2 of 60\n"
     assert (tmp_path / "last.pt").read_bytes() == before
     free = "--micro-batch 4 --save-minutes 9 --save-epochs 1 --val-samples 4 --workers 1 --compile"
+    free += " --val-epochs 3 --preview-epochs 2 --log tensorboard --log-every 9 --device auto"
     cfg = tiny_run.config(tmp_path, "--resume", *free.split())
     engine.refuse_changes(cfg, tiny_run.checkpoint(tmp_path)["config"], tmp_path)
     free = "--steps 5 --micro-batch 4 --log-every 1 --save-epochs 1 --val-samples 4".split()
