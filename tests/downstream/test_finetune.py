@@ -368,6 +368,9 @@ class Ranks(World):
     def raise_error(self, batch):
         return batch
 
+    def maximum(self, *values):
+        return list(values)
+
     def mean(self, x):
         return x / self.size
 

@@ -13,7 +13,7 @@ import tiny_run
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_finetune import FLAGS, build, parse, write_checkpoint
+from test_finetune import FLAGS, Ranks, build, parse, write_checkpoint
 from test_finetune import run as finetune
 from tiny_run import short_epochs
 
@@ -185,6 +185,19 @@ def test_extract__an_unreadable_image_has_no_label_and_what_is_too_large_is_said
         encoder.patch_embed.proj.weight.mul_(1e7)  # float16 ends at 65504
     with pytest.raises(engine.UserError, match="val are not finite; try --cache-dtype float32"):
         features.extract(encoder, scenes, 0, ["1"], width, tmp_path / "val", cfg, world)
+
+
+def test_extract__ranks_share_rows_that_they_do_not_divide(tmp_path):
+    cfg, scenes = settings(micro_batch=2, workers=0), shapes.ShapeScenes("val", 32, 2, length=5)
+    encoder, rows = encoders.build(cfg.described, 32), []
+    _, width = features.columns(encoder, 32, ["1"], None)
+    for size in (1, 3):
+        for rank in range(size):
+            world = Ranks(rank, size)
+            features.extract(encoder, scenes, 0, ["1"], width, tmp_path / "val", cfg, world)
+        rows.append(features.read(tmp_path / "val", slice(None)))
+    assert np.allclose(rows[0][0], rows[1][0], atol=1e-3) and rows[0][0].any(1).all()
+    assert np.array_equal(rows[0][1], rows[1][1])
 
 
 @pytest.mark.parametrize("views", [0, 2])

@@ -92,7 +92,7 @@ def folder(root, sizes, split="val", classes=3, dtype=np.uint8):
         Image.fromarray(labels).save(root / split / "semantic" / f"{i}.png")
 
 
-def test_Whole__labels_are_uint8_where_the_file_has_16_bits(tmp_path):
+def test_Whole__images_cover_the_crop_and_labels_of_16_bits_are_uint8(tmp_path):
     """Torch 2.6 indexes with no other unsigned type."""
     folder(tmp_path, [(30, 70)] * 2, dtype=np.uint16)
     args = (str(tmp_path), "val", 32, 4, ("rgb", "semantic"), (1, 1), False, 0)
@@ -101,6 +101,9 @@ def test_Whole__labels_are_uint8_where_the_file_has_16_bits(tmp_path):
     labels = pixels.Whole(config("--data", tmp_path, "--classes", 3), dataset)[1]["semantic"]
     assert labels.dtype == torch.uint8 and labels.shape == (30, 70)
     assert (labels[:3] == 255).all() and (labels[3:] == 1).all()
+    for evaluation, size in (("slide", (32, 75)), ("whole", (32, 32)), ("crop", (32, 32))):
+        cfg = config("--data", tmp_path, "--classes", 3, "--evaluation", evaluation)
+        assert pixels.Whole(cfg, dataset)[1]["rgb"].shape == (3, *size)  # of 30 x 70
 
 
 @pytest.mark.parametrize("evaluation, dtype", [
