@@ -39,9 +39,9 @@ def run(out, *flags, source=()):
     return json.loads((out / "result.json").read_text())
 
 
-def evaluate(out):
+def evaluate(out, *flags):
     with tiny_run.short_epochs():
-        segment.main(["evaluate", str(out), "--workers", "0", "--device", "cpu"])
+        segment.main(["evaluate", str(out), "--workers", "0", "--device", "cpu", *flags])
     return json.loads((out / "evaluation/result.json").read_text())
 
 
@@ -65,6 +65,7 @@ def test_run__resumes_bit_for_bit_without_the_pretraining_file(pretrained, tmp_p
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
     assert (tmp_path / "parts" / "preview-0000020.png").exists()
     assert evaluate(tmp_path / "parts") == whole
+    assert evaluate(tmp_path / "parts", "--evaluation", "whole")["evaluation"] == "whole"
     trained, old = (tiny_run.checkpoint(p.parent)["model"] for p in
                     (tmp_path / "whole" / "last.pt", pretrained))  # fmt: skip
     same = torch.equal(trained["encoder.blocks.0.attn.qkv.weight"],
