@@ -130,6 +130,14 @@ def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path,
         y = resize(predict.pixels.slide(model.eval().logits, imgs, cfg.crop), (90, 50))
     assert torch.equal(y.argmax(1)[0], torch.from_numpy(np.array(Image.open(out / "in/a.png"))))
     assert data.decode_map(np.fromfile(out / "in/b.png", np.uint8)).shape == (64, 64)
+    content = torch.load(segmenter / "last.pt", weights_only=True)
+    content["config"]["evaluation"] = "whole"  # the image at the crop's size, no windows
+    engine.save(segmenter / "last.pt", content)
+    run(segmenter, album / "in/a.png", "--output", tmp_path / "whole")
+    with torch.no_grad():
+        y = resize(model.logits(predict.pixels.scaled(rgb, cfg.crop)[None]), (90, 50))
+    found = np.array(Image.open(tmp_path / "whole/a.png"))
+    assert torch.equal(y.argmax(1)[0], torch.from_numpy(found))
 
 
 @pytest.mark.slow
