@@ -148,6 +148,8 @@ def test_presets__are_the_papers_models(preset, size, trained, million, patches,
     assert (cfg.epochs, cfg.warmup_epochs, cfg.batch_size, cfg.base_lr) == (800, 40, 4096, 1.5e-4)
     assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.min_lr) == (0.05, 0.9, 0.95, 0.0)
     assert (cfg.mask_ratio, cfg.norm_pix_loss, cfg.crop_scale_min) == (0.75, True, 0.2)
+    cfg = config("--mask-ratio", "0.9", "--image-size", "80", "--patch-size", "8")
+    assert cfg.num_visible == 10  # of 100: (1 - 0.9) * 100 is a little less
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -205,6 +207,31 @@ def test_evaluate__plain_pixels_beside_each_patch_s_mean():
     spread = patches.var(-1, unbiased=False)[mask].mean()
     assert_close(found["loss_flat"], spread, rtol=1e-4, atol=0)
     assert_close(found["loss"], model(batch, torch.tensor(0.0))[0].detach())
+    found = mae.evaluate(mae.MAE(config("--patch-size", "8")), batch)  # unit variance, unbiased
+    assert_close(found["loss_flat"], torch.tensor(1 - 1 / 192), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["--norm-pix-loss", "--no-norm-pix-loss"])
+def test_reconstruct__draws_a_perfect_prediction_as_the_truth(norm, monkeypatch):
+    model = mae.MAE(config("--patch-size", "8", norm))
+    batch = batch_of(2, model.cfg)
+    target = common.pixel_target(model.normalize(batch["rgb"]), 8, "no-" not in norm)
+    monkeypatch.setattr(model, "predict", lambda *_: target)
+    ((truth, hidden, pred),) = mae.reconstruct(model, batch).values()
+    assert truth is batch["rgb"] and (pred.int() - truth.int()).abs().max() <= 1
+    assert torch.equal(hidden, mae.make_mask(model.cfg, batch, None).view(2, 4, 4))
+
+
+def test_init__is_the_public_code_s():
+    """models_mae.py: Xavier-uniform layers without biases, tokens N(0, 0.02)."""
+    torch.manual_seed(0)
+    model = mae.MAE(config("--decoder-embed-dim", "64"))
+    for name, m in model.named_modules():
+        if isinstance(m, torch.nn.Linear):
+            bound = (6 / sum(m.weight.shape)) ** 0.5
+            assert 0.95 * bound < m.weight.abs().max() <= bound and not m.bias.any(), name
+    for token in (model.mask_token, model.encoder.cls_token):
+        assert 0.01 < token.std() < 0.03
 
 
 @pytest.mark.slow
