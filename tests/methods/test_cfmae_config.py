@@ -1,6 +1,7 @@
 """CFMAE's command lines (the paper's ablation rows, refusals) and the encoder of a checkpoint."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_config__refuses_with_values_that_work(line, words):
     with pytest.raises(engine.UserError) as e:
         parse(line)
     assert words in str(e.value)
+
+
+def test_main__the_maps_and_their_classes_reach_the_data():
+    line = "--model tiny --granularities R+S --semantic-classes 40"
+    with mock.patch.object(engine, "Run", side_effect=engine.UserError("enough")) as run:
+        with pytest.raises(engine.UserError, match="enough"):
+            cfmae.main(line.split())
+    wanted = {"granularities": ("rgb", "semantic"), "semantic_classes": 40}
+    assert run.call_args.kwargs == wanted
 
 
 def test_load_encoder__round_trip(tmp_path):

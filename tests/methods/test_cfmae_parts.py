@@ -100,6 +100,9 @@ def test_embed__every_granularity_has_positions(batch):
     position = common.sincos_2d(32, 8, 8)
     for x in tokens:
         assert_close(x - x[:1], position - position[:1], rtol=1e-4, atol=1e-5)
+    alone = encoder.embed({"instance": imgs["instance"][:, :16].repeat(1, 1, 3)})[0]  # 4 x 24
+    position = common.sincos_2d(32, 4, 24, (8, 8))
+    assert_close(alone - alone[:1], position - position[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_decoder__sizes():
@@ -191,6 +194,7 @@ def test_evaluate__equals_naive_loop(batch, monkeypatch):
     terms = cfmae.evaluate(model, batch)
     (imgs, mask, pred), = seen  # fmt: skip
     assert torch.equal(mask.sum(-1), 64 - cfmae.visible_counts(batch["seed"], 32, 3))
+    assert torch.equal(mask, cfmae.make_mask(parse("--model tiny --masking RD"), batch, None)[0])
     total, losses = model.loss(pred, imgs, mask)
     patches = cut(imgs)
     assert_close(terms["loss"], total)
