@@ -89,6 +89,10 @@ def test_draw_hog__draws_edges_along_edges():
         assert picture.shape == (1, 1, 96, 96) and 0 <= picture.min() and picture.max() <= 1
         profile = picture.mean(along).flatten()
         assert profile.std() > 3 * picture.mean(5 - along).flatten().std()
+    hog = torch.zeros(1, 6, 3, 9, 2, 2)
+    hog[:, 5, ..., 1, 0] = 1  # the last patch of 2 x 3, its lower left cell
+    rows, cols = targets.draw_hog(hog.flatten(2), (2, 3))[0, 0].nonzero().T
+    assert {*(rows // 12).tolist()} == {3} and {*(cols // 12).tolist()} == {4}
 
 
 # ------------------------------------------------------------------------------------------ codes

@@ -295,6 +295,21 @@ def test_no_decay__spares_what_the_public_code_spares(target, spared):
         assert not {n for n in decay if trained[n].ndim == 1}
 
 
+def test_main__decays_as_its_target_wants(tmp_path, monkeypatch):
+    class Made(Exception):
+        pass
+
+    def made(groups, **_):
+        raise Made(*(p.shape for g in groups if not g["weight_decay"] for p in g["params"]))
+
+    monkeypatch.setattr(torch.optim, "AdamW", made)
+    flags = ["--target", "dvae", "--tokenizer", "random", "--device", "cpu", "--workers", "0"]
+    with pytest.raises(Made) as e:
+        semanticmim.main([*SMALL, *flags, "--output", str(tmp_path / "run")])
+    # proxies and positions, not [MASK]
+    assert sorted(s for s in e.value.args if len(s) > 1) == [(1, 4, 32), (1, 64, 32)]
+
+
 def test_loss__of_a_batch_is_the_mean_over_its_parts(tokenizer):
     """Masks, jitter and drop path come from each sample's seed alone."""
     batch = make_batch()

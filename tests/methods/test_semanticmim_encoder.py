@@ -16,6 +16,7 @@ import pictures
 import semanticmim
 import targets
 from data import UserError
+from noise import AUGMENT, DROP_PATH, DROP_PATH_2, uniform
 from shapes import ShapeScenes
 
 
@@ -50,6 +51,9 @@ def test_make_mask__hides_the_exact_number(flags, hidden):
     share = mask.float().mean(0)  # every patch alike: 5 standard deviations of a binomial
     p = hidden / 64
     assert (share - p).abs().max() < 5 * (p * (1 - p) / 500) ** 0.5
+    for stream in (AUGMENT, DROP_PATH, DROP_PATH_2):  # what else is drawn from that seed
+        pair = torch.stack([mask.flatten(), uniform(batch["seed"], 64, stream).flatten()])
+        assert pair.corrcoef()[0, 1].abs() < 5 / 32000**0.5
     whole = config("--mask-ratio", 0.9, "--image-size", 80, "--patch-size", 8)
     assert whole.num_visible == 10  # of 100: (1 - 0.9) * 100 is a little less
 
