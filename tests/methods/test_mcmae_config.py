@@ -104,6 +104,15 @@ def test_forward_pyramid__sizes_strides_and_pooling():
         encoder.forward_features(torch.randn(1, 3, 44, 96))
 
 
+def test_encoder__each_stage_has_its_own_widths_and_the_kernel():
+    encoder = make(f"{MINI} --mlp-ratios 2,3,5 --kernel-size 7")
+    stages = encoder.blocks1, encoder.blocks2, encoder.blocks3
+    assert [len(s) for s in stages] == [2, 1, 2]
+    assert [s[-1].mlp["fc1"].out_channels for s in stages[:2]] == [2 * 8, 3 * 12]
+    assert stages[2][-1].mlp.fc1.out_features == 5 * 16
+    assert {b.attn.kernel_size for s in stages[:2] for b in s} == {(7, 7)}
+
+
 def test_stages__equal_plain_convolutions():
     """Stage 1, channels first, written out."""
     encoder, imgs = make(), torch.randn(2, 3, 32, 32)

@@ -51,6 +51,9 @@ def test_section_3_1__defaults():
     assert engine.cosine(cfg, warm) == pytest.approx(6e-4)
     # Does not hold: 12 decoder heads do not divide 512 features.
     assert 512 % 12 and 512 % cfg.decoder_num_heads == 0
+    model = on_meta()
+    assert [b.attn.num_heads for b in model.decoder_blocks] == [cfg.decoder_num_heads] * 8
+    assert [b.attn.num_heads for b in model.encoder.blocks3] == [12] * 11
     with pytest.raises(engine.UserError):
         parse("--decoder-num-heads", "12")
 
