@@ -1,5 +1,6 @@
 """VideoMCMAE's model: two forms of one network, leaks, tubes, loss, inflation, and runs of it."""
 
+import itertools
 import json
 import math
 import os
@@ -149,6 +150,20 @@ def test_predict__hidden_cubes_differ_by_place_and_time(batch):
     assert (pred[hidden[0], 0] - pred[hidden[0], 1]).abs().max() > 1e-3
 
 
+def test_decode__every_cube_has_its_own_token_and_position():
+    model, V = build("--decoder-depth 0"), 4
+    mask = videomcmae.make_mask(model.cfg, {"seed": torch.arange(2)}, None)
+    x, (keep, _, restore) = torch.randn(2, V * 2, 16), split(mask, V)
+    found = model.decode(x, restore)
+    for b, tube, t in itertools.product(range(2), range(16), range(2)):
+        token = model.mask_token[0, 0]
+        if not mask[b, tube]:
+            token = model.decoder_embed(x[b, 2 * keep[b].tolist().index(tube) + t])
+        token = model.decoder_norm(token + model.decoder_pos_embed[2 * tube + t])
+        expected = model.decoder_pred(token)
+        assert_close(found[b, tube, t].flatten(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_make_mask__counts_and_tubes():
     seed = torch.arange(50) * 7919
     for line, tubes, visible in (
@@ -162,6 +177,8 @@ def test_make_mask__counts_and_tubes():
         assert mask.shape == (50, tubes) and ((~mask).sum(1) == visible).all()
         assert torch.equal(videomcmae.make_mask(cfg, {"seed": seed[7:8]}, None), mask[7:8])
         assert len(mask.unique(dim=0)) == 50
+    cfg = parse("--model tiny --image-size 80 --mask-ratio 0.29")
+    assert cfg.num_visible == 71  # of 100: 0.29 * 100 is a little less
 
 
 def test_reconstruct__the_same_patches_are_hidden_in_every_frame(batch):
@@ -260,6 +277,9 @@ def test_evaluate__guesses(batch):
     n = 2 * 8 * 8  # pixels of a cube and channel: the unbiased variance leaves 1 - 1/n
     assert found["loss_flat"].item() == pytest.approx(1 - 1 / n, abs=2e-3)
     assert found["loss"] == model(batch, None)[0] != found["loss_other"]
+    imgs, mask = masked(model, batch)
+    pred = torch.cat([model.predict(imgs[[b - 1]], mask[[b]]) for b in range(3)])
+    assert_close(found["loss_other"], model.loss(pred, imgs, mask).detach())
     raw = build("--no-norm-pix-loss")
     imgs, mask = masked(raw, batch)
     cubes = cut(imgs, 8, 2).unflatten(-1, (2, 3))
@@ -282,6 +302,8 @@ def test_encoder__features_sizes_and_drop_path(batch):
     clip = torch.randn(1, 6, 3, 16, 48)
     wide, table = encoder.forward_features(clip)[0][0], encoder.table(16, (3, 2, 6))
     assert wide.shape == (1, 3 * 2 * 6, 16)
+    made = videomcmae.make_encoder(model.cfg, size=(6, 16, 48))  # positions of the trained grid
+    assert made.grid == (3, 2, 6) and torch.equal(made.pos_embed, table)
     with mock.patch.object(encoder, "table", lambda *_: 0 * table):  # it has positions there, too
         assert not torch.allclose(encoder.forward_features(clip)[0][0], wide, atol=1e-2)
     for shape in ((1, 3, 3, 32, 32), (1, 4, 3, 32, 36)):
@@ -300,6 +322,14 @@ def test_encoder__features_sizes_and_drop_path(batch):
     ids = encoder.layer_ids()
     assert ids["blocks3.1.attn.qkv.weight"] == 2 and ids["norm.weight"] == 3
     assert ids["blocks1.0.attn.weight"] == ids["patch_embed4.weight"] == 0
+
+
+def test_model__each_stage_has_its_own_widths_and_the_switches_are_heeded():
+    model = build("--mlp-ratios 2,3,5 --kernel-size 7 --no-multi-scale")
+    stages = [getattr(model.encoder, f"blocks{i}") for i in (1, 2, 3)]
+    assert [len(s) for s in stages] == [2, 1, 2] and not hasattr(model, "stage1_output_decode")
+    assert [s[-1].mlp.fc1.out_features for s in stages] == [2 * 8, 3 * 12, 5 * 16]
+    assert {b.attn.kernel_size for s in stages[:2] for b in s} == {(7, 7, 7)}
 
 
 def test_encoder__drop_path_reaches_every_block(batch):

@@ -58,6 +58,8 @@ def test_section_3_4__tokens_and_tubes():
     assert E2.shape == (1, 196, 8, 4, 384) and 196 * 4 == 28**2
     assert x.shape == (1, 196, 8, 768)
     assert model.decoder_pred.out_features == 2 * 16 * 16 * 3 == 1536
+    assert [b.attn.num_heads for b in model.encoder.blocks3] == [12] * 11
+    assert [b.attn.num_heads for b in model.decoder_blocks] == [6] * 4
 
 
 def test_settings__of_pre_training():
