@@ -243,6 +243,15 @@ def test_open_dataset__moving_scenes_by_split_size_and_seed():
         assert (label, True) == (true, same) or torch.equal(clip.flip(-1), plain)
     assert mirrored == {True, False}
     assert torch.equal(label_and_clip("val", 0, False)[1], label_and_clip("val", 7, False)[1])
+    still = clips.open_dataset("shapes", "val", 16, 8, ("rgb",), (1, 1), False, 0, stride=0)[0, 3]
+    change = still["rgb"].int() - still["rgb"][:1].int()
+    assert len(change) == 8 and change.abs().max() <= 13  # the grain of a frame alone
+
+
+def test_open_dataset__a_folder_s_settings(root):
+    place = (root, "train", 16, 8, ("rgb",), (0.3, 0.4), False, 7)
+    found = clips.open_dataset(*place, crop_pct=0.5)
+    assert (found.scale, found.train, found.seed, found.crop_pct) == ((0.3, 0.4), False, 7, 0.5)
 
 
 # ----------------------------------------------------------------------------------- bad clips

@@ -263,6 +263,8 @@ def test_folder__evaluation_is_resize_and_centre_crop(tmp_path):
         theirs = v2.CenterCrop(64)(v2.Resize(resize, BICUBIC)(image))
         difference = ours["rgb"].permute(1, 2, 0).numpy() - np.asarray(theirs, float)
         assert np.abs(difference).mean() < 1.5 and np.abs(difference).max() < 12
+    assert data.centre_crop(120, 200, (32, 64), 1.0) == (10, 0, 100, 200)  # of the size's shape
+    assert data.centre_crop(120, 200, (64, 32), 0.5) == (30, 85, 60, 30)
 
 
 def batches(dataset, workers):

@@ -52,6 +52,9 @@ def test_scan__orders_labels_links_and_skips(tmp_path):
 def test_scan__semseg_stands_for_semantic(good):
     os.rename(f"{good}/train/semantic", f"{good}/train/semseg")
     assert sample(good, 3)["semantic"].unique().tolist() == [13]
+    for i in range(6):
+        write(f"{good}/train/semantic/{i}.png", ids(99))
+    assert sample(good, 3)["semantic"].unique().tolist() == [99]  # where both are there
 
 
 def test_file_list__round_trips(good, tmp_path):
@@ -168,6 +171,12 @@ def test_check__takes_ids_up_to_semantic_classes(good):
         FolderDataset(good, "train", None, 32, 4, ALL, semantic_classes=256)
 
 
+def test_check__looks_at_samples_from_the_first_to_the_last(good):
+    dataset, seen = FolderDataset(good, "train", None, 32, 4, ALL), []
+    assert data.check(dataset, 3, seen.append).startswith("3 of 6")
+    assert sorted(seen) == [0, 2, 5]
+
+
 def test_folder__an_instance_of_a_wide_map_may_be_255(good):
     wide = ids(65535, dtype=np.uint16)
     wide[:, :40], wide[:, :20] = 255, 0
@@ -238,6 +247,10 @@ def test_open_dataset__opens_shapes_or_a_folder(good):
     shapes, folder = (data.open_dataset(d, "train", *options) for d in ("shapes", good))
     assert list(shapes[0, 0]) == list(folder[0, 0]) == ["rgb", "label", "seed", "bad"]
     assert folder[0, 0]["rgb"].shape == shapes[0, 0]["rgb"].shape == (3, 32, 32)
+    for root in ("shapes", good):
+        dataset = data.open_dataset(root, "train", 32, 16, ("rgb",), (0.5, 0.6), False, 7)
+        assert dataset.seed == 7 and not dataset.train
+    assert dataset.scale == (0.5, 0.6)
     only_rgb = data.scan(good, "train")
     with pytest.raises(UserError, match="has rgb alone"):
         FolderDataset(good, "train", only_rgb, 32, 16, ALL)
