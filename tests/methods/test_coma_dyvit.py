@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -206,13 +207,14 @@ def test_predict__hidden_patches_are_told_apart_by_their_position():
     assert not torch.isclose(hidden[0], hidden[1:], rtol=1e-3).all(1).any()
 
 
+@pytest.mark.parametrize("norm", ["--no-norm-pix-loss", "--norm-pix-loss"])
 @torch.no_grad()
-def test_evaluate__is_both_branches_of_the_current_weights_beside_a_guess():
-    model, batch = make(), make_batch()
+def test_evaluate__is_both_branches_of_the_current_weights_beside_a_guess(norm):
+    model, batch = make(norm), make_batch()
     for p in model.evaluation.parameters():
         p.zero_()  # not what is evaluated
     imgs, mask = model.normalize(batch["rgb"]), make_mask(model, batch["seed"])
-    patches = common.patchify(imgs, 16)
+    patches = common.pixel_target(imgs, 16, "no-" not in norm)
     pred, other = model.predict(imgs, mask, 6), model.predict(imgs, ~mask, 10)
     guess = [patches[b, ~mask[b]].view(-1, 3).mean(0).repeat(256) for b in range(4)]
     guess = [(patches[b, mask[b]] - guess[b]).square().mean() for b in range(4)]
@@ -273,6 +275,11 @@ def test_config__refuses_what_cannot_work(flags, words):
         config(*flags)
 
 
+def test_num_visible__of_100_patches_is_ten():
+    cfg = config("--image-size", "160", "--mask-ratio", "0.9")
+    assert cfg.num_visible == 10  # (1 - 0.9) * 100 is a little less
+
+
 def test_load_encoder__rebuilds_what_was_saved(tmp_path):
     model = make()
     train(model, 1)
@@ -319,8 +326,12 @@ def test_main__follows_between_backward_and_optimizer(tmp_path):
 @pytest.mark.slow
 def test_main__resumes_and_logs_the_frozen_branch(tmp_path):
     torch.set_num_threads(1)
-    flags = ("--micro-batch", "2", "--log-every", "2", "--precision", "fp32")
-    whole = run(tmp_path / "whole", 4, *flags)
+    flags, calls = ("--micro-batch", "2", "--log-every", "2", "--precision", "fp32"), []
+    branch = cd.CoMA.complement
+    spy = lambda *args: calls.append(torch.is_grad_enabled()) or branch(*args)  # noqa: E731
+    with mock.patch.object(cd.CoMA, "complement", spy):
+        whole = run(tmp_path / "whole", 4, *flags)
+    assert sum(calls) == 4  # a logged step's two micro-batches, of two steps
     run(tmp_path / "parts", 3, *flags)
     assert same(whole, run(tmp_path / "parts", 4, *flags, "--resume"))
     lines = [json.loads(x) for x in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
@@ -334,7 +345,7 @@ def test_main__resumes_and_logs_the_frozen_branch(tmp_path):
 @pytest.mark.slow
 def test_load_init__an_exported_encoder_starts_a_run_and_a_resumed_run_does_not_need_it(tmp_path):
     flags = "--data shapes --model tiny --device cpu --precision fp32 --workers 0 --batch-size 4"
-    flags = [*flags.split(), "--val-samples", "2", "--output"]
+    flags, seen = [*flags.split(), "--val-samples", "2", "--output"], []
     cd.main([*flags, str(tmp_path / "a"), "--steps", "1"])
     source = engine.load(tmp_path / "a/last.pt", "coma_dyvit")["model"]
     alone = {k: v for k, v in source.items() if k.startswith("encoder.")}
@@ -344,6 +355,9 @@ def test_load_init__an_exported_encoder_starts_a_run_and_a_resumed_run_does_not_
     assert all(torch.equal(model.state_dict()[k], v) for k, v in alone.items())
     assert "left out: nothing; missing, so fresh: " in report and "fusion" in report
     run = [*flags, str(tmp_path / "b"), "--init", str(tmp_path / "encoder.pth")]
+    with mock.patch.object(engine.Run, "steps", lambda run, model, *_: seen.append(model) or ()):
+        cd.main([*flags, str(tmp_path / "c"), "--init", str(tmp_path / "encoder.pth")])
+    assert same(snapshot(seen[0]), snapshot(seen[0].evaluation))  # it starts so, too
     cd.main([*run, "--steps", "1"])
     (tmp_path / "encoder.pth").unlink()
     cd.main([*run, "--steps", "2", "--resume"])

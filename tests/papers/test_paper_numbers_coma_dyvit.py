@@ -154,6 +154,9 @@ def test_decoder__eight_blocks_of_global_attention():
     assert [b.attn.num_heads for b in model.decoder_blocks] == [16] * 8  # MAE's
     fused = [tuple(c.proj.weight.shape) for c in model.fusion]
     assert fused == [(896, 112, 8, 8), (896, 224, 4, 4), (896, 448, 2, 2)]  # Eq. (6), as printed
+    with torch.device("meta"):
+        other = cd.CoMA(config("--evaluation", "none", "--decoder", "convnext"))
+    assert [type(b) for b in other.decoder_blocks] == [cd.ConvNeXtBlock] * 8
     convnext = cd.ConvNeXtBlock(512, (7, 7))
     assert convnext(torch.zeros(1, 49, 512)).shape == (1, 49, 512)
     assert convnext.dwconv.kernel_size == (7, 7)
