@@ -74,11 +74,11 @@ class RandAugment:
     """
 
     def __init__(
-        self, magnitude: float, std: float, fill: tuple[int, int, int], geometric: bool = True
-    ):
-        self.magnitude, self.std, self.fill = magnitude, std, fill
+        self, magnitude: float, std: float, fill: tuple[int, int, int], geometric: bool = True,
+        count: int = 2,
+    ):  # fmt: skip
+        self.magnitude, self.std, self.fill, self.count = magnitude, std, fill, count
         self.names = [n for n in OPERATIONS if geometric or n not in GEOMETRIC]
-        self.count = 2
 
     def __call__(self, im: Image.Image) -> Image.Image:
         for _ in range(self.count):

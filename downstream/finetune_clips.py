@@ -137,7 +137,9 @@ class Augmented(augment.Augmented):
 
     def __init__(self, dataset: torch.utils.data.Dataset, cfg: Config):
         super().__init__(dataset, cfg, IMAGENET_MEAN, IMAGENET_STD)
-        self.rand_augment.fill, self.rand_augment.count = (128,) * 3, 4  # VideoMAE
+        self.rand_augment = augment.RandAugment(  # VideoMAE's
+            cfg.rand_augment, cfg.rand_augment_std, (128,) * 3, count=4
+        )
 
     def augment(self, rgb: Tensor, seed: int) -> Tensor:
         """What becomes of a clip (T, 3, H, W) uint8; all frames draw the same."""
