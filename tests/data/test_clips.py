@@ -15,6 +15,8 @@ from data import FileList, UserError
 from files import Unreadable
 from motion import MIRROR
 
+pytestmark = pytest.mark.slow
+
 
 def write_clip(folder, frames, height=40, width=56, first=1):
     """Frame n is plain but for its number: red is 10 n."""

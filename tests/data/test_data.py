@@ -277,6 +277,7 @@ def batches(dataset, workers):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_folder__workers_do_not_matter(triplets):
     dataset = FolderDataset(triplets, "train", None, 32, 4, ALL)
     for a, b in zip(batches(dataset, 0), batches(dataset, 2), strict=True):

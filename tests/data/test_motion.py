@@ -9,8 +9,9 @@ import torch
 
 from motion import MIRROR, MOTIONS, MovingScenes
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_moving_scenes__keys_determinism_and_splits():
     a, b = MovingScenes("train", 32, 4), MovingScenes("train", 32, 4)
     sample = a[1, 3]
@@ -53,7 +54,6 @@ def test_moving_scenes__the_labelled_object_is_the_largest():
     assert min(front) * 0.09 * (1 - swell) >= max(others) * 0.18 * (1 + swell) - 1e-9
 
 
-@pytest.mark.slow
 def test_moving_scenes__a_still_view_and_mirrored_labels():
     still = MovingScenes("val", 32, 4, stride=0, train=False)
     moving = MovingScenes("val", 32, 4, train=False)
@@ -124,7 +124,6 @@ def test_moving_scenes__nothing_but_the_motion_depends_on_the_label():
         assert np.bincount(looks, minlength=7).min() > 40
 
 
-@pytest.mark.slow
 def test_moving_scenes__the_view_moves_and_mirrors():
     """Each frame is a window of its canvas, which wanders evenly, and a mirrored one says so."""
     scenes, moved, mirrored = MovingScenes("train", 32, 4), set(), set()

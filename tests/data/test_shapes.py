@@ -30,6 +30,7 @@ def test_scenes__keys_types_and_ranges(scenes):
     assert list(semantic_alone) == ["semantic", "label", "seed", "bad"]
 
 
+@pytest.mark.slow
 def test_scenes__instances_are_whole_objects_by_area(scenes):
     counts = []
     for s in scenes:
@@ -122,6 +123,7 @@ def test_scenes__views_differ_by_epoch_and_repeat_by_seed():
     assert all(0 <= int(v["label"]) < 10 and v["instance"].max() >= 1 for v in views)
 
 
+@pytest.mark.slow
 def test_scenes__draw_the_same_scene_at_any_size():
     small, large = ShapeScenes("val", 64, 1, train=False), ShapeScenes("val", 192, 3, train=False)
     agree = [(small[0, i]["semantic"] == large[0, i]["semantic"]).float().mean() for i in range(20)]
@@ -130,6 +132,7 @@ def test_scenes__draw_the_same_scene_at_any_size():
     assert wide["rgb"].shape == (3, 32, 96) and wide["semantic"].shape == (8, 24)
 
 
+@pytest.mark.slow
 def test_scenes__workers_do_not_matter():
     scenes = ShapeScenes(length=20)
     for a, b in zip(batches(scenes, 0), batches(scenes, 2), strict=True):

@@ -20,6 +20,8 @@ from downstream import transfer
 from shards import MEMBER, ShardList
 from tools import check_data, pack
 
+pytestmark = pytest.mark.slow
+
 
 def packed(root, out, *flags):
     """Pack into shards of a few images, in this process."""
@@ -222,7 +224,6 @@ TINY = (
 ).split()
 
 
-@pytest.mark.slow
 def test_run__trains_from_shards_as_from_the_folder(folder, out, tmp_path):
     torch.set_num_threads(1)
     weights = []

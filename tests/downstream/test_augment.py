@@ -29,6 +29,7 @@ def test_mix__depends_on_the_own_seed_alone():
     assert all(torch.equal(x[3:], y) for x, y in zip(a, b))
 
 
+@pytest.mark.slow
 def test_draw_mix__lambda_is_beta():
     lam, _, _ = augment.draw_mix(torch.arange(40000), (1, 1), 0.8, 0.0, 0.5)
     assert abs(lam.mean() - 0.5) < 0.005
@@ -54,6 +55,7 @@ def test_soft_targets__sum_to_one():
     assert augment.soft_targets(label, None, 5, 0.0).argmax(1).tolist() == [0, 1, 4]
 
 
+@pytest.mark.slow
 def test_augmented__depends_on_the_sample_alone():
     cfg = parse("--method", "cfmae", "--encoder", "tiny", "--reprob", 0.5)
     with short_epochs():
@@ -179,6 +181,7 @@ def test_operations__timms_fifteen():
     assert len(maps.names) == 10 and not {"Rotate", "ShearX", "TranslateY"} & set(maps.names)
 
 
+@pytest.mark.slow
 def test_rand_augment__two_operations_of_all_each_half_of_the_time_at_9(monkeypatch):
     calls = []
     for name in augment.OPERATIONS:

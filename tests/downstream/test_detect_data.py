@@ -17,6 +17,8 @@ from downstream.mask_rcnn import unpack
 from downstream.objects import CocoImages, Jitter, Scenes, View, collate, sample_of
 from shapes import SHAPES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def root(tmp_path):

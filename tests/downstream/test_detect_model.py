@@ -13,6 +13,8 @@ from downstream.mask_rcnn import RPN, RoI, choose, crops, paste, pool, regions, 
 from downstream.objects import Scenes, collate
 from mcmae import Encoder
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["mae", "cfmae", "semanticmim", "mcmae", "coma_dyvit"]
 
 
@@ -283,7 +285,6 @@ def test_roi__settings_are_the_papers():
 # ---------------------------------------------------------------------------------------- detector
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_detector__all_methods_train_every_parameter_and_predict(method):
     model = detector(method)
@@ -303,7 +304,6 @@ def test_detector__all_methods_train_every_parameter_and_predict(method):
             assert ((x["masks"] >= 0) & (x["masks"] <= 1)).all() and (x["labels"] >= 1).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, neck", [("mae", "simple"), ("mae", "levels"), ("mcmae", "simple")]
 )
@@ -337,7 +337,6 @@ def test_maps__simple_is_the_last_map_alone():
     torch.testing.assert_close(x.flatten(2).transpose(1, 2), y)
 
 
-@pytest.mark.slow
 def test_maps__mcmae_without_windows_are_its_own_pyramid():
     model = detector("mcmae")
     imgs, seed = torch.randn(2, 3, 64, 64), torch.tensor([3, 4])
@@ -370,7 +369,6 @@ def test_neck__rescales_a_plain_encoder_s_maps(kind, dims):
     torch.testing.assert_close(neck.scales[0](x), y)
 
 
-@pytest.mark.slow
 def test_losses__do_not_depend_on_how_samples_are_batched():
     model, found = detector(window=4, everywhere=[4]), batch(6)
     whole, _ = model(found, None)
@@ -387,7 +385,6 @@ def test_losses__drop_path_is_for_training_alone(monkeypatch):
     assert torch.equal(seen[0], found["seed"]) and seen[1] is None
 
 
-@pytest.mark.slow
 def test_losses__an_image_without_objects_and_one_full_of_them():
     model, found = detector(), batch(2)
     found["labels"][0], found["boxes"][0], found["masks"][0] = 0, 0, 0
@@ -402,7 +399,6 @@ def test_losses__an_image_without_objects_and_one_full_of_them():
     loss.backward()
 
 
-@pytest.mark.slow
 def test_losses__weights_that_are_not_finite_give_a_loss_that_is_not():
     model = detector()
     with torch.no_grad():
@@ -410,7 +406,6 @@ def test_losses__weights_that_are_not_finite_give_a_loss_that_is_not():
     assert not model(batch(2), None)[0].isfinite()
 
 
-@pytest.mark.slow
 def test_parameters__mcmae_b_s_count():
     windows = dict(window=7, everywhere=[1, 4, 7, 11], shifted=True, bias=True)
     with torch.device("meta"):
@@ -426,7 +421,6 @@ def test_parameters__mcmae_b_s_count():
     assert min(abs(n / 1e6 - 104) for n in (total, total - bias, total + position)) > 2
 
 
-@pytest.mark.slow
 def test_detector__learns_four_scenes():
     """Guesses are 0.69 for objectness and masks, and at the start log 11 = 2.40 for classes; 1.14
     is what the boxes' shares alone give."""

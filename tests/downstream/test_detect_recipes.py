@@ -11,6 +11,8 @@ from downstream import detect, encoders
 from downstream.detect_recipes import PRESETS, RECIPES, VITDET, Config, learning_rate, shares
 from test_encoders import GOLDEN, TIMM
 
+pytestmark = pytest.mark.slow
+
 
 def config(*flags, method="mae", encoder="base"):
     given = ["--method", method, "--encoder", encoder, *map(str, flags)]
@@ -43,7 +45,6 @@ def test_mcmae__sec_3_2_and_its_public_code():
     assert 92_187 * 32 / 118_000 == pytest.approx(25, abs=0.01)
 
 
-@pytest.mark.slow
 def test_vitdet__is_detectron2_s():
     cfg = config()
     names = "lr weight_decay batch_size iterations layer_decay drop_path warmup_steps"
@@ -166,7 +167,6 @@ PUBLIC = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLIC)
 def test_build__from_public_weights(name, tmp_path):
     state, path = PUBLIC[name]["state_dict"], tmp_path / "x.pth"

@@ -16,6 +16,8 @@ from downstream.detect import draw
 from downstream.objects import CocoImages, Jitter, Scenes
 from engine.ranks import World
 
+pytestmark = pytest.mark.slow
+
 tools = pytest.importorskip("pycocotools.mask")
 
 

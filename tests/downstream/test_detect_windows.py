@@ -11,6 +11,8 @@ from downstream import windows as windows_module
 from downstream.public_vit import offsets
 from downstream.windows import Biased, Windows, edges, everywhere, join, partition
 
+pytestmark = pytest.mark.slow
+
 GRIDS = [(8, 8), (6, 9), (5, 7)]
 
 

@@ -227,6 +227,7 @@ def test_options__of_mcmae(tmp_path):
     wide.forward_pyramid(torch.randn(1, 3, 128, 128))  # biases are for the new grid, too
 
 
+@pytest.mark.slow
 def test_statistics__of_our_encoders(tmp_path):
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     our_checkpoint(tmp_path / "a.pt", "mcmae")
@@ -249,6 +250,7 @@ def test_statistics__of_our_encoders(tmp_path):
     assert imagenet.items() <= found.items() and found["trained_size"] == [64, 64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_build__draws_weights_as_the_method(method):
     description = describe(method=method, model="tiny")

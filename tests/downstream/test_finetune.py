@@ -278,6 +278,7 @@ def test_main__every_setting_reaches_what_it_is_for(tmp_path, monkeypatch):
     assert sum(len(g["params"]) for g in groups if g["lr_scale"] == 1) == 4  # norm and classifier
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cfmae", "mcmae"])
 def test_build__positions_are_trained_as_in_public_fine_tuning(method, tmp_path):
     flags = ["--checkpoint", write_checkpoint(tmp_path, method)]

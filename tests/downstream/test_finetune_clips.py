@@ -20,6 +20,8 @@ from data import collate
 from downstream import finetune_clips as tuning
 from motion import MovingScenes
 
+pytestmark = pytest.mark.slow
+
 SMALL = dict(image_size=16, frames=4, embed_dims="8,12,16", depths="1,1,2", num_heads=2,
              decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
 FLAGS = "--model tiny --workers 0 --device cpu --precision fp32 --val-samples 4 --log-every 1"
@@ -167,7 +169,6 @@ def train(out, *flags) -> None:
     tuning.main([*map(str, line)])
 
 
-@pytest.mark.slow
 def test_run__result_resume_and_all_views(source, root, tmp_path):
     path = tmp_path / "source.pt"
     path.write_bytes(open(source, "rb").read())
@@ -187,7 +188,6 @@ def test_run__result_resume_and_all_views(source, root, tmp_path):
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
 
 
-@pytest.mark.slow
 def test_test__averages_what_the_views_say(source, root, tmp_path):
     """The result of a run is that of its own weights over all views, one clip at a time."""
     flags = ("--data", root, "--checkpoint", source, "--views", "2x3", "--steps", 1)
@@ -208,7 +208,6 @@ def test_test__averages_what_the_views_say(source, root, tmp_path):
     assert len(hits) == 5 and result["top1"] == pytest.approx(100 * sum(hits) / 5)
 
 
-@pytest.mark.slow
 def test_main__every_setting_reaches_what_it_is_for(root, tmp_path):
     opened, wrapped, open_dataset = [], [], clips.open_dataset
 
@@ -251,7 +250,6 @@ def test_main__every_setting_reaches_what_it_is_for(root, tmp_path):
 # ------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("line, words", [
     ("", "where is the encoder from"),
     ("--encoder tiny --checkpoint x.pt", "where is the encoder from"),

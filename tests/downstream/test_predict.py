@@ -19,6 +19,8 @@ from downstream.upernet import resize
 from engine import UserError
 from shapes import ShapeScenes
 
+pytestmark = pytest.mark.slow
+
 
 def save(folder, method, model, cfg, **facts):
     folder.mkdir(parents=True)
@@ -102,7 +104,6 @@ def test_likeliest__argmax_of_the_resized_logits(few):
     assert torch.equal(found.long(), resize(logits, (40, 33)).argmax(1)[0])
 
 
-@pytest.mark.slow
 def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path, capsys):
     out = tmp_path / "out"
     run(segmenter, album / "a.jpg", album / "in", "--output", out)
@@ -140,7 +141,6 @@ def test_segment__maps_at_the_size_of_the_photograph(segmenter, album, tmp_path,
     assert torch.equal(y.argmax(1)[0], torch.from_numpy(found))
 
 
-@pytest.mark.slow
 def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
     """Images of one size go through the network together."""
     model, cfg = segment.open_run(segmenter / "last.pt")
@@ -160,14 +160,12 @@ def test_pixels_predict__each_image_gets_its_own_logits(segmenter):
     assert not torch.allclose(found[0][1], found[1][1], atol=1e-3)
 
 
-@pytest.mark.slow
 def test_segment__refuses_two_images_of_one_name(segmenter, album, tmp_path):
     (album / "a.png").write_bytes((album / "in/a.png").read_bytes())
     with pytest.raises(UserError, match="a.jpg and a.png would both become"):
         run(segmenter, album, "--output", tmp_path / "out")
 
 
-@pytest.mark.slow
 def test_segment__never_overwrites_a_file(segmenter, album):
     """A photograph, say, beside which its map would lie."""
     before = (album / "in/a.png").read_bytes()
@@ -176,7 +174,6 @@ def test_segment__never_overwrites_a_file(segmenter, album):
     assert (album / "in/a.png").read_bytes() == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classifier", "segmenter"])
 def test_predict__photographs_go_to_processes_that_start_afresh(
     task, album, tmp_path, monkeypatch, request

@@ -142,6 +142,7 @@ def test_train_heads__learns_ignores_unlabelled_and_takes_views_in_turn():
 # --------------------------------------------------------------------------------------- features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cfmae", "semanticmim", "mcmae", "coma_dyvit"])
 def test_features__are_means_of_what_the_encoder_gives(method, tmp_path):
     path = write_checkpoint(tmp_path, method)
@@ -241,6 +242,7 @@ def layer_norm(x, weight=1.0, bias=0.0):
     return x * weight + bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["semanticmim", "mcmae", "coma_dyvit"])
 def test_pooled_norm__is_fresh_where_pretraining_had_another_input(method, tmp_path):
     encoder = build(parse("--checkpoint", write_checkpoint(tmp_path, method))).encoder

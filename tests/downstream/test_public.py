@@ -20,6 +20,8 @@ from downstream import encoders, finetune, probe, public_vit, segment
 from downstream.encoders import UserError, open_encoder
 import vit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["vit", "vit_reg", "vit_reg_free", "beit", "beit_shared"])
 def test_public__computes_what_timm_does(name, tmp_path):
@@ -105,7 +107,6 @@ def test_public__convmae_loads_as_mcmae_does(tmp_path):
     assert torch.equal(kept[0].pos_embed, common.sincos_2d(32, 16, 16, trained=(14, 14)))
 
 
-@pytest.mark.slow
 def test_public__convmae_fine_tuned(tmp_path):
     """As its main_finetune.py saves it: trained positions, `fc_norm` and `head`, no `norm`."""
     state = torch.load(GOLDEN / "convmae_tiny.pt", weights_only=True)["state_dict"]

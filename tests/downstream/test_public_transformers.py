@@ -10,6 +10,8 @@ from torch.testing import assert_close
 from downstream import encoders, public
 from downstream.encoders import UserError, open_encoder
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
              patch_size=8)  # fmt: skip
 MAE = dict(decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,

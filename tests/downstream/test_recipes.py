@@ -10,6 +10,8 @@ import pytest
 import engine
 from downstream import encoders, finetune, probe, robustness, segment, transfer
 
+pytestmark = pytest.mark.slow
+
 FINETUNE = (
     "epochs warmup_epochs batch_size base_lr min_lr weight_decay beta1 beta2 layer_decay drop_path "
     "reprob color_jitter head_std train_position mixup cutmix switch_prob smoothing rand_augment "

@@ -16,6 +16,8 @@ import engine
 from common import Normalize
 from downstream import encoders, evaluate, robustness
 
+pytestmark = pytest.mark.slow
+
 TABLE_4 = {  # CFMAE: IN-A, IN-R, IN-S, mCE, score
     "MAE": (35.9, 48.3, 34.5, 51.7, 41.8), "MFM": (32.7, 48.6, 34.8, 47.5, 42.2),
     "MultiMAE": (33.2, 49.9, 37.2, 49.6, 42.7), "CFMAE": (35.2, 50.6, 37.4, 48.8, 43.6),
@@ -70,7 +72,6 @@ def write_images(folder: Path, classes: list[str], count: int = 3) -> None:
             number += 1
 
 
-@pytest.mark.slow
 def test_main__all_four_sets(finetuned, tmp_path, capsys):
     write_images(tmp_path / "a", ["ring", "bar"])
     (tmp_path / "val/zebra").mkdir(parents=True)  # a sibling that is no class of the model
@@ -131,7 +132,6 @@ def test_main__all_four_sets(finetuned, tmp_path, capsys):
         robustness.main([*common, str(tmp_path / "o"), "--imagenet-c", str(tmp_path / "c")])
 
 
-@pytest.mark.slow
 def test_bad_input__one_line(finetuned, tmp_path):
     write_images(tmp_path / "x", ["ring", "zebra"], 1)
     write_images(tmp_path / "c/fog/1", ["ring"], 1)
@@ -162,7 +162,6 @@ def test_bad_input__one_line(finetuned, tmp_path):
                             str(tmp_path / "out")])  # fmt: skip
 
 
-@pytest.mark.slow
 def test_main__makes_its_output_before_the_first_test(finetuned, tmp_path, monkeypatch, capsys):
     write_images(tmp_path / "a", ["ring"], 1)
     (tmp_path / "file").touch()

@@ -17,6 +17,8 @@ from downstream.upernet import Segmenter
 from downstream.windows import Windows
 from test_segment import SMALL, config
 
+pytestmark = pytest.mark.slow
+
 
 def parse(argv):
     return engine.parse(Config, PRESETS, "", argv.split())
@@ -29,7 +31,6 @@ def parse(argv):
     ("coma_dyvit --encoder small", 512, 1e-4, 0.65, 0.1),  # CoMA Table 3; mmsegmentation's MAE
     ("coma_dyvit", 512, 1e-4, 0.75, 0.1),  # of 24 blocks: MAE's decay for ViT-L
 ])  # fmt: skip
-@pytest.mark.slow
 def test_Config__has_the_papers_upernet(method, size, lr, decay, drop_path):
     cfg = parse(f"--method {method} --data x")
     assert (cfg.crop, cfg.lr, cfg.layer_decay) == ((size, size), lr, decay)
@@ -120,13 +121,11 @@ def said_of_pixels(capsys, out, *flags):
     return next(x for x in capsys.readouterr().out.splitlines() if x.startswith("pixels"))
 
 
-@pytest.mark.slow
 def test_parse__a_crop_has_two_flags():
     with pytest.raises(engine.UserError, match="invalid int value: '64x96': --crop-width is the"):
         engine.parse(Config, PRESETS, "", ["--image-size", "64x96"])
 
 
-@pytest.mark.slow
 def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
     imgs = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
     for i, (flags, mean, std, words) in enumerate((
@@ -143,7 +142,6 @@ def test_build__normalises_as_told_and_says_so(tmp_path, capsys):
         assert words in line and str(list(mean)) in line and str(list(std)) in line
 
 
-@pytest.mark.slow
 def test_build__every_setting_reaches_the_model(monkeypatch):
     seen, original = {}, encoders.build
     monkeypatch.setattr(encoders, "build", lambda *a: seen.update(a=a[1:]) or original(*a))
@@ -158,7 +156,6 @@ def test_build__every_setting_reaches_the_model(monkeypatch):
     assert (probe.layer, probe.loss_size) == (2, 20)
 
 
-@pytest.mark.slow
 def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch, capsys, tmp_path):
     original = encoders.describe
     known = {"mean": [0.5] * 3, "std": [0.5] * 3, "input": "its config's"}
@@ -171,7 +168,6 @@ def test_Config__what_is_known_of_the_encoder_comes_before_imagenets(monkeypatch
 # ---------------------------------------------------------------------------- encoders, positions
 
 
-@pytest.mark.slow
 def test_Config__init_key_reaches_the_reader(monkeypatch, tmp_path):
     seen = []
     original = encoders.describe
@@ -214,7 +210,6 @@ def mcmae_model(flags=""):
 
 
 @pytest.mark.parametrize("flags", ["", "--relative-bias --init-values 1 --fourth conv"])
-@pytest.mark.slow
 def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
     model = mcmae_model(flags)
     found = {n.removeprefix("encoder.") for n, p in model.named_parameters() if p.requires_grad}
@@ -234,7 +229,6 @@ def test_build__mcmaes_options_are_in_the_encoder_and_trained(flags):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--relative-bias"])
 def test_build__a_window_as_large_as_the_map_is_global_attention(flags):
     """MCMAE's stage 3 has no prefix tokens; its grid here is 8 x 8."""
@@ -277,7 +271,6 @@ def test_Config__attention_is_global_unless_asked():
     assert config("--window", 4, "--everywhere", "quarters").windows == asked
 
 
-@pytest.mark.slow
 def test_build__mcmaes_layers_decay_as_its_public_code_has_them():
     """Stems, stages 1 and 2, positions at level 0; stage 3 from 1; the head and what follows: 1."""
     model = mcmae_model("--fourth conv")

@@ -243,6 +243,7 @@ def test_make_optimizer__rate_falls_by_the_layer_and_small_parameters_do_not_dec
     assert {1.0, 0.5, 0.5**top} <= scales  # head, last block, stem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [None, 2])
 def test_evaluate__is_the_loss_and_the_mean_of_the_samples_accuracies(layer):
     """Without dropout and auxiliary loss, as often as it is asked."""
@@ -262,6 +263,7 @@ def test_evaluate__is_the_loss_and_the_mean_of_the_samples_accuracies(layer):
     assert evaluate(model, b)["pixel_accuracy"].item() == pytest.approx(shares[0] / 2)
 
 
+@pytest.mark.slow
 def test_reconstruct__is_what_the_picture_shows(tmp_path):
     model, b = tiny("cfmae").eval(), batch()
     b["semantic"][0, :20] = 255

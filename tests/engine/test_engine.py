@@ -252,6 +252,7 @@ def test_weights_that_are_not_finite__are_named_and_not_saved(tmp_path):
     assert kept["step"] == 7 and all(x.isfinite().all() for x in kept["model"].values())
 
 
+@pytest.mark.slow
 def test_save__comes_after_save_minutes_and_a_resumed_run_is_not_evaluated_first(
     tmp_path, monkeypatch
 ):
@@ -279,6 +280,7 @@ def test_save__comes_after_save_minutes_and_a_resumed_run_is_not_evaluated_first
     assert [r["step"] for r in records if "val" in r] == [0, 9, 10]
 
 
+@pytest.mark.slow
 def test_save__of_a_stopped_run_outlives_a_second_signal(tmp_path, monkeypatch):
     whole = engine.checkpoint.save
 
@@ -476,6 +478,7 @@ def test_validation__evenly_spaced_over_the_split_and_the_ranks():
     assert means == pytest.approx([sum(i for _, i in seen[a : a + 10]) / 20 for a in (0, 10)])
 
 
+@pytest.mark.slow
 def test_train__pictures_are_of_evenly_spaced_images(tmp_path):
     seen = []
 

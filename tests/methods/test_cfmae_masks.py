@@ -117,6 +117,7 @@ def test_equation_10__its_floor_alone_hides_too_few():
     assert sum(short) / len(short) > 1
 
 
+@pytest.mark.slow
 def test_objects_hidden_whole__always_in_shape_scenes():
     """5/6 hidden and alpha = 0.75 leave nothing of small objects."""
     cfg, dataset = config("--model", "tiny", "--masking", "IG"), ShapeScenes("train", 64, 2)
@@ -170,6 +171,7 @@ def test_schedule__corners_of_figure_5(masking):
     assert cfmae.schedule(step, torch.tensor(0.5001))[second] == 1
 
 
+@pytest.mark.slow
 def test_mix_score__is_a_switch_where_coefficients_cross():
     instance, semantic = scenes(40, 14)
     pure = {k: masks(config("--masking", k), SEEDS, 0, instance, semantic) for k in KINDS}
@@ -190,6 +192,7 @@ def test_mix_score__breaks_ties_by_the_random_order():
     assert (last < order.where((a ^ b) & ~mask, 999).amin(-1)).all()
 
 
+@pytest.mark.slow
 def test_mix_sample__frequencies_are_the_coefficients(monkeypatch):
     # a patch of these maps has one label: faster
     monkeypatch.setattr(cfmae, "patch_region", lambda labels: labels[..., 0])
@@ -246,6 +249,7 @@ def test_patch_region__is_the_majority_ties_to_the_smaller_id():
     assert region[0, 0] == 255 and region[1, 0] == 7
 
 
+@pytest.mark.slow
 def test_choose_objects__draws_large_ones_more_often():
     B = 20000
     region = torch.tensor([0] * 14 + [3] * 40 + [9] * 8 + [255] * 2).expand(B, -1)

@@ -153,6 +153,7 @@ def test_frozen__second_branch_runs_in_logged_steps_alone(logging, terms):
         torch.testing.assert_close(loss, 10 / 16 * logs["loss_adaptive"])
 
 
+@pytest.mark.slow
 def test_evaluation__common_teaches_the_encoder_in_one_branch_and_the_decoder_in_both():
     none, common, shared = (gradients("--evaluation", e) for e in ("none", "common", "shared"))
     after = ("decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred")
@@ -180,6 +181,7 @@ def test_follow__evaluation_holds_the_weights_of_the_forward_pass_a_step_earlier
     assert not same(ours[1], ours[2])
 
 
+@pytest.mark.slow
 def test_follow__survives_a_checkpoint():
     model, twin = make(), make()
     train(model, 2)

@@ -53,6 +53,7 @@ def test_uniform__depends_on_seed_stream_and_position_alone():
     assert torch.equal(uniform(seed[[31, 4]], 40, MASK), u[[31, 4]])  # of the batch around it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [0, 2**32 - 500, 2**62])
 def test_uniform__is_uniform_and_uncorrelated(base):
     u = uniform(base + torch.arange(1000), 1001, MASK).double()  # 1e6 draws; bounds are 5 sigma

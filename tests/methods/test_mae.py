@@ -108,6 +108,7 @@ def test_load_init__finds_wrapped_weights_and_safetensors(golden, tmp_path):
     assert torch.equal(model.decoder_pred.weight, state["decoder_pred.weight"])
 
 
+@pytest.mark.slow
 def test_main__reads_init_where_a_run_starts_and_not_where_it_goes_on(tmp_path):
     torch.set_num_threads(1)
     flags = f"""{TINY} --batch-size 4 --val-samples 2 --workers 0 --device cpu --precision fp32

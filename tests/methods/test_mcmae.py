@@ -228,6 +228,7 @@ def test_loss__is_taken_in_fp32(batch):
 # ----------------------------------------------------------------------------------- first weights
 
 
+@pytest.mark.slow
 def test_init_hybrid__as_the_public_code():
     """models_convmae.py: Xavier for linear layers and the weight of the last stem; every other
     convolution as torch makes it, U(-1, 1) / sqrt(inputs), bias too; the mask token N(0, 0.02).

@@ -240,6 +240,7 @@ def test_make_encoder__options_change_what_they_name_alone():
     assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 def test_evaluate_and_reconstruct__on_every_masking(tmp_path):
     scenes = ShapeScenes("val", 64, 2, ("rgb",))
     batch = collate([scenes[0, i] for i in range(2)])
@@ -370,6 +371,7 @@ def test_main__reads_init_at_the_start_of_a_run_alone(public, tmp_path, capsys):
         assert engine.load(run / "last.pt", "mcmae")["step"] == step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (lambda s: s.pop("blocks2.0.attn.weight"), "missing blocks2.0.attn.weight"),
     (lambda s: s.pop("decoder_blocks.1.norm1.bias"), "missing decoder_blocks.1.norm1.bias"),

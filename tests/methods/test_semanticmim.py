@@ -197,6 +197,7 @@ def test_gradients__reach_every_parameter(target, proxies, tokenizer):
 # ----------------------------------------------------------------------------- samples and training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxies", [4, 0])
 def test_drop_path__drops_in_both_stacks_and_not_alike(proxies):
     model = make("--proxies", proxies, "--drop-path", 0.4, "--no-skip-last")

@@ -199,6 +199,7 @@ def test_reconstruct__shows_the_truth_where_visible_and_the_prediction_elsewhere
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+@pytest.mark.slow
 def test_load_encoder__has_the_kept_stack_alone(run):
     checkpoint = torch.load(run / "last.pt", weights_only=True)
     encoder = semanticmim.load_encoder(run / "last.pt")

@@ -25,6 +25,8 @@ from data import collate
 from motion import MovingScenes
 from tubes import all_tubes, cube_statistics, cut, merge, paste, pick, visible_tubes
 
+pytestmark = pytest.mark.slow
+
 MINI = (
     "--model tiny --image-size 32 --frames 4 --embed-dims 8,12,16 --depths 2,1,2 --num-heads 2 "
     "--decoder-embed-dim 16 --decoder-num-heads 2 --decoder-depth 1 --norm-pix-loss"
@@ -58,7 +60,6 @@ def batch() -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------- two forms
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("line", ["", "--kernel-size 3", "--kernel-size 7 --no-multi-scale"])
 def test_sparse__equals_dense_in_outputs_and_gradients(batch, line, dtype):
@@ -407,7 +408,6 @@ def test_load_init__an_image_model_on_a_clip_that_stands_still(tmp_path):
         assert torch.equal(own.qkv.weight, found.qkv.weight)
 
 
-@pytest.mark.slow
 def test_load_init_and_load_encoder__ours_or_a_word(tmp_path):
     model, other = build(), build()
     nn.init.normal_(other.decoder_pred.weight)
@@ -469,7 +469,6 @@ def train(out, *flags) -> None:
         videomcmae.main([*FLAGS, "--output", str(out), *map(str, flags)])
 
 
-@pytest.mark.slow
 def test_run__ranks_micro_batches_workers_and_resume_change_nothing(tmp_path):
     train(tmp_path / "one")
     assert checkpoint(tmp_path / "one")["step"] == 12
@@ -511,7 +510,6 @@ def test_main__settings_reach_the_data(tmp_path):
     assert wanted.items() <= seen[0].items() and "crop" not in seen[0]  # VideoMAE's
 
 
-@pytest.mark.slow
 def test_main__init_is_for_the_start_alone(tmp_path, capsys):
     train(tmp_path / "one", "--steps", 1)
     train(tmp_path / "two", "--steps", 1, "--init", tmp_path / "one/last.pt")
@@ -522,7 +520,6 @@ def test_main__init_is_for_the_start_alone(tmp_path, capsys):
     assert checkpoint(tmp_path / "two")["step"] == 2
 
 
-@pytest.mark.slow
 def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path, capsys):
     for name in "abcdefgh":
         write_clip(f"{tmp_path}/data/train/{name}", 9, 40, 40)
@@ -542,7 +539,6 @@ def test_run__a_bad_clip_is_named_and_the_run_goes_on(tmp_path, capsys):
     assert max(r.get("unreadable_files", 0) for r in log) == 1
 
 
-@pytest.mark.slow
 def test_training__tiny_preset_learns():
     """Invariant 6: in 40 steps of 8 clips the loss falls to 0.65 of where it began, and it needs
     the visible tubes: with another clip's it is worse. Each clip is under a light of its own, which

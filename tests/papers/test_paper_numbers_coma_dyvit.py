@@ -148,6 +148,7 @@ def test_step__every_patch_is_predicted_exactly_once():
     assert (adaptive.sum(1) == 30).all() and (evaluation.sum(1) == 19).all()
 
 
+@pytest.mark.slow
 def test_decoder__eight_blocks_of_global_attention():
     with torch.device("meta"):
         model = cd.CoMA(config("--evaluation", "none"))

@@ -58,6 +58,7 @@ def test_section_3_1__defaults():
         parse("--decoder-num-heads", "12")
 
 
+@pytest.mark.slow
 def test_section_2_2__visible_tokens_and_resolutions():
     model = on_meta()
     assert (model.cfg.num_visible, model.cfg.num_positions) == (49, 196) and 49 / 196 == 0.25
@@ -91,6 +92,7 @@ def test_table_7__sizes(name, dims, depths, ratios, heads, printed, millions):
     assert (round(count) == printed) == (name != "huge")
 
 
+@pytest.mark.slow
 def test_table_1__base_does_not_have_88_million():
     """Not with the fusion convolutions either; base-star has, in Table 7 as in Table 1."""
     model = on_meta()

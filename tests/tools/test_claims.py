@@ -23,6 +23,8 @@ from engine import UserError
 from tools import claims, claims_lab, claims_report, claims_table
 from tools.claims_table import Arm, Claim
 
+pytestmark = pytest.mark.slow
+
 CLAIM = Claim(
     "T. 1", "a beats b", {"a": Arm("mae"), "b": Arm("mae --mask-ratio 0.6")}, [("a", "b")],
     ("linear", "linear CLS", "finetuned", "loss"),
@@ -165,7 +167,6 @@ def test_finish__json_holds_every_seed_arm_value_and_command(bench, tmp_path):
     assert by_measure["loss"]["verdict"] == "seen" and by_measure["linear"]["verdict"] == "not seen"
 
 
-@pytest.mark.slow
 def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path):
     make, lab = bench
     make().finish(PAGE)
@@ -180,7 +181,6 @@ def test_finish__what_is_there_is_skipped_even_without_the_runs(bench, tmp_path)
     assert len(rows(tmp_path)["runs"]) == 8
 
 
-@pytest.mark.slow
 def test_finish__a_changed_preset_is_run_again(bench, tmp_path, monkeypatch):
     make, lab = bench
     make().finish(PAGE)
@@ -227,7 +227,6 @@ def test_stamp__segmentation_has_its_own_settings(bench, monkeypatch, name, valu
     assert after[0] == before[0] and after[1] != before[1]
 
 
-@pytest.mark.slow
 def test_finish__some_measures_now_and_others_later(bench, tmp_path):
     make, lab = bench
     make(wanted=["loss"]).finish(PAGE)
@@ -255,7 +254,6 @@ def test_verdicts__losses_on_other_patches_or_leaking_ones_are_not_judged():
     assert pairs["loss"] == [("multi scale", "block")]
 
 
-@pytest.mark.slow
 def test_finish__another_budget_is_refused(bench):
     make, _ = bench
     make().finish(PAGE)
@@ -280,7 +278,6 @@ def test_epochs__from_scratch_costs_as_much_as_its_partner_in_all(bench, tmp_pat
     assert all(c[c.index("--epochs") + 1] == "8" for c in last) and len(last) == 3
 
 
-@pytest.mark.slow
 def test_epochs__are_found_again_once_a_preset_has_changed(bench, tmp_path, monkeypatch):
     make, _ = bench
     make(SCRATCH, epochs=6, tuned=5).finish(PAGE)
@@ -438,7 +435,6 @@ def test_main__refuses_in_words(argv, words, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------- report
 
 
-@pytest.mark.slow
 def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path):
     make, _ = bench
     make().finish(PAGE)
@@ -511,7 +507,6 @@ def test_page__of_the_project_is_what_its_json_says():
 # ------------------------------------------------------------------------------ real processes
 
 
-@pytest.mark.slow
 def test_spawn__cost_is_the_child_s_and_its_children_s_cpu_time(tmp_path):
     lab = claims_lab.Lab(claims.options().parse_args(["--runs", str(tmp_path)]))
     work = "import time\nwhile time.process_time() < 0.3: pass"
@@ -557,7 +552,6 @@ def test_spawn__a_failed_command_is_told_by_its_own_words(tmp_path):
         lab.spawn(command, tmp_path / "log")
 
 
-@pytest.mark.slow
 def test_run__killed_in_the_middle_goes_on_at_its_checkpoint(tmp_path, capsys):
     """SIGTERM ends the tool and the run below, which saves; the next call takes it up there."""
     flags = "--model tiny --data shapes --image-size 32 --embed-dim 32 --depth 1 "

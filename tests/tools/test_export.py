@@ -22,6 +22,8 @@ from tools import charts
 from tools.export import export, timm_constructor, timm_state
 import vit
 
+pytestmark = pytest.mark.slow
+
 PLAIN = [kind for kind in KINDS if kind[0] != "mcmae" and kind != ("coma_dyvit", {})]
 IMGS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +34,6 @@ def features(encoder):
 
 
 @pytest.mark.parametrize("method, changes", KINDS)
-@pytest.mark.slow
 def test_encoder__is_a_checkpoint_of_the_encoder_alone(method, changes, tmp_path):
     our_checkpoint(tmp_path / "last.pt", method, **changes)
     said = export(tmp_path / "last.pt", tmp_path / "encoder.pt")
@@ -49,7 +50,6 @@ def test_encoder__is_a_checkpoint_of_the_encoder_alone(method, changes, tmp_path
 
 
 @pytest.mark.parametrize("method, changes", PLAIN)
-@pytest.mark.slow
 def test_timm__is_read_as_a_public_vit(method, changes, tmp_path):
     our_checkpoint(tmp_path / "last.pt", method, **changes)
     said = export(tmp_path / "last.pt", tmp_path / "vit.pth", "timm")
@@ -99,7 +99,6 @@ def test_timm_constructor__names_the_usual_sizes():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.slow
 def test_full__loads_strictly_into_the_model(method, tmp_path):
     model = our_checkpoint(tmp_path / "last.pt", method)
     export(tmp_path / "last.pt", tmp_path / "full.pth", "full")
@@ -120,7 +119,6 @@ def transfer(path, encoder, description, image_size=32, method="classify", **con
 
 
 @pytest.mark.parametrize("name", ["vit_reg", "beit", "beit_shared"])
-@pytest.mark.slow
 def test_export__a_transfer_of_a_public_encoder(name, tmp_path):
     torch.save(TIMM[name]["state_dict"], tmp_path / "public.pth")
     encoder, description, _ = open_encoder(init=tmp_path / "public.pth", num_heads=2)
@@ -154,7 +152,6 @@ def loads_by(said, timm):
 
 @pytest.mark.parametrize("name, pool", [("vit", "patch"), ("vit", "prefix"), ("vit_reg", "patch"),
                                         ("beit", "patch"), ("beit", "prefix")])  # fmt: skip
-@pytest.mark.slow
 def test_export__a_fine_tuned_classifier_keeps_norm_and_head(name, pool, tmp_path):
     torch.save(TIMM[name]["state_dict"], tmp_path / "public.pth")
     encoder, description, _ = open_encoder(init=tmp_path / "public.pth", num_heads=2)
@@ -188,7 +185,6 @@ def test_export__a_head_that_timm_cannot_have_is_left_out(config, why, tmp_path)
     assert why in said and "fc_norm (2), head (2)" in said and "num_classes=0" in said
 
 
-@pytest.mark.slow
 def test_export__positions_refer_to_the_grid_that_was_trained(tmp_path):
     """A run at 96 x 64 of an encoder pre-trained at 64: the positions written are those in use."""
     our_checkpoint(tmp_path / "a.pt", "cfmae")
@@ -221,7 +217,6 @@ def test_export__refusals(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-@pytest.mark.slow
 def test_command__one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "tools.export", str(tmp_path / "none.pt"), str(tmp_path / "x")]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
@@ -232,7 +227,6 @@ def test_command__one_line_and_status_2(tmp_path):
 # -------------------------------------------------------------------------------- safetensors
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method, changes", [("semanticmim", {}), ("coma_dyvit", {})])
 def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
     """The same as a file of torch's: by --checkpoint, by the script, in a picture's caption."""
@@ -251,7 +245,6 @@ def test_safetensors__an_encoder_is_a_checkpoint(method, changes, tmp_path):
         open_encoder(init=tmp_path / "e.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_timm__init_reads_heads_mean_and_deviation_off_the_file(suffix, tmp_path):
     """Four heads of 32: a width of 128 alone would not tell."""

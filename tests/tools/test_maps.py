@@ -12,6 +12,8 @@ import files
 from tools import map_files, map_scores, regions
 from tools.map_scores import Scores
 
+pytestmark = pytest.mark.slow
+
 IDS = np.arange(256, dtype=np.uint8).reshape(8, 32)
 
 

@@ -23,6 +23,8 @@ import data
 from data import FolderDataset, UserError
 from tools import pack
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ("--workers", "0", "--shard-size", "0.02")
 
@@ -88,7 +90,6 @@ def test_pack__copies_the_names_of_classes(folder, tmp_path):
     assert (tmp_path / "out/classes.txt").read_text() == "wall\nsky\n"
 
 
-@pytest.mark.slow
 def test_pack__does_not_depend_on_processes(folder, tmp_path):
     for workers in ("0", "2"):
         run(folder, tmp_path / workers, "--short-side", "32", "--workers", workers)
@@ -172,7 +173,6 @@ def forked(work):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.slow
 def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tmp_path):
     torch.set_num_threads(1)
     folder = tmp_path / "in"
@@ -213,7 +213,6 @@ def test_pack__killed_before_any_change_of_a_file_continues_to_the_same_bytes(tm
     assert kills > 30
 
 
-@pytest.mark.slow
 def test_pack__killed_by_the_system_and_continued(folder, tmp_path):
     command = [sys.executable, "-m", "tools.pack", str(folder)]
     flags = ["--shard-size", "0.02", "--workers", "2"]
@@ -311,7 +310,6 @@ def test_pack__says_that_the_disk_is_full(folder, tmp_path, capfd):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_pack__stops_at_maps_that_do_not_fit(folder, tmp_path):
     write(f"{folder}/train/semantic/b/5.png", np.zeros((40, 61), np.uint8))
     with pytest.raises(UserError, match="semantic/b/5.png: 61 x 40, but its image .* 60 x 40"):

@@ -11,6 +11,8 @@ import files
 from tools import grounded, panoptic, pseudo_label
 from tools.panoptic import segment, tables
 
+pytestmark = pytest.mark.slow
+
 CPU = engine.World("cpu", "fp32")
 
 

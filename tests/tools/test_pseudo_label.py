@@ -24,6 +24,8 @@ import files
 from tools import labelling, map_files, pseudo_label
 from tools.labelling import MAPS
 
+pytestmark = pytest.mark.slow
+
 
 def photographs(root, names, size=(24, 32)):
     """Write images: a grey ground, a coloured square whose place depends on the number."""
@@ -229,7 +231,6 @@ def test_main__a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.slow
 def test_run__killed_at_ten_random_moments_and_continued_is_undisturbed(kind, tmp_path):
     torch.set_num_threads(1)
     photographs(tmp_path, [f"train/rgb/c/{i}.png" for i in range(60)])
@@ -292,7 +293,6 @@ def test_main__after_a_signal_the_status_and_a_line_say_so(tmp_path, monkeypatch
     assert capsys.readouterr().out == "stopped; the same command continues\n"
 
 
-@pytest.mark.slow
 def test_main__two_ranks_give_what_one_gives(tmp_path):
     pytest.importorskip("skimage")
     photographs(tmp_path, [f"train/rgb/{i}.png" for i in range(9)])

@@ -15,6 +15,8 @@ from pictures import hide
 from tools import attention, figures, models, reconstruct, visualize
 import vit
 
+pytestmark = pytest.mark.slow
+
 
 pytest_plugins = ["fresh_weights"]
 
@@ -74,7 +76,6 @@ def test_queries__tokens_by_name(checkpoints):
             attention.queries(options(query=[wrong]), encoder, (4, 4))
 
 
-@pytest.mark.slow
 def test_open__weights_that_are_not_finite(checkpoints, tmp_path):
     """A run that diverged is named, with the weight, whatever the picture."""
     for name, weight in (("semanticmim", "blocks.1.attn.qkv.weight"), ("mcmae", "norm.bias")):
@@ -113,7 +114,6 @@ def test_model_class__is_what_the_script_trains():
     assert found == ["MAE", "CFMAE", "SemanticMIM", "MCMAE", "CoMA"]
 
 
-@pytest.mark.slow
 def test_choose_mask__chosen_patches(checkpoints):
     for name, path in checkpoints.items():
         method, model, batch = opened(path)
@@ -144,7 +144,6 @@ def test_choose_mask__whole_granularities(checkpoints):
         reconstruct.choose_mask(options(only=("rgb",)), method, model.cfg, batch)
 
 
-@pytest.mark.slow
 def test_predict__reads_visible_patches_alone(checkpoints):
     """What the flags hide cannot change a prediction; what they leave visible does."""
     for path in checkpoints.values():
@@ -165,7 +164,6 @@ def test_predict__reads_visible_patches_alone(checkpoints):
         assert model.cfg is before and METHODS[method].make_mask.__module__ == method
 
 
-@pytest.mark.slow
 def test_predict__normalised_is_what_the_model_makes_alone(checkpoints):
     """Neither the prediction nor the truth tells a hidden patch's mean and deviation."""
     for name in ("mae", "mcmae", "cfmae"):

@@ -15,6 +15,8 @@ from engine import UserError
 from tools import charts, masks, visualize
 from tools.charts import Series
 
+pytestmark = pytest.mark.slow
+
 
 pytest_plugins = ["fresh_weights"]
 

@@ -12,6 +12,8 @@ from engine import UserError
 from pictures import colorize, columns, hide
 from tools import figures, masks, visualize
 
+pytestmark = pytest.mark.slow
+
 
 pytest_plugins = ["fresh_weights"]
 
@@ -38,7 +40,6 @@ def photographs(folder, count):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.slow
 def test_reconstruct__size(tmp_path, checkpoints, method):
     width, height = run(tmp_path, "reconstruct", "--checkpoint", checkpoints[method], "--images",
                         "0,4", "--side", "100")  # fmt: skip
@@ -46,7 +47,6 @@ def test_reconstruct__size(tmp_path, checkpoints, method):
     assert width >= 4 * 104 and rows * 104 < height < rows * 104 + 120
 
 
-@pytest.mark.slow
 def test_attention__sizes(tmp_path, checkpoints):
     sem, more = checkpoints["semanticmim"], checkpoints["cfmae"]
     flags = ("attention", "--images", "0,1", "--side", "50")
@@ -62,7 +62,6 @@ def test_attention__sizes(tmp_path, checkpoints):
     assert run(tmp_path, *flags, "--checkpoint", checkpoints["mcmae"])[1] > 2 * 54  # its stage 3
 
 
-@pytest.mark.slow
 def test_masks__counts(monkeypatch):
     """Each panel hides as many patches as its paper says."""
     shown = {}
@@ -89,7 +88,6 @@ def test_masks__counts(monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(first, last))
 
 
-@pytest.mark.slow
 def test_figures_without_a_model__sizes(tmp_path):
     assert run(tmp_path, "masks", "--frequency", "50")[0] >= 3 * 192
     flags = ("--method", "cfmae", "--model", "tiny", "--images", "0")
@@ -97,7 +95,6 @@ def test_figures_without_a_model__sizes(tmp_path):
     assert run(tmp_path, "dataset", "--images", "0-2", "--side", "40", "--palette")[1] > 3 * 44
 
 
-@pytest.mark.slow
 def test_features__sizes(tmp_path, checkpoints):
     for method in ("cfmae", "mcmae", "coma_dyvit"):
         width, _ = run(tmp_path, "features", "--checkpoint", checkpoints[method], "--images", "0-1")
@@ -112,7 +109,6 @@ def test_principal_components__svd():
     torch.testing.assert_close(shares, (S**2 / (S**2).sum())[:3])
 
 
-@pytest.mark.slow
 def test_masks__methods_below_each_other(tmp_path, monkeypatch):
     """Each method begins a band of its own, with the image beside its masks."""
     shown, tiny = {}, ("--image-size", "64")
@@ -129,7 +125,6 @@ def test_masks__methods_below_each_other(tmp_path, monkeypatch):
     assert width < 900 and 6 * 132 < height < 6 * (132 + 40) + 60
 
 
-@pytest.mark.slow
 def test_folder_of_bare_images(tmp_path, checkpoints):
     """A folder without train/ and val/ is itself a split."""
     flags = ("--data", photographs(tmp_path / "photos", 2), "--images", "0-1")
@@ -142,7 +137,6 @@ def test_folder_of_bare_images(tmp_path, checkpoints):
         run(tmp_path, "reconstruct", "--checkpoint", checkpoints["cfmae"], *flags)
 
 
-@pytest.mark.slow
 def test_one_photograph(tmp_path, checkpoints):
     """--data is a file: that image alone, with every command that needs no maps."""
     flags = ("--data", photographs(tmp_path, 2) / "1.jpg")
@@ -163,7 +157,6 @@ def test_one_photograph(tmp_path, checkpoints):
         run(tmp_path, "dataset", *flags)
 
 
-@pytest.mark.slow
 def test_reconstruct__of_rgb_alone_needs_no_maps(tmp_path, checkpoints, monkeypatch):
     """Maps that are hidden whole may be missing: the prediction is the same, the truth black."""
     (tmp_path / "photos").mkdir()
@@ -204,7 +197,6 @@ def test_unreadable_image__does_not_end_a_sheet(tmp_path, checkpoints, capsys):
         run(tmp_path, "masks", "--method", "mcmae", *flags[:2], "--images", "1")
 
 
-@pytest.mark.slow
 def test_bad_input__one_line(tmp_path, checkpoints):
     (tmp_path / "noise.pt").write_bytes(b"noise")
     sem = checkpoints["semanticmim"]
