@@ -96,12 +96,10 @@ def read_results(folder: Path) -> list[dict]:
     return found
 
 
-def mean_error(x: Sequence[float], digits: int) -> str:
-    """Mean, and the standard error of it where there are two values or more."""
-    if not x:
-        return ""
-    error = f" ± {statistics.stdev(x) / math.sqrt(len(x)):.{digits}f}" if len(x) > 1 else ""
-    return f"{statistics.fmean(x):.{digits}f}{error}"
+def reached(m: Measure, x: Sequence[float]) -> str:
+    """A measure's mean, and the standard error of it where there are two values or more."""
+    error = f" ± {statistics.stdev(x) / math.sqrt(len(x)):.{m.digits}f}" if len(x) > 1 else ""
+    return f"{m.words.partition(',')[0]} {statistics.fmean(x):.{m.digits}f}{error}"
 
 
 def tables(results: Sequence[dict]) -> str:
@@ -121,16 +119,15 @@ def tables(results: Sequence[dict]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
             words = ""
     lines += ["", "Means over seeds ± their standard error:", ""]
-    reached = {m: MEASURES[m] for m in MEASURES if any(m in x["measures"] for x in results)}
-    heads = "claim", "arm", "seeds", "CPU s a seed", *(m.words for m in reached.values())
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines += ["| claim | arm | seeds | CPU s a seed | reached, in the units above |"]
+    lines += ["|---|---|---|---|---|"]
     for x in results:
         for arm in x["arms"]:
             of = {m: values(x["runs"], arm, m) for m in x["measures"]}
-            cells = [mean_error(of.get(k, ()), m.digits) for k, m in reached.items()]
+            means = "; ".join(reached(MEASURES[m], v) for m, v in of.items() if v)
             rows = [r["commands"].values() for r in x["runs"] if r["arm"] == arm]
             cost = sum(c["cpu_seconds"] for row in rows for c in row) / max(1, len(rows))
-            cells = x["claim"], arm, str(len(rows)), f"{cost:.0f}", *cells
+            cells = x["claim"], arm, str(len(rows)), f"{cost:.0f}", means
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Budgets and costs:", "", *costs(results)])
 
@@ -147,7 +144,7 @@ def costs(results: Sequence[dict]) -> list[str]:
         longer = "; ".join(f"{k}: {n}" for k, n in x["budget"]["epochs_of"].items())
         epochs = f"{x['budget']['epochs']}" + f" ({longer})" * bool(longer)
         some = any("finetuned" in r["values"] for r in x["runs"])
-        tuned = str(x["budget"]["tuned"]) if some else "not run"
+        tuned = str(x["budget"]["tuned"]) if some else "not run" * ("finetuned" in x["measures"])
         cells = x["claim"], x["data"], epochs, tuned, f"{hours:.2f}", on, at
         lines.append(f"| {' | '.join(cells)} |")
     return lines

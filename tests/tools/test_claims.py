@@ -445,7 +445,11 @@ def test_write_page__tables_replace_what_stood_between_the_marks(bench, tmp_path
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.count("| a | b | fine-tuned, top-1 % |") == 1 and "**not seen**" in text
     # Two epochs of 2 s, a probe of 2, one of 4; 40, 41, 42: deviation 1, over sqrt(3)
-    assert "| x | a | 3 | 10 | 41.0 ± 0.6 |" in text
+    means = "linear probe 41.0 ± 0.6; linear probe on class or proxy tokens 41.0 ± 0.6; fine-tuned "
+    assert f"| x | a | 3 | 10 | {means}" in text
+    none = found[0] | {"runs": []}
+    assert "not run" in claims_report.costs([none])[2]
+    assert "not run" not in claims_report.costs([none | {"measures": ["linear"]}])[2]
     PAGE.write_text("no marks")
     with pytest.raises(UserError, match="lacks the lines"):
         claims_report.write_page(PAGE, found)
